@@ -1,0 +1,299 @@
+"""Fine-tune a text classifier into a fully binary one with Trainer: GLUE, local files, or an embedded data set.
+
+    python examples/run_glue.py --output_dir runs/demo                                  # offline, a few minutes on a CPU
+    accelerate launch examples/run_glue.py --model_name_or_path bert-base-uncased --task_name sst2 --output_dir runs/sst2
+    python examples/run_glue.py options.yaml                                            # the same options from a file
+
+In the shape of transformers' run_glue.py, with a fourth group of options: StoMPPConfig.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import transformers
+from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from stompp_hf import StoMPPConfig, StoMPPTrainerCallback, binarize_model, create_optimizer, get_plan, report
+from stompp_hf.errors import NotBinarizedError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is trained."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to fine-tune; without it a small BERT is trained from scratch."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Config, if not the checkpoint's."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the checkpoint's."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    token: str | None = field(default=None, metadata={"help": "Hub token."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
+    ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "Re-create a head of another size."})
+    freeze_embeddings: bool = field(default=False, metadata={"help": "Do not train the input embeddings."})
+    method: str = field(
+        default="stompp",
+        metadata={
+            "help": "stompp; or a baseline of the same options: vanilla_ste (frozen from step 0), full_precision.",
+            "choices": ["stompp", "vanilla_ste", "full_precision"],
+        },
+    )
+    preset: str = field(
+        default="default",
+        metadata={"help": "Options not given: the library's default, or the paper's rule.", "choices": ["default", "paper"]},
+    )
+    evaluate_stages: bool = field(default=True, metadata={"help": "Evaluate whenever a stage has just been frozen."})
+    evaluate_binary: bool = field(default=False, metadata={"help": "Also evaluate as if fully binary at each evaluation."})
+
+
+class EvaluateAtStageEdges(TrainerCallback):
+    """Evaluates when a stage has just been frozen, and once when the first is about to."""
+
+    def __init__(self, stompp: StoMPPTrainerCallback) -> None:
+        self.stompp = stompp
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        progression = self.stompp.progression
+        windows = set() if progression is None else set(progression.windows.values())
+        edges = {window.end for window in windows} | {min((w.begin for w in windows), default=0)}
+        if state.global_step in edges:
+            control.should_evaluate = control.should_log = True
+
+
+def demo_defaults(given: set[str]) -> dict[str, Any]:
+    """Options of the embedded run that the user did not give: a small BERT from scratch, half an hour's idea in minutes.
+
+    It warms up in full precision, since there is no pre-trained checkpoint to start from.
+    """
+    values = {
+        "learning_rate": 1e-3, "num_train_epochs": 8, "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 128, "warmup_steps": 100, "logging_steps": 100, "save_strategy": "no",
+        "lr_scheduler_type": "linear", "do_train": True, "do_eval": True, "start": 0.3, "end": 0.8,
+    }  # fmt: skip
+    return {key: value for key, value in values.items() if key not in given}
+
+
+def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, StoMPPConfig]:
+    """Options from the command line, or from one .json or .yaml file."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, StoMPPConfig))
+    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
+        if arguments[0].endswith(".json"):
+            with open(arguments[0], encoding="utf-8") as file:
+                options = json.load(file)
+        else:
+            import yaml
+
+            with open(arguments[0], encoding="utf-8") as file:
+                options = yaml.safe_load(file)
+        given = set(options)
+    else:
+        given = {word[2:].split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+        options = None
+    defaults: dict[str, Any] = {}
+    data_given = given & {"task_name", "train_file", "validation_file"}
+    if not data_given and "model_name_or_path" not in given:
+        defaults.update(demo_defaults(given))
+    preset = options.get("preset") if options else None
+    if "preset=paper" in " ".join(arguments).replace("--preset paper", "preset=paper") or preset == "paper":
+        paper = StoMPPConfig.paper()
+        defaults.update({f.name: getattr(paper, f.name) for f in dataclasses.fields(paper) if f.name not in given})
+    if options is not None:
+        return parser.parse_dict({**defaults, **options})  # type: ignore[return-value]
+    words = list(arguments)
+    for key, value in defaults.items():
+        if value is not None:
+            words += [f"--{key}", *(str(value).split() if isinstance(value, list) else [str(value)])]
+    return parser.parse_args_into_dataclasses(words)  # type: ignore[return-value]
+
+
+def load_model(args: ModelArguments, task: Any, data: Any) -> tuple[Any, Any]:
+    """Model and tokenizer: a checkpoint's, or a small BERT from config and a tokenizer trained on the data."""
+    labels = {i: label for i, label in enumerate(task.labels)}
+    numbers = {label: i for i, label in labels.items()}
+    if args.model_name_or_path is None:
+        texts = list(task.data["train"][task.columns[0]])
+        tokenizer = train_tokenizer(texts)
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+            intermediate_size=512, max_position_embeddings=128, id2label=labels, label2id=numbers,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        return AutoModelForSequenceClassification.from_config(config), tokenizer
+    hub = {
+        "cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token,
+        "trust_remote_code": args.trust_remote_code,
+    }  # fmt: skip
+    config = AutoConfig.from_pretrained(
+        args.config_name or args.model_name_or_path,
+        id2label=labels, label2id=numbers, finetuning_task=task.name, **hub,
+    )  # fmt: skip
+    if task.is_regression:
+        config.problem_type = "regression"
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, **hub)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        args.model_name_or_path, config=config, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **hub
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def is_binarized(model: Any) -> bool:
+    """Whether the checkpoint came with binary layers."""
+    try:
+        get_plan(model)
+    except NotBinarizedError:
+        return False
+    return True
+
+
+def main() -> dict[str, float]:
+    """Train, evaluate, predict; returns the metrics that were printed."""
+    model_args, data_args, training_args, stompp = parse(sys.argv[1:])
+    logging.basicConfig(
+        format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=training_args.get_process_log_level()
+    )
+    logging.getLogger("stompp_hf").setLevel(logging.INFO if training_args.local_rank in (-1, 0) else logging.ERROR)
+    transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_seed(training_args.seed)
+    if model_args.method == "vanilla_ste":
+        stompp = stompp.as_vanilla_ste()
+    elif model_args.method == "full_precision":
+        stompp = stompp.as_full_precision()
+
+    task = load_task(data_args, model_args.cache_dir)
+    model, tokenizer = load_model(model_args, task, data_args)
+    if model_args.freeze_embeddings:
+        for module in model.modules():
+            if isinstance(module, type(model.get_input_embeddings())):
+                module.requires_grad_(False)
+    if not is_binarized(model):
+        model = binarize_model(model, stompp)
+    with training_args.main_process_first(desc="tokenizing"):
+        data = prepare(task, tokenizer, data_args)
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        answer = np.squeeze(logits) if task.is_regression else np.argmax(logits, axis=1)
+        result = task.metrics(answer, prediction.label_ids)
+        return {**result, "combined_score": float(np.mean(list(result.values())))} if len(result) > 1 else result
+
+    callback = StoMPPTrainerCallback(evaluate_binary=model_args.evaluate_binary)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=data["train"] if training_args.do_train else None,
+        eval_dataset=data["validation"] if training_args.do_eval else None,
+        compute_metrics=compute_metrics,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
+        optimizers=(create_optimizer(model, training_args), None) if training_args.do_train else (None, None),
+    )
+    callback.attach(trainer)
+    if model_args.evaluate_stages and training_args.do_train and training_args.do_eval:
+        trainer.add_callback(EvaluateAtStageEdges(callback))
+
+    summary: dict[str, float] = {}
+    if training_args.do_train:
+        checkpoint: Any = training_args.resume_from_checkpoint
+        if checkpoint in (True, "True", "true"):
+            checkpoint = get_last_checkpoint(training_args.output_dir)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = {**result.metrics, "train_samples": len(data["train"])}
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["eval_samples"] = len(data["validation"])
+        if task.name == "mnli" and "validation_mismatched" in data:
+            other = trainer.evaluate(data["validation_mismatched"], metric_key_prefix="eval_mm")
+            metrics.update({key: value for key, value in other.items() if "accuracy" in key})
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        summary.update(metrics)
+        if training_args.do_train and trainer.is_world_process_zero():
+            print_course(trainer, task, data["validation"])
+    if training_args.do_predict and "test" in data:
+        write_predictions(trainer, task, data["test"].remove_columns("labels"), training_args.output_dir)
+    card = {"tasks": "text-classification", "finetuned_from": model_args.model_name_or_path, "tags": ["stompp", "1-bit"]}
+    if data_args.task_name is not None:
+        card.update(dataset_tags="glue", dataset_args=data_args.task_name, dataset=f"GLUE {data_args.task_name.upper()}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**card)
+    elif training_args.do_train:
+        trainer.create_model_card(**card)
+    return summary
+
+
+def print_course(trainer: Trainer, task: Any, validation: Any) -> None:
+    """What happened to the model's main metric as its stages froze."""
+    plan = get_plan(trainer.model)
+    key = "eval_accuracy" if not task.is_regression else None
+    rows = [record for record in trainer.state.log_history if any(name.startswith("eval_") for name in record)]
+    if rows and key not in rows[-1]:
+        known = ("eval_matthews_correlation", "eval_pearson", "eval_mse", "eval_loss")
+        key = next(name for name in known if name in rows[-1])
+    print(report(trainer.model).splitlines()[0])
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StoMPPTrainerCallback))
+    progression = callback.progression
+    full_precision = None
+    seen = set()
+    for record in rows:
+        step = record["step"]
+        if progression is None or step in seen or key not in record:
+            continue
+        seen.add(step)
+        frozen = plan.stage_count - len(progression.unfinished_stages(step))
+        frozen = 0 if plan.config.binarize == "nothing" else frozen
+        print(f"  step {step:6d}: {frozen} of {plan.stage_count} stages frozen, {key} {record[key]:.4f}")
+        if frozen == 0:
+            full_precision = record[key]
+    if not task.is_regression:
+        print(f"majority class: {majority_share(validation['labels']):.4f}")
+    if full_precision is not None:
+        print(f"full precision (before the first stage froze): {full_precision:.4f}")
+    if progression is not None and progression.is_complete() and plan.config.binarize != "nothing" and rows:
+        print(f"fully binary ({plan.config.binarize.replace('_', ' ')}): {rows[-1][key]:.4f}")
+
+
+def write_predictions(trainer: Trainer, task: Any, data: Any, folder: str) -> None:
+    """One line an example, as GLUE's server wants it."""
+    logits = trainer.predict(data, metric_key_prefix="predict").predictions
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    answers = np.squeeze(logits) if task.is_regression else np.argmax(logits, axis=1)
+    if trainer.is_world_process_zero():
+        with open(os.path.join(folder, f"predict_results_{task.name}.txt"), "w", encoding="utf-8") as file:
+            file.write("index\tprediction\n")
+            for index, answer in enumerate(answers):
+                file.write(f"{index}\t{answer:.3f}\n" if task.is_regression else f"{index}\t{task.labels[answer]}\n")
+
+
+if __name__ == "__main__":
+    main()

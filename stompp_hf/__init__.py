@@ -1,0 +1,31 @@
+"""StoMPP for Hugging Face Transformers: train networks with 1-bit weights and activations, stage by stage."""
+
+from .callback import StoMPPTrainerCallback
+from .config import StoMPPConfig
+from .errors import StoMPPError
+from .modules import BinaryConv1D, BinaryLayer, BinaryLinear
+from .optim import create_optimizer, parameter_groups
+from .plan import get_plan
+from .progression import Progression, calibrate
+from .quantizer import StoMPPQuantizationConfig
+from .surgery import binarize_model, report, restore_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BinaryConv1D",
+    "BinaryLayer",
+    "BinaryLinear",
+    "Progression",
+    "StoMPPConfig",
+    "StoMPPError",
+    "StoMPPQuantizationConfig",
+    "StoMPPTrainerCallback",
+    "binarize_model",
+    "calibrate",
+    "create_optimizer",
+    "get_plan",
+    "parameter_groups",
+    "report",
+    "restore_model",
+]

@@ -1,0 +1,229 @@
+"""StoMPPTrainerCallback: a thin shell that drives a Progression from inside transformers' Trainer."""
+
+import itertools
+import logging
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .errors import CheckpointError, NotBinarizedError
+from .metrics import FlipRatio, frozen_fraction
+from .progression import Progression
+
+logger = logging.getLogger(__name__)
+
+
+class StoMPPTrainerCallback(TrainerCallback):
+    """Freezes a binarized model stage by stage while Trainer trains it.
+
+    Use:  trainer = Trainer(model, args, ..., callbacks=[StoMPPTrainerCallback()])
+    or, so that every tracker sees the metrics and the progress bar names the stage:
+          StoMPPTrainerCallback().attach(trainer)
+    Without Trainer, drive a `Progression` yourself; this class adds nothing to it.
+
+    With the loss it logs stompp_frozen_fraction (0 to 1), stompp_stage (number of the stage that is freezing, from 1)
+    and stompp_flip_ratio (0 to 1). It keeps `load_best_model_at_end` and early stopping from choosing a model that is
+    not fully binary yet.
+
+    Args:
+        rescale: on a resume with another max_steps, rescale what is left of the progression instead of keeping it.
+        evaluate_binary: at each evaluation also evaluate the model as if it were fully binary now, as
+            `eval_binary_*` (needs `attach`); layers that are still real are calibrated on the first
+            `calibration_batches` training batches, for that evaluation only.
+        calibration_batches: number of batches for it.
+
+    Raises (before the first step):
+        NotBinarizedError: `binarize_model` was not called.
+        CheckpointError: the checkpoint to resume from does not fit the model, or the model was loaded in
+            mid-progression and training starts from step 0.
+    """
+
+    def __init__(self, rescale: bool = False, evaluate_binary: bool = False, calibration_batches: int = 4) -> None:
+        self.rescale = rescale
+        self.evaluate_binary = evaluate_binary
+        self.calibration_batches = calibration_batches
+        self.progression: Progression | None = None
+        self._flips: FlipRatio | None = None
+        self._holds_complete = False
+        self._started_on: set[int] = set()
+        self._trainer: Any = None
+        self._evaluating = False
+
+    # ---- attach: what needs the Trainer itself ----
+
+    def attach(self, trainer: Any) -> "StoMPPTrainerCallback":
+        """Join a Trainer (adding this callback if it is not among its own), and wrap its `log` and `evaluate`."""
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        self._trainer = trainer
+        log, evaluate = trainer.log, trainer.evaluate
+
+        def log_with_metrics(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs and self.progression is not None:
+                logs.update(self._metrics())
+            log(logs, *args, **kwargs)
+
+        def evaluate_twice(*args: Any, **kwargs: Any) -> dict[str, float]:
+            metrics: dict[str, float] = evaluate(*args, **kwargs)
+            if not self.evaluate_binary or self.progression is None or self._evaluating:
+                return metrics
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            self._evaluating = True
+            try:
+                with self.progression.committed(self._calibration_data()):
+                    metrics.update(evaluate(*args, **{**kwargs, "metric_key_prefix": f"{prefix}_binary"}))
+            finally:
+                self._evaluating = False
+            return metrics
+
+        trainer.log, trainer.evaluate = log_with_metrics, evaluate_twice
+        return self
+
+    def _calibration_data(self) -> list[Any]:
+        import torch
+
+        trainer = self._trainer
+        with torch.random.fork_rng(devices=[]):
+            batches = list(itertools.islice(trainer.get_train_dataloader(), self.calibration_batches))
+        return [trainer._prepare_inputs(batch) for batch in batches]
+
+    def _metrics(self) -> dict[str, float]:
+        progression = self.progression
+        assert progression is not None
+        return {
+            "stompp_frozen_fraction": frozen_fraction(progression.model),
+            "stompp_stage": progression.stage_in_transition()[0],
+            "stompp_flip_ratio": self._flips.update() if self._flips is not None else 0.0,
+        }
+
+    # ---- Trainer's events ----
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if self.progression is not None:  # auto_find_batch_size and a second train() begin anew
+            self.progression.detach()
+        self._bind(model, state)
+        assert self.progression is not None
+        if not self._holds_complete:
+            self._forget_best(state, state.global_step)
+        self.progression.attach(kwargs["optimizer"])
+        self.progression.step(self._place(state.global_step))
+        self._flips = FlipRatio(model)
+        trackers = [name for name in args.report_to or [] if name != "none"]
+        if trackers and self._trainer is None:
+            logger.warning(
+                "%s will not see StoMPP's metrics, which reach the progress bar and log_history only; add "
+                "StoMPPTrainerCallback().attach(trainer) in place of callbacks=[StoMPPTrainerCallback()].",
+                ", ".join(trackers),
+            )
+
+    def _bind(self, model: Any, state: Any) -> None:
+        from .plan import binary_layers, get_plan, planned_model
+
+        layers = binary_layers(model)
+        root = planned_model(model)
+        first = next(iter(layers.values()))
+        fingerprint = get_plan(model).fingerprint(getattr(root, "base_model_prefix", ""))
+        if state.global_step > 0:
+            self._check_resumed(layers, fingerprint, state.global_step)
+        elif first.total_steps and first.step and id(root) not in self._started_on:
+            if not Progression(root, first.total_steps).is_complete(first.step):
+                raise CheckpointError(
+                    f"this model is at step {first.step} of {first.total_steps} of its progression, and training "
+                    "starts at step 0. To go on: trainer.train(resume_from_checkpoint=...). To start over: "
+                    "restore_model(model), then binarize_model(model, config)."
+                )
+        self.progression = Progression(root, state.max_steps, rescale=self.rescale)
+        self._holds_complete = (
+            id(root) not in self._started_on or first.step >= first.total_steps
+        ) and self._was_complete(first, state.global_step)
+        if self._holds_complete:
+            logger.warning(
+                "this model is fully binary already, and stays so: training goes on with every stage frozen. To "
+                "freeze it anew: restore_model(model), then binarize_model(model, config)."
+            )
+        self._started_on = {id(root)}
+
+    def _was_complete(self, first: Any, global_step: int) -> bool:
+        return bool(first.step > global_step and self.progression and self.progression.is_complete(first.step))
+
+    def _check_resumed(self, layers: dict[str, Any], fingerprint: int, step: int) -> None:
+        empty = [name for name, layer in layers.items() if not layer.total_steps]
+        if empty:
+            raise CheckpointError(
+                f"the checkpoint holds no StoMPP state for {', '.join(empty[:4])}: it was saved before binarize_model, "
+                "or by another model. Resume from a checkpoint of this run, or start without resume_from_checkpoint."
+            )
+        for name, layer in layers.items():
+            if layer.fingerprint != fingerprint:
+                raise CheckpointError(
+                    f"the checkpoint was trained with other layers, stages, order, schedule or seed than this model "
+                    f"(seen at {name}): binarize the model with the StoMPPConfig in the checkpoint's config.json, or "
+                    "load it from there with from_pretrained, which needs no binarize_model."
+                )
+            if layer.step < step:
+                raise CheckpointError(
+                    f"{name} was saved at step {layer.step}, and the checkpoint's trainer_state.json says {step}: its "
+                    "files do not belong together. Resume from another checkpoint."
+                )
+
+    def _place(self, global_step: int) -> int:
+        assert self.progression is not None
+        return max(global_step, self.progression.total_steps) if self._holds_complete else global_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._required().step(self._place(state.global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        progression = self._required()
+        progression.step(self._place(state.global_step))
+        # A metric that stands now was measured at an earlier step.
+        self._forget_best(state, state.global_step - 1)
+        if self._trainer is not None:
+            self._show_stage(progression)
+
+    def _show_stage(self, progression: Progression) -> None:
+        for callback in self._trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                number, name, share = progression.stage_in_transition()
+                bar.set_postfix_str(f"stage {number}/{progression.plan.stage_count} {name} {share:.0%}", refresh=False)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._forget_best(state, state.global_step, metric=False)
+
+    def _forget_best(self, state: Any, step: int, metric: bool = True) -> None:
+        """Accuracy dips as layers freeze, so the best model so far would always be one that is not binary."""
+        if self._required().is_complete(self._place(step)):
+            return
+        state.best_model_checkpoint = None
+        if metric:
+            state.best_metric = state.best_global_step = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.progression is None or not logs or "loss" not in logs:
+            return
+        self.progression.check_latents()
+        if "stompp_stage" not in logs:
+            metrics = self._metrics()
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+        if self._trainer is None:  # after the record is made: only the progress bar shows it
+            logs["stompp_freezing"] = self.progression.stage_in_transition()[1]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        progression = self._required()
+        rest = progression.unfinished_stages(self._place(state.global_step))
+        if rest:
+            logger.warning(
+                "training ended at step %d, before these stages were frozen: %s. The model is not fully binary. The "
+                "progression has %d steps: train to its end (resume_from_checkpoint), or set `end` earlier; early "
+                "stopping and a smaller max_steps on a resume cut it short.",
+                state.global_step, ", ".join(rest), progression.total_steps,
+            )  # fmt: skip
+        progression.detach()
+
+    def _required(self) -> Progression:
+        if self.progression is None:
+            raise NotBinarizedError("StoMPPTrainerCallback: training has not begun; call trainer.train().")
+        return self.progression

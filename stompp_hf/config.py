@@ -1,0 +1,216 @@
+"""StoMPPConfig: every option of the library in one dataclass, with all its checks."""
+
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import ConfigError
+from .schedules import SCHEDULES
+
+ORDERS = ("forward", "reverse", "global")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class StoMPPConfig:
+    """What is binarized, when, and what frozen entries pass back.
+
+    The defaults suit fine-tuning a pre-trained checkpoint; `StoMPPConfig.paper()` is the rule of Smith and Islam
+    (2026) without scales and thresholds. Works as a dataclass of `HfArgumentParser`, and survives a JSON round trip.
+
+    Raises:
+        ConfigError: an option, or a pair of options, that makes no sense; the message shows a call that works.
+    """
+
+    binarize: Literal["weights_and_activations", "weights", "nothing"] = _option(
+        "weights_and_activations",
+        "What becomes binary: weights and the activations that enter each layer (BNN, W1A1), weights only (BWN, "
+        "W1A32), or nothing (full precision, as a baseline on the same code path).",
+    )
+    frozen_gradient: Literal["zero", "ste", "clipped_ste"] = _option(
+        "ste",
+        "What frozen entries pass back: zero (STE-free), ste (identity surrogate), or clipped_ste (identity inside "
+        "the clip range). Unfrozen entries always pass their true gradient.",
+    )
+    order: str = _option(
+        "forward",
+        "Order in which stages freeze: forward (input to output), reverse, global (all at once), or a comma-separated "
+        "list of module names or patterns (in Python also a list of strings).",
+    )
+    schedule: str = _option("cubic", f"Frozen fraction over a stage's window: one of {', '.join(SCHEDULES)}.")
+    refresh_rate: int = _option(100, "Soft refresh r: each step redraws the membership of 1/r of the entries.")
+    stages: str = _option(
+        "block", "What freezes together: module, block (a repeated layer of the model), or a number of equal stages."
+    )
+    within_stage: Literal["together", "forward"] = _option(
+        "together", "Modules of one stage share its window (together), or split it in execution order (forward)."
+    )
+    start: float = _option(0.0, "Fraction of the run at which the first stage's window opens.")
+    end: float = _option(0.8, "Fraction of the run at which the last stage is frozen; start = end = 0 is vanilla STE.")
+    weight_scale: Literal["none", "tensor", "channel"] = _option(
+        "channel", "Magnitude of a binary weight: 1 (none), one value a tensor, or one an output channel."
+    )
+    learn_weight_scale: bool = _option(True, "Train the weight scales (they start at mean |w|) instead of fixing them.")
+    weight_clip: float | None = _option(
+        None, "Clip of unfrozen weights at -c and c; unset: wide enough that nothing is clipped."
+    )
+    activation_scale: Literal["none", "layer"] = _option(
+        "layer", "Magnitude of a binary activation: 1 (none), or one value a layer."
+    )
+    learn_activation_scale: bool = _option(True, "Train the activation scales instead of fixing them.")
+    activation_threshold: Literal["none", "zero", "mean"] = _option(
+        "zero",
+        "Threshold b of sign(u - b), one a feature: none (b = 0), starting at zero, or at the mean of the feature.",
+    )
+    learn_activation_threshold: bool = _option(True, "Train the thresholds instead of fixing them.")
+    activation_levels: Literal["symmetric", "auto"] = _option(
+        "auto", "Levels {-a, a} everywhere (symmetric), or {0, 2a} where the input has one sign (auto: ReLU, GELU)."
+    )
+    activation_clip: float | None = _option(
+        None, "Clip of unfrozen activations at -c and c; unset: the range of the calibration data, with a margin."
+    )
+    target_modules: list[str] | None = _option(None, "Names or patterns of the modules to binarize; unset: all that fit.")
+    exclude_modules: list[str] | None = _option(None, "Names or patterns of modules to leave real.")
+    first_layer: Literal["keep", "binarize"] = _option("keep", "Layers that run before the first repeated block.")
+    head: Literal["keep", "binarize"] = _option("keep", "Layers that run after the last repeated block.")
+    keep_dtype: bool = _option(False, "Keep half-precision latent weights (small updates vanish) instead of float32.")
+    check_every: int = _option(100, "Look for non-finite activations every this many steps; 0 never looks.")
+    mask_seed: int = _option(0, "Seed of the masks, apart from the seed of the run.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, (list, tuple)):
+            self.order = ",".join(self.order)
+        self.stages = str(self.stages)
+        for option in dataclasses.fields(self):
+            choices = getattr(option.type, "__args__", None) if "Literal" in str(option.type) else None
+            if choices and getattr(self, option.name) not in choices:
+                self._refuse(option.name, f"is not one of {', '.join(map(repr, choices))}")
+        if self.schedule not in SCHEDULES:
+            self._refuse("schedule", f"is not one of {', '.join(map(repr, SCHEDULES))}")
+        if not self.order_patterns and self.order not in ORDERS:
+            self._refuse("order", f"is empty; use one of {', '.join(ORDERS)}, or a list of module names")
+        if self.stages not in ("module", "block") and not (self.stages.isdigit() and int(self.stages) > 0):
+            self._refuse("stages", "is neither 'module' nor 'block' nor a positive number, as in stages=6")
+        if isinstance(self.refresh_rate, bool) or not isinstance(self.refresh_rate, int) or self.refresh_rate < 1:
+            self._refuse("refresh_rate", "must be a whole number of at least 1, as in refresh_rate=100")
+        if not isinstance(self.check_every, int) or self.check_every < 0:
+            self._refuse("check_every", "must be 0 (never) or a positive number of steps")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+                self._refuse(name, "must be a fraction of the run, between 0 and 1")
+        if self.start > self.end:
+            self._refuse("start", f"is after end={self.end}; use start <= end, as in start=0.1, end=0.8")
+        for name in ("weight_clip", "activation_clip"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0.0 < value < float("inf")):
+                self._refuse(name, "must be a positive number, or None")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, [value])
+            elif value is not None and not (value and all(isinstance(item, str) and item for item in value)):
+                self._refuse(name, "must be a list of names or patterns, or None")
+        if self.weight_scale == "none" and self.learn_weight_scale:
+            self._refuse("learn_weight_scale", "needs a scale: add weight_scale='channel', or set it to False")
+        if self.activation_scale == "none" and self.learn_activation_scale:
+            self._refuse("learn_activation_scale", "needs a scale: add activation_scale='layer', or set it to False")
+        if self.activation_threshold == "none" and self.learn_activation_threshold:
+            self._refuse(
+                "learn_activation_threshold", "needs a threshold: add activation_threshold='zero', or set it to False"
+            )
+        if self.activation_levels == "auto" and "none" in (self.activation_scale, self.activation_threshold):
+            self._refuse(
+                "activation_levels",
+                "needs a scale and a threshold; use activation_levels='symmetric', or activation_scale='layer' with "
+                "activation_threshold='zero'",
+            )
+
+    def _refuse(self, name: str, why: str) -> None:
+        raise ConfigError(f"StoMPPConfig: {name}={getattr(self, name)!r} {why}.")
+
+    @property
+    def order_patterns(self) -> list[str]:
+        """The patterns of an explicit order; empty for forward, reverse and global."""
+        return [] if self.order in ORDERS else [item.strip() for item in self.order.split(",") if item.strip()]
+
+    @property
+    def binary_weights(self) -> bool:
+        """Whether weights become binary."""
+        return self.binarize != "nothing"
+
+    @property
+    def binary_activations(self) -> bool:
+        """Whether activations become binary."""
+        return self.binarize == "weights_and_activations"
+
+    @classmethod
+    def paper(cls, **options: Any) -> "StoMPPConfig":
+        """The rule of Smith and Islam (2026): sign and clip at 1, no scale, no threshold, STE-free, module by module.
+
+        Their StoMPP+STE is `StoMPPConfig.paper(frozen_gradient="ste")`.
+        """
+        values: dict[str, Any] = {
+            "frozen_gradient": "zero",
+            "stages": "module",
+            "start": 0.0,
+            "end": 1.0,
+            "weight_scale": "none",
+            "learn_weight_scale": False,
+            "weight_clip": 1.0,
+            "activation_scale": "none",
+            "learn_activation_scale": False,
+            "activation_threshold": "none",
+            "learn_activation_threshold": False,
+            "activation_levels": "symmetric",
+            "activation_clip": 1.0,
+        }
+        return cls(**{**values, **options})
+
+    def as_vanilla_ste(self) -> "StoMPPConfig":
+        """The baseline of this configuration: everything frozen from step 0, identity surrogate everywhere."""
+        return dataclasses.replace(self, start=0.0, end=0.0, frozen_gradient="ste")
+
+    def as_full_precision(self) -> "StoMPPConfig":
+        """The same code path with nothing binarized."""
+        return dataclasses.replace(self, binarize="nothing")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "StoMPPConfig":
+        """The inverse of `to_dict`; an unknown option raises ConfigError and names the nearest one."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"StoMPPConfig.from_dict needs a dictionary of options, not {type(values).__name__}.")
+        known = [option.name for option in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}."
+                raise ConfigError(f"StoMPPConfig has no option {name!r}; {hint}")
+        return cls(**values)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The options as a JSON text, written to `path` when one is given."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> "StoMPPConfig":
+        """Options from a JSON text, or from the path of a JSON file."""
+        text = str(source)
+        if not text.lstrip().startswith("{"):
+            with open(source, encoding="utf-8") as file:
+                text = file.read()
+        return cls.from_dict(json.loads(text))

@@ -1,0 +1,37 @@
+"""The errors of this library. Each one says which option or module, what was wrong, and the call that would work."""
+
+
+class StoMPPError(Exception):
+    """Base class of every error that this library raises on its own account."""
+
+
+class ConfigError(StoMPPError, ValueError):
+    """An option, or a pair of options, that makes no sense."""
+
+
+class AlreadyBinarizedError(StoMPPError, ValueError):
+    """`binarize_model` was called on a model that has binary layers already."""
+
+
+class PatternError(StoMPPError, ValueError):
+    """A pattern in `target_modules`, `exclude_modules` or `order` matches no module."""
+
+
+class NothingToBinarizeError(StoMPPError, ValueError):
+    """No module is left to binarize; the message says which rule removed which candidates."""
+
+
+class NotBinarizedError(StoMPPError, ValueError):
+    """A model without binary layers was handed to something that needs them."""
+
+
+class NotCalibratedError(StoMPPError, RuntimeError):
+    """A committed layer was run before its activation values were set."""
+
+
+class CheckpointError(StoMPPError, ValueError):
+    """A checkpoint does not fit the model, or the run that it is to continue."""
+
+
+class NonFiniteError(StoMPPError, ArithmeticError):
+    """A latent weight or an activation is NaN or infinite; sign() would have hidden it."""

@@ -1,0 +1,43 @@
+"""Hold frozen latents against the optimizer, so that sign(latent) is the committed sign and nothing has to be saved."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .modules import FROZEN, TRANSITION, BinaryLayer
+
+
+def hold_frozen(optimizer: Any, layers: list[BinaryLayer]) -> list[Any]:
+    """Register step hooks on an optimizer: fully frozen weights are skipped, frozen entries get their latent back.
+
+    Returns the hooks' handles.
+
+    Raises:
+        ConfigError: the optimizer has no step hooks.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the user's optimizer
+    if not hasattr(inner, "register_step_pre_hook") or not hasattr(inner, "register_step_post_hook"):
+        raise ConfigError(
+            f"frozen_gradient='zero' needs an optimizer whose steps can be hooked, to hold frozen entries, and "
+            f"{type(inner).__name__} has no step hooks. Use a torch.optim optimizer, or frozen_gradient='ste'."
+        )
+    before: list[tuple[BinaryLayer, Tensor]] = []
+
+    def keep(*_: Any) -> None:
+        before.clear()
+        for layer in layers:
+            if layer.stage_state == FROZEN:
+                layer.weight.grad = None  # torch optimizers skip it: no inertia, no decay
+            elif layer.stage_state == TRANSITION and layer.weight_mask is not None:
+                before.append((layer, layer.weight.detach().clone()))
+
+    def put_back(*_: Any) -> None:
+        with torch.no_grad():
+            for layer, weight in before:
+                if layer.weight_mask is not None:
+                    layer.weight.lerp_(weight, layer.weight_mask)  # exact for a mask of zeros and ones
+        before.clear()
+
+    return [inner.register_step_pre_hook(keep), inner.register_step_post_hook(put_back)]

@@ -1,0 +1,103 @@
+"""Starting values of a layer's activation scale, threshold and clip range, from what enters the layer.
+
+An `Observer` watches one layer during the training step in which its stage's window opens (the frozen fraction is 0
+then, so the layer still computes with real values), over all its calls and micro-batches; `Progression` turns what it
+saw into values before the next step. Not earlier: while the stages in front are still real, the inputs are others.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_ROWS = 2048
+"""Rows (positions) kept of one call; more are thinned out evenly."""
+
+RANGE_MARGIN = 0.5
+"""Room on each side of the observed range, as a share of it, before unfrozen activations are clipped."""
+
+ONE_SIDED_PRODUCERS = ("relu", "gelu", "silu", "swish", "mish", "softmax", "sigmoid")
+
+
+def padding_masks(kwargs: dict[str, object]) -> list[Tensor]:
+    """The (batch, positions) attention masks among a model's keyword arguments."""
+    found = [kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")]
+    return [mask for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
+
+
+class Observer:
+    """Rows of what entered one layer, one row a position, features last."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+        self.masks: list[Tensor] = []
+
+    def see(self, x: Tensor) -> None:
+        """Keep (at most MAX_ROWS, evenly thinned) rows of a call's input, without padded positions if known."""
+        # Activation checkpointing runs the layer again inside the backward pass: the same data, seen already.
+        if torch._C._current_graph_task_id() != -1:
+            return
+        with torch.no_grad():
+            rows = x.detach().reshape(-1, x.shape[-1])
+            for mask in self.masks:
+                if tuple(mask.shape) == tuple(x.shape[:-1]):
+                    rows = rows[mask.reshape(-1).to(rows.device).bool()]
+                    break
+            stride = -(-max(1, rows.shape[0]) // MAX_ROWS)
+            exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+            self.rows.append(rows[::stride].to(exact, copy=True))
+
+
+@dataclass
+class ActivationValues:
+    """What a layer needs to binarize its input: a, b, the clip's edges, and the offset in units of a."""
+
+    scale: Tensor
+    threshold: Tensor
+    low: Tensor
+    high: Tensor
+    offset: float
+
+
+def _reduce(value: Tensor, how: str = "sum") -> Tensor:
+    """Over all ranks when torch.distributed runs, so that equal values come from different data."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        operations = torch.distributed.ReduceOp
+        operation = {"sum": operations.SUM, "min": operations.MIN, "max": operations.MAX}[how]
+        torch.distributed.all_reduce(value, op=operation)
+    return value
+
+
+def activation_values(rows: Tensor, threshold: str, levels: str, producer: str | None) -> ActivationValues:
+    """Starting values from observed rows.
+
+    Forward:  two-sided input: b = 0 or the mean of each feature, a = mean |u - b|, levels {-a, a};
+              one-sided input (levels = "auto", and the input is never negative or comes from a ReLU-like
+              activation): levels {0, 2a} with a the threshold of all features, by Lloyd's rule on the rows
+              low, high = the observed range, widened by RANGE_MARGIN of it on each side
+    Source:   this library's choice.
+
+    Args:
+        rows: (rows, features), real.
+        threshold: "none", "zero" or "mean".
+        levels: "symmetric" or "auto".
+        producer: class name of the module whose output this is, if known.
+    """
+    count = _reduce(torch.tensor(float(rows.shape[0]), dtype=rows.dtype, device=rows.device)).clamp(min=1.0)
+    features = rows.shape[1]
+    empty = rows.shape[0] == 0
+    low = _reduce(rows.new_tensor(torch.inf) if empty else rows.min(), "min").reshape(1)
+    high = _reduce(rows.new_tensor(-torch.inf) if empty else rows.max(), "max").reshape(1)
+    margin = (high - low) * RANGE_MARGIN
+    named = producer is not None and any(word in producer.lower() for word in ONE_SIDED_PRODUCERS)
+    if levels == "auto" and (named or bool(low >= 0)) and bool(high > 0):
+        cut = _reduce(rows.clamp(min=0).sum()) / (count * features)
+        for _ in range(10):
+            above = rows > cut
+            total = _reduce(torch.stack([(rows * above).sum(), above.sum().to(rows.dtype)]))
+            cut = total[0] / total[1].clamp(min=1.0) / 2
+        scale = cut.reshape(1)
+        return ActivationValues(scale, scale.expand(features).clone(), low - margin, high + margin, 1.0)
+    start = _reduce(rows.sum(0)) / count if threshold == "mean" else rows.new_zeros(features)
+    scale = (_reduce((rows - start).abs().sum()) / (count * features)).reshape(1)
+    return ActivationValues(scale, start, low - margin, high + margin, 0.0)

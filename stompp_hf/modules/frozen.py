@@ -1,0 +1,142 @@
+"""The product of a fully frozen layer: exact plus-minus-one operands first, one affine map after it.
+
+The product of signs is a sum of integers, exact in float32 in any order, so training, packed storage and kernels
+agree bit for bit; scaling the operands instead would round, and one rounding flips a sign further down.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..functional import Surrogate, hard, inside
+from .product import Product
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        activation_scale: Tensor | None,
+        threshold: Tensor | None,
+        bias: Tensor | None,
+        clips: tuple[Tensor | None, Tensor | None, Tensor | None],
+        product: Product,
+        offset: float,
+        surrogate: str,
+    ) -> Tensor:
+        binary_input = activation_scale is not None
+        signs = hard(x if threshold is None else x - product.per_feature(threshold, x)) if binary_input else x
+        weight_signs = hard(weight)
+        z = product(signs, weight_signs)
+        scale = weight_scale * activation_scale if binary_input else weight_scale
+        row_sums = weight_signs.sum(product.feature_dim) if offset else None
+        shift = bias
+        if row_sums is not None:
+            shift = scale * (row_sums * offset) if bias is None else bias + scale * (row_sums * offset)
+        y = z * product.per_channel(scale, z)
+        if shift is not None:
+            y = y.add_(product.per_channel(shift, z))
+
+        needs = ctx.needs_input_grad
+        passes = surrogate != "zero"
+        # What the backward pass needs, and no more: an STE-free layer with fixed scales saves nothing at all.
+        keeps_x = surrogate == "clipped_ste" and binary_input
+        keeps_signs = binary_input and passes and needs[1] and not keeps_x
+        ctx.save_for_backward(
+            x if keeps_x or (not binary_input and passes and needs[1]) else None,
+            signs > 0 if keeps_signs else None,
+            weight if (passes or not binary_input) and (needs[0] or needs[1] or needs[4]) else None,
+            weight_scale,
+            activation_scale,
+            threshold,
+            z if needs[2] or needs[3] else None,
+            row_sums,
+            *clips,
+        )
+        ctx.product, ctx.offset, ctx.surrogate = product, offset, surrogate
+        ctx.binary_input = binary_input
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, sign_bits, weight, s, a, threshold, z, row_sums, low, high, clip = ctx.saved_tensors
+        wants_x, wants_weight, wants_s, wants_a, wants_threshold, wants_bias = ctx.needs_input_grad[:6]
+        product, offset, surrogate = ctx.product, ctx.offset, ctx.surrogate
+        clipped, passes = surrogate == "clipped_ste", surrogate != "zero"
+        grad_x = grad_weight = grad_s = grad_a = grad_threshold = None
+
+        if weight is not None and (wants_x or wants_threshold) and (passes or not ctx.binary_input):
+            grad_x = product.grad_input(grad * product.per_channel(s, grad), hard(weight))
+            if ctx.binary_input and clipped:
+                within = inside(x, low, high)
+                grad_x = grad_x if within is None else grad_x * within
+            if wants_threshold:
+                grad_threshold = -product.feature_sums(grad_x)
+        if weight is not None and wants_weight and passes:
+            if sign_bits is not None:
+                operand = sign_bits.to(grad.dtype).mul_(2).sub_(1)
+            elif ctx.binary_input:
+                operand = hard(x if threshold is None else x - product.per_feature(threshold, x))
+            else:
+                operand = x
+            if ctx.binary_input:
+                operand = operand.add_(offset).mul_(a) if offset else operand.mul_(a)
+            grad_weight = product.grad_weight(grad, operand)
+            if clipped:
+                within = inside(weight, None if clip is None else -clip, clip)
+                grad_weight = grad_weight if within is None else grad_weight * within
+        if wants_s or wants_a:
+            levels = z if row_sums is None else z + product.per_channel(row_sums * offset, z)
+            per_channel = product.channel_sums(grad * levels)
+            if wants_s:
+                grad_s = (per_channel if a is None else per_channel * a).sum_to_size(s.shape)
+            if wants_a:
+                grad_a = (per_channel * s).sum().reshape(a.shape)
+        grad_bias = product.channel_sums(grad) if wants_bias else None
+        return (grad_x if wants_x else None), grad_weight, grad_s, grad_a, grad_threshold, grad_bias, *[None] * 4
+
+
+def frozen_product(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor | None,
+    threshold: Tensor | None,
+    bias: Tensor | None,
+    clips: tuple[Tensor | None, Tensor | None, Tensor | None],
+    product: Product,
+    offset: float,
+    surrogate: Surrogate,
+) -> Tensor:
+    """Output of a layer whose entries are all frozen.
+
+    Forward:  z = product(sign(x - b), sign(w));  y = (s * a) * z + (bias + (s * a) * offset * rowsum(sign(w)))
+              with real inputs (BWN): z = product(x, sign(w));  y = s * z + bias
+    Backward: with u' and w' the binary operands and g' their gradients: dL/dx = k * g', dL/dw = k * g' (the surrogate
+              is never multiplied by the scale); dL/ds, dL/da and dL/db as in METHOD's closed form, s and a from z
+              without a second product. STE-free (k = 0) both products of the backward pass are skipped and undefined
+              gradients returned: never detach the layer instead, DDP would wait for it.
+    Source:   the rule is Smith and Islam's (2026); scales, thresholds, and scaling after the product are this
+              library's choice.
+
+    Args:
+        x: input, (..., in_features) for a linear layer, float32 or float64.
+        weight: latent weight, same dtype.
+        weight_scale: s, (out,) or (1,).
+        activation_scale: a, (1,); None leaves the input real.
+        threshold: b, (in,), or None for 0.
+        bias: (out,), or None.
+        clips: low and high of the activation, c of the weight; read by `clipped_ste` only.
+        product: the layer's product.
+        offset: 0.0 for the levels {-a, a}, 1.0 for {0, 2a}.
+        surrogate: what frozen entries pass back.
+    """
+    return _FrozenProduct.apply(
+        x, weight, weight_scale, activation_scale, threshold, bias, clips, product, offset, surrogate
+    )

@@ -1,0 +1,84 @@
+"""The bilinear product of a layer, apart from its bias: what a binary layer needs to know about its plain class.
+
+A later layer class (a convolution, a packed layer) joins with a `Product` of its own; the frozen path and the mixes
+are written once, against this interface.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Product(Protocol):
+    """z = product(x, w), its two gradients, and where channels and features are."""
+
+    channel_dim: int
+    """Dimension of the weight that holds the output channels."""
+    feature_dim: int
+    """Dimension of the weight that holds the input features."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """z, without bias."""
+
+    def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """dL/dx from dL/dz."""
+
+    def grad_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+        """dL/dw from dL/dz."""
+
+    def per_channel(self, values: Tensor, z: Tensor) -> Tensor:
+        """`values`, one an output channel (or a single one), in a shape that broadcasts over z."""
+
+    def per_feature(self, values: Tensor, x: Tensor) -> Tensor:
+        """`values`, one an input feature (or a single one), in a shape that broadcasts over x."""
+
+    def channel_sums(self, z: Tensor) -> Tensor:
+        """Sum of z over everything but its output channels, (out,)."""
+
+    def feature_sums(self, x: Tensor) -> Tensor:
+        """Sum of x over everything but its input features, (in,)."""
+
+
+class LinearProduct:
+    """nn.Linear: z = x @ w.T, with w of shape (out_features, in_features)."""
+
+    channel_dim = 0
+    feature_dim = 1
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight)
+
+    def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return grad.matmul(weight)
+
+    def grad_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
+
+    def per_channel(self, values: Tensor, z: Tensor) -> Tensor:
+        return values
+
+    def per_feature(self, values: Tensor, x: Tensor) -> Tensor:
+        return values
+
+    def channel_sums(self, z: Tensor) -> Tensor:
+        return z.reshape(-1, z.shape[-1]).sum(0)
+
+    def feature_sums(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).sum(0)
+
+
+class TransposedLinearProduct(LinearProduct):
+    """transformers' Conv1D: z = x @ w, with w of shape (in_features, out_features)."""
+
+    channel_dim = 1
+    feature_dim = 0
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x.matmul(weight)
+
+    def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return grad.matmul(weight.t())
+
+    def grad_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).t().mm(grad.reshape(-1, grad.shape[-1]))

@@ -1,0 +1,62 @@
+"""Parameter groups: what weight decay may touch in a binary network, and an optimizer for Trainer that uses them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .modules import OWN_TENSORS
+from .plan import binary_layers, planned_model
+
+_NORMS = ("layernorm", "rmsnorm", "batchnorm", "groupnorm", "norm")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: decayed, and not decayed.
+
+    Latent weights, scales and thresholds are not decayed: decay pulls latents to 0, where signs flip, and shrinks the
+    scales that alone carry magnitude. As usual, biases and normalization weights are not decayed either.
+
+    Args:
+        model: a binarized model, or a wrapper of one.
+        weight_decay: decay of the first group.
+        lr: learning rate of both groups; left to the optimizer if None.
+
+    Raises:
+        NotBinarizedError: the model has no binary layers.
+    """
+    own: set[int] = set()
+    for layer in binary_layers(planned_model(model)).values():
+        own.add(id(layer.weight))
+        own.update(id(getattr(layer, name)) for name in OWN_TENSORS)
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if any(type(module).__name__.lower().endswith(word) or word in type(module).__name__.lower() for word in _NORMS)
+        for parameter in module.parameters(recurse=False)
+    }
+    decayed, spared = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spare = id(parameter) in own or id(parameter) in norms or name.endswith("bias")
+            (spared if spare else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    for group in groups:
+        if lr is not None:
+            group["lr"] = lr
+    return [group for group in groups if group["params"]]
+
+
+def create_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
+    """The optimizer that `TrainingArguments` asks for, with the groups above.
+
+    Use: `Trainer(model, args, ..., optimizers=(create_optimizer(model, args), None))`.
+    """
+    from transformers import Trainer
+
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+    options = {key: value for key, value in options.items() if key not in ("params", "model", "optimizer_dict")}
+    return cls(parameter_groups(model, args.weight_decay), **options)  # type: ignore[no-any-return]

@@ -1,0 +1,134 @@
+"""The plan of a binarized model: which layers, in which order, in which stages. Saved with the model as JSON."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .config import StoMPPConfig
+from .errors import CheckpointError, NotBinarizedError
+from .modules import BinaryLayer
+
+FORMAT_VERSION = 1
+_ATTRIBUTE = "stompp_plan"
+
+
+@dataclass
+class Entry:
+    """One binary layer: its name, its place in the progression, and what produces its input."""
+
+    name: str
+    stage: int
+    stage_name: str
+    producer: str | None = None
+
+
+@dataclass
+class Plan:
+    """The binary layers of a model in the order in which they freeze, and what was left real and why."""
+
+    config: StoMPPConfig
+    entries: list[Entry]
+    left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def stage_count(self) -> int:
+        """Number of stages."""
+        return 1 + max(entry.stage for entry in self.entries)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Name of each stage, in the order in which they freeze."""
+        return list({entry.stage: entry.stage_name for entry in self.entries}.values())
+
+    def fingerprint(self, prefix: str = "") -> int:
+        """A number that two plans share exactly if they freeze the same layers at the same times.
+
+        Names are compared without `prefix`, a model's `base_model_prefix`, which AutoModel drops.
+        """
+        config = self.config
+        text = json.dumps(
+            [
+                [config.binarize, config.schedule, config.refresh_rate, config.within_stage, config.mask_seed],
+                [config.start, config.end],
+                [[entry.name.removeprefix(f"{prefix}."), entry.stage] for entry in self.entries],
+            ]
+        )
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "config": self.config.to_dict(),
+            "modules": [asdict(entry) for entry in self.entries],
+            "left": dict(self.left),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Plan":
+        """The inverse of `to_dict`.
+
+        Raises:
+            CheckpointError: a newer format, or values that are no plan.
+        """
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"quantization_config: format_version is {version!r}, and this release of stompp_hf reads "
+                f"{FORMAT_VERSION}; install the release that wrote the checkpoint, or a newer one."
+            )
+        try:
+            entries = [Entry(**entry) for entry in values["modules"]]
+            plan = cls(StoMPPConfig.from_dict(values["config"]), entries, dict(values.get("left") or {}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"quantization_config is damaged ({error!r}); save the model again.") from error
+        if not entries or sorted({entry.stage for entry in entries}) != list(range(plan.stage_count)):
+            raise CheckpointError("quantization_config is damaged: its stages are not numbered from 0 without a gap.")
+        return plan
+
+
+def set_plan(model: nn.Module, plan: Plan | None) -> None:
+    """Attach a plan to the model it describes, or remove it."""
+    if plan is None:
+        delattr(model, _ATTRIBUTE)
+    else:
+        setattr(model, _ATTRIBUTE, plan)
+
+
+def planned_model(model: nn.Module) -> nn.Module:
+    """The module inside `model` (itself, or what DDP, PEFT or compile wraps) that carries a plan.
+
+    Raises:
+        NotBinarizedError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, _ATTRIBUTE, None), Plan):
+            return module
+    raise NotBinarizedError(
+        f"{type(model).__name__} has no binary layers. Call `model = stompp_hf.binarize_model(model, StoMPPConfig())` "
+        "first (with Trainer: before `Trainer(...)` is created)."
+    )
+
+
+def get_plan(model: nn.Module) -> Plan:
+    """The plan of a binarized model; raises NotBinarizedError where there is none."""
+    plan: Plan = getattr(planned_model(model), _ATTRIBUTE)
+    return plan
+
+
+def binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:
+    """The binary layers of a model by name, in the order in which they freeze."""
+    root = planned_model(model)
+    found: dict[str, BinaryLayer] = {}
+    for entry in get_plan(root).entries:
+        module = root.get_submodule(entry.name)
+        if not isinstance(module, BinaryLayer):
+            raise NotBinarizedError(
+                f"{entry.name} should be a binary layer and is a {type(module).__name__}: it was replaced after "
+                "binarize_model. Binarize last, or restore_model(model) and binarize again."
+            )
+        found[entry.name] = module
+    return found

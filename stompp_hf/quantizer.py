@@ -1,0 +1,137 @@
+"""Saving and reloading through transformers: the training format, as a quantization method of its own.
+
+A binarized model's config carries a `StoMPPQuantizationConfig`; `save_pretrained` writes it, and `from_pretrained`
+hands it to `StoMPPQuantizer`, which re-creates the binary layers before the weights are loaded. Importing this module
+registers both; without that import transformers would fill the layers at random.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .config import StoMPPConfig
+from .errors import CheckpointError
+from .modules import OWN_TENSORS, BinaryLayer
+from .plan import Entry, Plan
+from .progression import Progression
+from .surgery import convert
+
+logger = logging.getLogger(__name__)
+METHOD = "stompp"
+TRAINING_FORMAT = "training"
+
+
+class StoMPPQuantizationConfig(QuantizationConfigMixin):
+    """The plan of a binarized model, in the form in which transformers saves and reads it.
+
+    Holds plain JSON values; `plan()` gives the checked `Plan`. Unknown keys are kept: a newer release may add some,
+    and `format_version` tells whether they matter.
+    """
+
+    def __init__(self, format: str = TRAINING_FORMAT, **values: Any) -> None:
+        values.pop("quant_method", None)
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes a plain string for outside methods
+        self.format = format
+        self.__dict__.update(values)
+
+    def plan(self) -> Plan:
+        """The plan, checked; raises CheckpointError where the values are none."""
+        if self.format != TRAINING_FORMAT:
+            raise CheckpointError(
+                f"quantization_config: format={self.format!r} is unknown to this release, which reads "
+                f"{TRAINING_FORMAT!r}; install a newer stompp_hf."
+            )
+        return Plan.from_dict(self.__dict__)
+
+
+class StoMPPQuantizer(HfQuantizer):
+    """Re-creates binary layers for `from_pretrained`; afterwards the model is an ordinary, trainable one."""
+
+    requires_calibration = False
+    quantization_config: StoMPPQuantizationConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise CheckpointError(
+                "from_pretrained(quantization_config=...) loads StoMPP checkpoints only. For a plain checkpoint: "
+                "model = AutoModel....from_pretrained(path); model = stompp_hf.binarize_model(model, StoMPPConfig())."
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        plan = self.quantization_config.plan()
+        prefix = model.base_model_prefix
+        for entry in plan.entries:
+            entry.name = _name_in(model, entry, prefix)
+        convert(model, plan)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if isinstance(kwargs.get("device_map"), dict) and "disk" in kwargs["device_map"].values():
+            logger.warning("layers of this model are offloaded to disk; it can run, and cannot be trained.")
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, BinaryLayer)}
+        for name, layer in layers.items():
+            for own in OWN_TENSORS:
+                tensor = getattr(layer, own)
+                if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
+                    raise CheckpointError(
+                        f"{name}.{own} is missing in the checkpoint, although its config.json says that the layer is "
+                        "binary: the weights were saved without it, or the file is not the one that belongs here."
+                    )
+            layer.read_state()
+        # From here on the model is a plain one to transformers and Trainer; only its config remembers.
+        model.config.quantization_config = StoMPPQuantizationConfig(**model.stompp_plan.to_dict())
+        model.is_quantized = False
+        for attribute in ("hf_quantizer", "quantization_method"):
+            if attribute in model.__dict__:
+                delattr(model, attribute)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+        first = next(iter(layers.values()))
+        if first.total_steps:
+            progression = Progression(model, first.total_steps)
+            progression.step(first.step)
+            progression.detach()
+        if kwargs.get("dtype") in (torch.float16, torch.bfloat16):
+            logger.warning("loaded as %s: fine to run, but small updates vanish when it is trained.", kwargs["dtype"])
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+
+def _name_in(model: PreTrainedModel, entry: Entry, prefix: str) -> str:
+    """The name that a saved layer has in `model`, which may have gained or lost its base model's prefix."""
+    modules = dict(model.named_modules())
+    for name in (entry.name, entry.name.removeprefix(f"{prefix}."), f"{prefix}.{entry.name}"):
+        if name in modules:
+            return name
+    raise CheckpointError(
+        f"the checkpoint says that {entry.name} is binary, and {type(model).__name__} has no such layer: load it with "
+        "the class that it was saved from, or one that contains it."
+    )
+
+
+def _register() -> None:
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(StoMPPQuantizationConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(StoMPPQuantizer)
+
+
+_register()
+
+__all__ = ["StoMPPConfig", "StoMPPQuantizationConfig", "StoMPPQuantizer"]

@@ -1,0 +1,238 @@
+"""Which layers become binary, in which order, in which stages; and for every other candidate, why not."""
+
+import fnmatch
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .config import StoMPPConfig
+from .errors import ConfigError, NothingToBinarizeError, PatternError
+from .modules import BINARY_CLASSES
+from .plan import Entry
+from .probe import Trace, probe
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a dotted name is `pattern`, ends in it, lies inside it, or fits it as a shell-style pattern."""
+    return (
+        fnmatch.fnmatchcase(name, pattern)
+        or fnmatch.fnmatchcase(name, f"*.{pattern}")
+        or fnmatch.fnmatchcase(name, f"{pattern}.*")
+        or fnmatch.fnmatchcase(name, f"*.{pattern}.*")
+    )
+
+
+def block_of(model: nn.Module, name: str) -> str | None:
+    """The repeated block around a layer: the outermost item of a ModuleList on its path, or None."""
+    path = name.split(".")
+    for depth in range(1, len(path)):
+        if isinstance(model.get_submodule(".".join(path[:depth])), nn.ModuleList):
+            return ".".join(path[: depth + 1])
+    return None
+
+
+@dataclass
+class Selection:
+    """Layers in the order in which they freeze, and the others with the reason why they stay real."""
+
+    entries: list[Entry]
+    left: dict[str, str]
+
+
+def _reasons_in_itself(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Candidates by what they are, and the layers that look like candidates and are not."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=True):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    tied = {str(key).rpartition(".")[0] for key in _tied_keys(model)}
+    candidates: dict[str, nn.Module] = {}
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if type(module) in BINARY_CLASSES:
+            reason = _unfit(model, name, module, owners, tied)
+            if reason is None:
+                candidates[name] = module
+            else:
+                left[name] = reason
+        elif isinstance(module, (*_WEIGHTED, *BINARY_CLASSES)):
+            kind = type(module).__name__
+            known = ", ".join(cls.__name__ for cls in BINARY_CLASSES)
+            left[name] = f"{kind} has no binary class (exact types only: {known})"
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and not isinstance(module, _WEIGHTED):
+                left[f"{name}.{key}"] = f"a 3-D parameter of {parameter.numel():,} entries (fused experts?)"
+    return candidates, left
+
+
+def _tied_keys(model: nn.Module) -> set[str]:
+    keys = getattr(model, "all_tied_weights_keys", None) or {}
+    return set(keys) | set(keys.values()) if isinstance(keys, dict) else set(keys)
+
+
+def _unfit(
+    model: nn.Module, name: str, module: nn.Module, owners: dict[int, list[str]], tied: set[str]
+) -> str | None:
+    weight: Any = module._parameters.get("weight")
+    if weight is None or nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrized"
+    if len(owners[id(weight)]) > 1 or name in tied:
+        others = [owner for owner in owners[id(weight)] if owner != name]
+        return f"its weight is tied{' to ' + ', '.join(others) if others else ''}"
+    if weight.is_meta:
+        return "its weight is on the meta device (offloaded?): load the model without offloading to binarize it"
+    if not weight.is_floating_point():
+        return f"its weight is stored as {weight.dtype}"
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        return "its forward was replaced on the instance (kernelize, a monkey patch), so a new class has no effect"
+    return _adapter_reason(model, name)
+
+
+def _adapter_reason(model: nn.Module, name: str) -> str | None:
+    path = name.split(".")
+    for depth in range(len(path)):
+        kinds = {cls.__name__ for cls in type(model.get_submodule(".".join(path[:depth]))).__mro__}
+        if "ModulesToSaveWrapper" in kinds:
+            return "PEFT trains and saves it whole (modules_to_save)"
+        if "BaseTunerLayer" in kinds and path[depth] != "base_layer":
+            return "it is part of an adapter"
+    return None
+
+
+def _by_pattern(candidates: list[str], config: StoMPPConfig, left: dict[str, str]) -> list[str]:
+    known = f"candidates are {', '.join(candidates[:6])}{', ...' if len(candidates) > 6 else ''}"
+    for option, patterns in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
+        for pattern in patterns or []:
+            if not any(matches(name, pattern) for name in candidates):
+                real = [f"{name} ({reason})" for name, reason in left.items() if matches(name, pattern)]
+                why = f"it names only layers that cannot be binarized: {', '.join(real[:4])}" if real else known
+                raise PatternError(f"{option}: {pattern!r} matches no layer; {why}.")
+    kept = []
+    for name in candidates:
+        if config.target_modules and not any(matches(name, pattern) for pattern in config.target_modules):
+            left[name] = "no pattern of target_modules matches it"
+        elif any(matches(name, pattern) for pattern in config.exclude_modules or []):
+            left[name] = "a pattern of exclude_modules matches it"
+        else:
+            kept.append(name)
+    return kept
+
+
+def _by_place(model: nn.Module, names: list[str], trace: Trace | None, config: StoMPPConfig) -> dict[str, str]:
+    """The layers that run before the first repeated block or after the last one, with that reason."""
+    first = trace.first_call if trace else {name: index for index, name in enumerate(names)}
+    last = trace.last_call if trace else first
+    blocks = [name for name in names if block_of(model, name) is not None]
+    reasons = {}
+    for name in names:
+        reason = None
+        if blocks:
+            if config.first_layer == "keep" and last[name] < min(first[other] for other in blocks):
+                reason = "first layer: it runs before the first repeated block"
+            if config.head == "keep" and first[name] > max(last[other] for other in blocks):
+                reason = "head: it runs after the last repeated block"
+        else:
+            embedded = trace is not None and trace.first_embedding is not None
+            if config.first_layer == "keep" and first[name] == min(first[other] for other in names) and not embedded:
+                reason = "first layer of a model without repeated blocks"
+            elif config.head == "keep" and last[name] == max(last[other] for other in names):
+                reason = "head: last layer of a model without repeated blocks"
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
+
+
+def _ordered(names: list[str], config: StoMPPConfig) -> list[str]:
+    patterns = config.order_patterns
+    if config.order == "reverse":
+        return names[::-1]
+    if not patterns:
+        return names
+    place: dict[str, int] = {}
+    for index, pattern in enumerate(patterns):
+        found = [name for name in names if matches(name, pattern)]
+        if not found:
+            raise PatternError(f"order: {pattern!r} matches none of the layers to binarize: {', '.join(names[:6])} ...")
+        for name in found:
+            place.setdefault(name, index)
+    rest = [name for name in names if name not in place]
+    if rest:
+        raise PatternError(f"order: no pattern matches {', '.join(rest[:6])}; end the list with '*' to freeze them last.")
+    return sorted(names, key=lambda name: place[name])
+
+
+def _staged(model: nn.Module, names: list[str], trace: Trace | None, config: StoMPPConfig) -> list[Entry]:
+    if config.order == "global":
+        stages = [(0, "all layers")] * len(names)
+    elif config.stages.isdigit():
+        count = int(config.stages)
+        if count > len(names):
+            raise ConfigError(f"StoMPPConfig: stages={count} is more than the {len(names)} layers to binarize.")
+        stages = [(index * count // len(names), "") for index in range(len(names))]
+        stages = [(stage, f"part {stage + 1} of {count}") for stage, _ in stages]
+    else:
+        keys = [(block_of(model, name) or name) if config.stages == "block" else name for name in names]
+        numbers: dict[str, int] = {}
+        if config.stages == "block":  # a block is one stage even where an explicit order takes its layers apart
+            for key in keys:
+                numbers.setdefault(key, len(numbers))
+        else:
+            numbers = {key: index for index, key in enumerate(keys)}
+        stages = [(numbers[key], key) for key in keys]
+    entries = []
+    for name, (stage, label) in zip(names, stages, strict=True):
+        producer = trace.producers.get(name) or None if trace else None
+        entries.append(Entry(name, stage, label, producer))
+    return sorted(entries, key=lambda entry: entry.stage)
+
+
+def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -> Selection:
+    """Choose layers, order and stages, without changing anything.
+
+    Raises:
+        PatternError: a pattern matches nothing.
+        NothingToBinarizeError: no layer is left; the message counts the reasons.
+        ConfigError: more stages than layers.
+    """
+    candidates, left = _reasons_in_itself(model)
+    if not candidates:
+        raise NothingToBinarizeError(
+            f"{type(model).__name__} has no layer of a type with a binary class "
+            f"({', '.join(cls.__name__ for cls in BINARY_CLASSES)}). {_why_not(left)}"
+        )
+    trace = probe(model, candidates, example_inputs)
+    names = list(candidates)
+    if trace is not None:
+        for name in names:
+            if name not in trace.first_call:
+                left[name] = "bypassed: the model did not call it in the probe (its weight may be used elsewhere)"
+        bypassed = [name for name in names if name not in trace.first_call]
+        if bypassed:
+            logger.warning("left real because the model never calls them: %s", ", ".join(bypassed))
+        names = trace.order()
+    named = _by_pattern(names, config, left)
+    misplaced = _by_place(model, names, trace, config) if names else {}
+    left.update({name: reason for name, reason in misplaced.items() if name in named})
+    kept = [name for name in named if name not in misplaced]
+    if not kept:
+        if named:
+            advice = "Use first_layer='binarize' or head='binarize' to include them."
+        elif names:
+            advice = "Everything was excluded: loosen target_modules or exclude_modules."
+        else:
+            advice = "Pass example_inputs that reach the layers."
+        raise NothingToBinarizeError(f"No layer of {type(model).__name__} is left to binarize. {_why_not(left)} {advice}")
+    return Selection(_staged(model, _ordered(kept, config), trace, config), left)
+
+
+def _why_not(left: dict[str, str]) -> str:
+    reasons: dict[str, int] = {}
+    for reason in left.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return "Left: " + "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) + "." if reasons else ""

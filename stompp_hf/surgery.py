@@ -1,0 +1,131 @@
+"""binarize_model and restore_model: convert layers in place, all of them or none."""
+
+import logging
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .config import StoMPPConfig
+from .errors import AlreadyBinarizedError, ConfigError
+from .modules import BINARY_CLASSES, BinaryLayer
+from .plan import Plan, binary_layers, get_plan, planned_model, set_plan
+from .selection import select
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inputs: Any = None) -> Model:
+    """Convert the layers of a model that can become binary, in place, and return the same model.
+
+    With nothing frozen yet the model computes what it did before, bit for bit (unless the configuration sets a clip).
+    Parameters keep their names and identity; half-precision models are cast to float32 (see `keep_dtype`). Call it
+    before `Trainer(...)` or an optimizer is created, since layers gain learnable scales and thresholds.
+
+    Args:
+        model: any nn.Module; a transformers model is probed with inputs made from its config.
+        config: the options; the defaults suit fine-tuning.
+        example_inputs: one small batch (keyword arguments, a tuple, or one tensor) for the probe.
+
+    Raises:
+        AlreadyBinarizedError: the model has binary layers already.
+        NothingToBinarizeError: no layer is left to binarize.
+        PatternError: a pattern of the configuration matches nothing.
+        ConfigError: the configuration asks for more stages than there are layers.
+    """
+    config = StoMPPConfig() if config is None else config
+    if not isinstance(config, StoMPPConfig):
+        raise ConfigError(f"binarize_model needs a StoMPPConfig, not a {type(config).__name__}.")
+    if any(isinstance(module, BinaryLayer) for module in model.modules()):
+        raise AlreadyBinarizedError(
+            "binarize_model: this model has binary layers already (was it loaded from a StoMPP checkpoint?). "
+            "Train it as it is, or call stompp_hf.restore_model(model) first."
+        )
+    selection = select(model, config, example_inputs)
+    cast_to_float32(model, config)
+    plan = Plan(config, selection.entries, selection.left)
+    convert(model, plan)
+    logger.info("%s", report(model))
+    return model
+
+
+def convert(model: nn.Module, plan: Plan) -> None:
+    """Convert the layers that a plan names; if one fails, restore those before it."""
+    done: list[BinaryLayer] = []
+    try:
+        for entry in plan.entries:
+            module = model.get_submodule(entry.name)
+            done.append(BINARY_CLASSES[type(module)].convert(module, plan.config, entry.producer))
+    except BaseException:
+        for layer in done:
+            layer.restore()
+        raise
+    set_plan(model, plan)
+    _record(model, plan)
+
+
+def restore_model(model: Model) -> Model:
+    """Turn binary layers back into plain ones with their latent weights, in place, and return the same model.
+
+    Raises:
+        NotBinarizedError: the model has no binary layers.
+    """
+    layers = binary_layers(model)
+    root = planned_model(model)
+    for layer in layers.values():
+        layer.restore()
+    set_plan(root, None)
+    _record(root, None)
+    return model
+
+
+def _record(model: nn.Module, plan: Plan | None) -> None:
+    """Let save_pretrained write the plan into config.json, where the model is a transformers one."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "save_pretrained"):
+        return
+    if plan is None:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return
+    from .quantizer import StoMPPQuantizationConfig
+
+    config.quantization_config = StoMPPQuantizationConfig(**plan.to_dict())
+
+
+def cast_to_float32(model: nn.Module, config: StoMPPConfig) -> None:
+    """Cast half-precision parameters and buffers to float32 in place: small updates vanish on half-precision latents."""
+    half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    if not half:
+        return
+    if config.keep_dtype:
+        logger.warning("keep_dtype=True: latent weights stay %s, and small updates vanish on them.", half[0].dtype)
+        return
+    logger.warning(
+        "the model is stored as %s; cast to float32, so that small updates of latent weights are not lost "
+        "(StoMPPConfig(keep_dtype=True) keeps it).",
+        half[0].dtype,
+    )
+    for tensor in half:
+        tensor.data = tensor.data.float()
+    hub_config = getattr(model, "config", None)
+    if getattr(hub_config, "dtype", None) is not None:
+        hub_config.dtype = torch.float32  # type: ignore[union-attr]
+
+
+def report(model: nn.Module) -> str:
+    """What was converted, in which stages, what was left real and why, and how many parameters become binary."""
+    plan, layers = get_plan(model), binary_layers(model)
+    binary = sum(layer.weight.numel() for layer in layers.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lines = [
+        f"{len(layers)} binary layers in {plan.stage_count} stages ({plan.config.binarize}, order {plan.config.order}); "
+        f"{binary:,} of {total:,} parameters ({binary / total:.1%}) become binary"
+    ]
+    for stage, name in enumerate(plan.stage_names):
+        inside = [entry.name for entry in plan.entries if entry.stage == stage]
+        short = [item.removeprefix(f"{name}.") for item in inside]
+        lines.append(f"  stage {stage + 1} {name}: {', '.join(short)}")
+    lines += [f"  left real: {name}: {reason}" for name, reason in plan.left.items()]
+    return "\n".join(lines)
