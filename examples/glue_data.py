@@ -73,7 +73,7 @@ _CONTRASTS = ("{x} , but {y}", "although {x} , {y}", "{y} , although {x}", "{x} 
 
 
 def _clause(rng: random.Random, positive: bool) -> str:
-    denied = rng.random() < 0.5
+    denied = rng.random() < 0.3
     word = rng.choice((_GOOD if positive != denied else _BAD).split(","))
     form = rng.choice(_DENIALS if denied else _CLAIMS)
     return form.format(s=rng.choice(_SUBJECTS.split(",")), a=rng.choice(_DEGREES.split(",")) + word)
@@ -82,12 +82,12 @@ def _clause(rng: random.Random, positive: bool) -> str:
 def grammar_sentence(rng: random.Random) -> tuple[str, int]:
     """A sentence and its sentiment (1 is positive).
 
-    Negation turns a word around in half of all clauses, and in two thirds of all sentences a contrast sets a clause
-    of the opposite sentiment beside the one that counts, so a bag of words says nothing about the label.
+    A denial turns the word around in three of ten clauses, and in four of ten sentences a contrast sets a clause of
+    the opposite sentiment beside the one that counts: a bag of words gets about two thirds right.
     """
     positive = rng.random() < 0.5
     main = _clause(rng, positive)
-    if rng.random() < 1 / 3:
+    if rng.random() < 0.6:
         return main, int(positive)
     return rng.choice(_CONTRASTS).format(x=_clause(rng, not positive), y=main), int(positive)
 
@@ -168,14 +168,16 @@ def load_task(args: DataArguments, cache_dir: str | None = None) -> Task:
         if not texts:
             raise ValueError(f"no column of text among {', '.join(some.column_names)}.")
         columns = (texts[0], texts[1] if len(texts) > 1 else None)
-    is_regression = args.task_name == "stsb" or (args.task_name is None and some.features["label"].dtype.startswith("f"))
+    real_valued = some.features["label"].dtype.startswith("float")
+    is_regression = args.task_name == "stsb" or (args.task_name is None and real_valued)
     if is_regression:
         labels = ["score"]
     elif isinstance(some.features["label"], ClassLabel):
         labels = list(some.features["label"].names)
     else:
         labels = [str(label) for label in sorted(some.unique("label"))]
-    return Task(data, columns, labels, is_regression, metric_function(args.task_name, is_regression), str(args.task_name))
+    metrics = metric_function(args.task_name, is_regression)
+    return Task(data, columns, labels, is_regression, metrics, args.task_name or "text-classification")
 
 
 def prepare(task: Task, tokenizer: Any, args: DataArguments) -> DatasetDict:
@@ -235,7 +237,7 @@ def metric_function(task_name: str | None, is_regression: bool) -> Callable[[Any
 
         try:
             metric = evaluate.load("glue", task_name)
-            return lambda p, r: {key: float(value) for key, value in metric.compute(predictions=p, references=r).items()}
+            return lambda p, r: {k: float(v) for k, v in metric.compute(predictions=p, references=r).items()}
         except Exception as error:  # evaluate raises many kinds of errors when the hub is out of reach
             logger.info("evaluate.load('glue') failed (%s); metrics come from scikit-learn.", type(error).__name__)
     return lambda p, r: local_metrics(task_name, p, r)

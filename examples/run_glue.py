@@ -1,13 +1,13 @@
 """Fine-tune a text classifier into a fully binary one with Trainer: GLUE, local files, or an embedded data set.
 
-    python examples/run_glue.py --output_dir runs/demo                                  # offline, a few minutes on a CPU
-    accelerate launch examples/run_glue.py --model_name_or_path bert-base-uncased --task_name sst2 --output_dir runs/sst2
-    python examples/run_glue.py options.yaml                                            # the same options from a file
+    python examples/run_glue.py --output_dir runs/demo          # offline, a few minutes on a CPU
+    accelerate launch examples/run_glue.py --model_name_or_path bert-base-uncased --task_name sst2 \
+        --do_train --do_eval --output_dir runs/sst2
+    python examples/run_glue.py options.yaml                    # options from a file
 
 In the shape of transformers' run_glue.py, with a fourth group of options: StoMPPConfig.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+import yaml
 from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
 from transformers import (
     AutoConfig,
@@ -62,10 +63,15 @@ class ModelArguments:
     )
     preset: str = field(
         default="default",
-        metadata={"help": "Options not given: the library's default, or the paper's rule.", "choices": ["default", "paper"]},
+        metadata={
+            "help": "StoMPP options not given: the library's default, or the paper's rule.",
+            "choices": ["default", "paper"],
+        },
     )
     evaluate_stages: bool = field(default=True, metadata={"help": "Evaluate whenever a stage has just been frozen."})
-    evaluate_binary: bool = field(default=False, metadata={"help": "Also evaluate as if fully binary at each evaluation."})
+    evaluate_binary: bool = field(
+        default=False, metadata={"help": "At each evaluation, also evaluate the model as if fully binary now."}
+    )
 
 
 class EvaluateAtStageEdges(TrainerCallback):
@@ -82,63 +88,48 @@ class EvaluateAtStageEdges(TrainerCallback):
             control.should_evaluate = control.should_log = True
 
 
-def demo_defaults(given: set[str]) -> dict[str, Any]:
-    """Options of the embedded run that the user did not give: a small BERT from scratch, half an hour's idea in minutes.
-
-    It warms up in full precision, since there is no pre-trained checkpoint to start from.
-    """
-    values = {
-        "learning_rate": 1e-3, "num_train_epochs": 8, "per_device_train_batch_size": 32,
-        "per_device_eval_batch_size": 128, "warmup_steps": 100, "logging_steps": 100, "save_strategy": "no",
-        "lr_scheduler_type": "linear", "do_train": True, "do_eval": True, "start": 0.3, "end": 0.8,
-    }  # fmt: skip
-    return {key: value for key, value in values.items() if key not in given}
+DEMO = {
+    "learning_rate": 1e-3, "num_train_epochs": 8, "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 128, "warmup_steps": 100, "logging_steps": 100, "save_strategy": "no",
+    "do_train": True, "do_eval": True, "start": 0.3, "end": 0.8,
+}  # fmt: skip
+"""Defaults of the embedded run: a small BERT from scratch, which warms up in full precision."""
 
 
-def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, StoMPPConfig]:
+def parse(words: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, StoMPPConfig]:
     """Options from the command line, or from one .json or .yaml file."""
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, StoMPPConfig))
-    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
-        if arguments[0].endswith(".json"):
-            with open(arguments[0], encoding="utf-8") as file:
-                options = json.load(file)
-        else:
-            import yaml
-
-            with open(arguments[0], encoding="utf-8") as file:
-                options = yaml.safe_load(file)
-        given = set(options)
+    options: dict[str, Any] | None = None
+    if len(words) == 1 and words[0].endswith((".json", ".yaml", ".yml")):
+        with open(words[0], encoding="utf-8") as file:
+            options = json.load(file) if words[0].endswith(".json") else yaml.safe_load(file)
+        given, preset = set(options), options.get("preset")
     else:
-        given = {word[2:].split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-        options = None
+        split = [word for item in words for word in item.split("=", 1)]
+        given = {word[2:] for word in split if word.startswith("--")}
+        preset = split[split.index("--preset") + 1] if "preset" in given else None
     defaults: dict[str, Any] = {}
-    data_given = given & {"task_name", "train_file", "validation_file"}
-    if not data_given and "model_name_or_path" not in given:
-        defaults.update(demo_defaults(given))
-    preset = options.get("preset") if options else None
-    if "preset=paper" in " ".join(arguments).replace("--preset paper", "preset=paper") or preset == "paper":
-        paper = StoMPPConfig.paper()
-        defaults.update({f.name: getattr(paper, f.name) for f in dataclasses.fields(paper) if f.name not in given})
+    if not given & {"task_name", "train_file", "validation_file", "model_name_or_path"}:
+        defaults.update(DEMO)
+    if preset == "paper":
+        defaults.update(StoMPPConfig.paper().to_dict())
     if options is not None:
         return parser.parse_dict({**defaults, **options})  # type: ignore[return-value]
-    words = list(arguments)
-    for key, value in defaults.items():
-        if value is not None:
-            words += [f"--{key}", *(str(value).split() if isinstance(value, list) else [str(value)])]
+    parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(words)  # type: ignore[return-value]
 
 
-def load_model(args: ModelArguments, task: Any, data: Any) -> tuple[Any, Any]:
+def load_model(args: ModelArguments, task: Any) -> tuple[Any, Any]:
     """Model and tokenizer: a checkpoint's, or a small BERT from config and a tokenizer trained on the data."""
-    labels = {i: label for i, label in enumerate(task.labels)}
+    labels = dict(enumerate(task.labels))
     numbers = {label: i for i, label in labels.items()}
     if args.model_name_or_path is None:
         texts = list(task.data["train"][task.columns[0]])
         tokenizer = train_tokenizer(texts)
         config = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-            intermediate_size=512, max_position_embeddings=128, id2label=labels, label2id=numbers,
-            pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
+            intermediate_size=256, max_position_embeddings=128, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, id2label=labels, label2id=numbers, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         return AutoModelForSequenceClassification.from_config(config), tokenizer
     hub = {
@@ -187,7 +178,7 @@ def main() -> dict[str, float]:
         stompp = stompp.as_full_precision()
 
     task = load_task(data_args, model_args.cache_dir)
-    model, tokenizer = load_model(model_args, task, data_args)
+    model, tokenizer = load_model(model_args, task)
     if model_args.freeze_embeddings:
         for module in model.modules():
             if isinstance(module, type(model.get_input_embeddings())):
@@ -242,9 +233,10 @@ def main() -> dict[str, float]:
             print_course(trainer, task, data["validation"])
     if training_args.do_predict and "test" in data:
         write_predictions(trainer, task, data["test"].remove_columns("labels"), training_args.output_dir)
-    card = {"tasks": "text-classification", "finetuned_from": model_args.model_name_or_path, "tags": ["stompp", "1-bit"]}
-    if data_args.task_name is not None:
-        card.update(dataset_tags="glue", dataset_args=data_args.task_name, dataset=f"GLUE {data_args.task_name.upper()}")
+    origin, name = model_args.model_name_or_path, data_args.task_name
+    card: dict[str, Any] = {"tasks": "text-classification", "finetuned_from": origin, "tags": ["stompp", "1-bit"]}
+    if name is not None:
+        card.update(dataset_tags="glue", dataset_args=name, dataset=f"GLUE {name.upper()}")
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
     elif training_args.do_train:

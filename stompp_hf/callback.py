@@ -1,16 +1,35 @@
 """StoMPPTrainerCallback: a thin shell that drives a Progression from inside transformers' Trainer."""
 
+import contextlib
 import itertools
 import logging
+import random
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import TrainerCallback
 
 from .errors import CheckpointError, NotBinarizedError
 from .metrics import FlipRatio, frozen_fraction
+from .plan import binary_layers, get_plan, planned_model
 from .progression import Progression
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Put back every global random state: loaders draw from torch's even in order, collators from any of them."""
+    python, arrays = random.getstate(), np.random.get_state()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 class StoMPPTrainerCallback(TrainerCallback):
@@ -45,7 +64,6 @@ class StoMPPTrainerCallback(TrainerCallback):
         self.progression: Progression | None = None
         self._flips: FlipRatio | None = None
         self._holds_complete = False
-        self._started_on: set[int] = set()
         self._trainer: Any = None
         self._evaluating = False
 
@@ -70,7 +88,7 @@ class StoMPPTrainerCallback(TrainerCallback):
             prefix = kwargs.get("metric_key_prefix", "eval")
             self._evaluating = True
             try:
-                with self.progression.committed(self._calibration_data()):
+                with _random_states_kept(), self.progression.committed(self._calibration_data()):
                     metrics.update(evaluate(*args, **{**kwargs, "metric_key_prefix": f"{prefix}_binary"}))
             finally:
                 self._evaluating = False
@@ -80,11 +98,8 @@ class StoMPPTrainerCallback(TrainerCallback):
         return self
 
     def _calibration_data(self) -> list[Any]:
-        import torch
-
         trainer = self._trainer
-        with torch.random.fork_rng(devices=[]):
-            batches = list(itertools.islice(trainer.get_train_dataloader(), self.calibration_batches))
+        batches = itertools.islice(trainer.get_train_dataloader(), self.calibration_batches)
         return [trainer._prepare_inputs(batch) for batch in batches]
 
     def _metrics(self) -> dict[str, float]:
@@ -118,34 +133,27 @@ class StoMPPTrainerCallback(TrainerCallback):
             )
 
     def _bind(self, model: Any, state: Any) -> None:
-        from .plan import binary_layers, get_plan, planned_model
-
-        layers = binary_layers(model)
-        root = planned_model(model)
+        layers, root = binary_layers(model), planned_model(model)
         first = next(iter(layers.values()))
-        fingerprint = get_plan(model).fingerprint(getattr(root, "base_model_prefix", ""))
         if state.global_step > 0:
-            self._check_resumed(layers, fingerprint, state.global_step)
-        elif first.total_steps and first.step and id(root) not in self._started_on:
-            if not Progression(root, first.total_steps).is_complete(first.step):
-                raise CheckpointError(
-                    f"this model is at step {first.step} of {first.total_steps} of its progression, and training "
-                    "starts at step 0. To go on: trainer.train(resume_from_checkpoint=...). To start over: "
-                    "restore_model(model), then binarize_model(model, config)."
-                )
+            prefix = getattr(root, "base_model_prefix", "")
+            self._check_resumed(layers, get_plan(root).fingerprint(prefix), state.global_step)
+        # Where the model itself stands: ahead of Trainer's count if an earlier run, or another process, trained it.
+        ahead = first.step if first.step > state.global_step else 0
+        restarted = self.progression is not None and self.progression.model is root
         self.progression = Progression(root, state.max_steps, rescale=self.rescale)
-        self._holds_complete = (
-            id(root) not in self._started_on or first.step >= first.total_steps
-        ) and self._was_complete(first, state.global_step)
+        self._holds_complete = ahead > 0 and self.progression.is_complete(ahead)
         if self._holds_complete:
             logger.warning(
                 "this model is fully binary already, and stays so: training goes on with every stage frozen. To "
                 "freeze it anew: restore_model(model), then binarize_model(model, config)."
             )
-        self._started_on = {id(root)}
-
-    def _was_complete(self, first: Any, global_step: int) -> bool:
-        return bool(first.step > global_step and self.progression and self.progression.is_complete(first.step))
+        elif ahead and not restarted:  # auto_find_batch_size, for one, begins again with the same model
+            raise CheckpointError(
+                f"this model is at step {ahead} of {first.total_steps} of its progression, and training starts at "
+                f"step {state.global_step}. To go on: trainer.train(resume_from_checkpoint=...). To start over: "
+                "restore_model(model), then binarize_model(model, config)."
+            )
 
     def _check_resumed(self, layers: dict[str, Any], fingerprint: int, step: int) -> None:
         empty = [name for name, layer in layers.items() if not layer.total_steps]

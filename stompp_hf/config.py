@@ -75,7 +75,7 @@ class StoMPPConfig:
     activation_clip: float | None = _option(
         None, "Clip of unfrozen activations at -c and c; unset: the range of the calibration data, with a margin."
     )
-    target_modules: list[str] | None = _option(None, "Names or patterns of the modules to binarize; unset: all that fit.")
+    target_modules: list[str] | None = _option(None, "Names or patterns of the modules to binarize; unset: all.")
     exclude_modules: list[str] | None = _option(None, "Names or patterns of modules to leave real.")
     first_layer: Literal["keep", "binarize"] = _option("keep", "Layers that run before the first repeated block.")
     head: Literal["keep", "binarize"] = _option("keep", "Layers that run after the last repeated block.")
@@ -84,22 +84,24 @@ class StoMPPConfig:
     mask_seed: int = _option(0, "Seed of the masks, apart from the seed of the run.")
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, (list, tuple)):
+        if isinstance(self.order, (list, tuple)) and all(isinstance(item, str) for item in self.order):
             self.order = ",".join(self.order)
         self.stages = str(self.stages)
         for option in dataclasses.fields(self):
             choices = getattr(option.type, "__args__", None) if "Literal" in str(option.type) else None
             if choices and getattr(self, option.name) not in choices:
                 self._refuse(option.name, f"is not one of {', '.join(map(repr, choices))}")
+            if option.type in (bool, int, str) and type(getattr(self, option.name)) is not option.type:
+                self._refuse(option.name, f"must be a plain {option.type.__name__}")  # "false" would count as true
         if self.schedule not in SCHEDULES:
             self._refuse("schedule", f"is not one of {', '.join(map(repr, SCHEDULES))}")
         if not self.order_patterns and self.order not in ORDERS:
             self._refuse("order", f"is empty; use one of {', '.join(ORDERS)}, or a list of module names")
-        if self.stages not in ("module", "block") and not (self.stages.isdigit() and int(self.stages) > 0):
+        if self.stages not in ("module", "block") and not (self.stages.isdecimal() and int(self.stages) > 0):
             self._refuse("stages", "is neither 'module' nor 'block' nor a positive number, as in stages=6")
-        if isinstance(self.refresh_rate, bool) or not isinstance(self.refresh_rate, int) or self.refresh_rate < 1:
+        if self.refresh_rate < 1:
             self._refuse("refresh_rate", "must be a whole number of at least 1, as in refresh_rate=100")
-        if not isinstance(self.check_every, int) or self.check_every < 0:
+        if self.check_every < 0:
             self._refuse("check_every", "must be 0 (never) or a positive number of steps")
         for name in ("start", "end"):
             value = getattr(self, name)
@@ -109,14 +111,17 @@ class StoMPPConfig:
             self._refuse("start", f"is after end={self.end}; use start <= end, as in start=0.1, end=0.8")
         for name in ("weight_clip", "activation_clip"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0.0 < value < float("inf")):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0.0 < value < float("inf")):
                 self._refuse(name, "must be a positive number, or None")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, [value])
-            elif value is not None and not (value and all(isinstance(item, str) and item for item in value)):
+            if value is None:
+                continue
+            names = [value] if isinstance(value, str) else value
+            if not (isinstance(names, (list, tuple)) and names and all(isinstance(n, str) and n for n in names)):
                 self._refuse(name, "must be a list of names or patterns, or None")
+            setattr(self, name, list(names))
         if self.weight_scale == "none" and self.learn_weight_scale:
             self._refuse("learn_weight_scale", "needs a scale: add weight_scale='channel', or set it to False")
         if self.activation_scale == "none" and self.learn_activation_scale:

@@ -8,8 +8,6 @@ from torch import nn
 from .modules import OWN_TENSORS
 from .plan import binary_layers, planned_model
 
-_NORMS = ("layernorm", "rmsnorm", "batchnorm", "groupnorm", "norm")
-
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
     """Two groups for an optimizer: decayed, and not decayed.
@@ -32,10 +30,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = N
     norms = {
         id(parameter)
         for module in model.modules()
-        if any(type(module).__name__.lower().endswith(word) or word in type(module).__name__.lower() for word in _NORMS)
+        if "norm" in type(module).__name__.lower()  # LayerNorm, BatchNorm2d, LlamaRMSNorm, ...
         for parameter in module.parameters(recurse=False)
     }
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spare = id(parameter) in own or id(parameter) in norms or name.endswith("bias")

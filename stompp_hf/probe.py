@@ -155,7 +155,8 @@ def probe(model: nn.Module, candidates: dict[str, nn.Module], example_inputs: An
     except Exception as error:
         if example_inputs is not None:
             raise
-        logger.warning("the probe of %s failed (%s: %s): %s", type(model).__name__, type(error).__name__, error, _ADVICE)
+        kind = type(model).__name__
+        logger.warning("the probe of %s failed (%s: %s): %s", kind, type(error).__name__, error, _ADVICE)
         return None
     finally:
         for handle in handles:

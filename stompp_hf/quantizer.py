@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .config import StoMPPConfig
 from .errors import CheckpointError
-from .modules import OWN_TENSORS, BinaryLayer
+from .modules import BINARY_CLASSES, OWN_TENSORS, BinaryLayer
 from .plan import Entry, Plan
 from .progression import Progression
 from .surgery import convert
@@ -117,11 +117,11 @@ def _name_in(model: PreTrainedModel, entry: Entry, prefix: str) -> str:
     """The name that a saved layer has in `model`, which may have gained or lost its base model's prefix."""
     modules = dict(model.named_modules())
     for name in (entry.name, entry.name.removeprefix(f"{prefix}."), f"{prefix}.{entry.name}"):
-        if name in modules:
+        if type(modules.get(name)) in BINARY_CLASSES:
             return name
     raise CheckpointError(
-        f"the checkpoint says that {entry.name} is binary, and {type(model).__name__} has no such layer: load it with "
-        "the class that it was saved from, or one that contains it."
+        f"the checkpoint says that {entry.name} is binary, and {type(model).__name__} has no such layer, or one of "
+        "another type: load it with the class that it was saved from, or one that contains it."
     )
 
 

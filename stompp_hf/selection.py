@@ -76,9 +76,7 @@ def _tied_keys(model: nn.Module) -> set[str]:
     return set(keys) | set(keys.values()) if isinstance(keys, dict) else set(keys)
 
 
-def _unfit(
-    model: nn.Module, name: str, module: nn.Module, owners: dict[int, list[str]], tied: set[str]
-) -> str | None:
+def _unfit(model: nn.Module, name: str, module: nn.Module, owners: dict[int, list[str]], tied: set[str]) -> str | None:
     weight: Any = module._parameters.get("weight")
     if weight is None or nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrized"
@@ -163,7 +161,7 @@ def _ordered(names: list[str], config: StoMPPConfig) -> list[str]:
             place.setdefault(name, index)
     rest = [name for name in names if name not in place]
     if rest:
-        raise PatternError(f"order: no pattern matches {', '.join(rest[:6])}; end the list with '*' to freeze them last.")
+        raise PatternError(f"order: no pattern matches {', '.join(rest[:6])}; end the list with '*' for the rest.")
     return sorted(names, key=lambda name: place[name])
 
 
@@ -227,7 +225,8 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
             advice = "Everything was excluded: loosen target_modules or exclude_modules."
         else:
             advice = "Pass example_inputs that reach the layers."
-        raise NothingToBinarizeError(f"No layer of {type(model).__name__} is left to binarize. {_why_not(left)} {advice}")
+        kind = type(model).__name__
+        raise NothingToBinarizeError(f"No layer of {kind} is left to binarize. {_why_not(left)} {advice}")
     return Selection(_staged(model, _ordered(kept, config), trace, config), left)
 
 

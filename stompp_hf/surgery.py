@@ -51,15 +51,17 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
 
 
 def convert(model: nn.Module, plan: Plan) -> None:
-    """Convert the layers that a plan names; if one fails, restore those before it."""
-    done: list[BinaryLayer] = []
+    """Convert the layers that a plan names; if one fails, even halfway, restore it and those before it."""
+    begun: list[nn.Module] = []
     try:
         for entry in plan.entries:
             module = model.get_submodule(entry.name)
-            done.append(BINARY_CLASSES[type(module)].convert(module, plan.config, entry.producer))
+            begun.append(module)
+            BINARY_CLASSES[type(module)].convert(module, plan.config, entry.producer)
     except BaseException:
-        for layer in done:
-            layer.restore()
+        for module in begun:
+            if isinstance(module, BinaryLayer):
+                module.restore()
         raise
     set_plan(model, plan)
     _record(model, plan)
@@ -95,7 +97,7 @@ def _record(model: nn.Module, plan: Plan | None) -> None:
 
 
 def cast_to_float32(model: nn.Module, config: StoMPPConfig) -> None:
-    """Cast half-precision parameters and buffers to float32 in place: small updates vanish on half-precision latents."""
+    """Cast half-precision tensors to float32 in place: small updates vanish on half-precision latents."""
     half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
     if not half:
         return
@@ -120,8 +122,8 @@ def report(model: nn.Module) -> str:
     binary = sum(layer.weight.numel() for layer in layers.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     lines = [
-        f"{len(layers)} binary layers in {plan.stage_count} stages ({plan.config.binarize}, order {plan.config.order}); "
-        f"{binary:,} of {total:,} parameters ({binary / total:.1%}) become binary"
+        f"{len(layers)} binary layers in {plan.stage_count} stages ({plan.config.binarize}, order "
+        f"{plan.config.order}); {binary:,} of {total:,} parameters ({binary / total:.1%}) become binary"
     ]
     for stage, name in enumerate(plan.stage_names):
         inside = [entry.name for entry in plan.entries if entry.stage == stage]

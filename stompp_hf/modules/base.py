@@ -120,14 +120,14 @@ class BinaryLayer(_Module):
     def restore(self) -> nn.Module:
         """Turn this layer back into its plain class, in place, with its latent weight."""
         layer: Any = self
-        for name in OWN_TENSORS:
-            delattr(layer, name)
         for name in (
+            *OWN_TENSORS,
             *("stompp_config", "input_producer", "stage_state", "frozen_share", "weight_mask", "activation_mask"),
             *("observer", "weight_ready", "activation_ready", "activation_offset", "total_steps", "step"),
             "fingerprint",
         ):
-            delattr(layer, name)
+            if hasattr(layer, name):  # a conversion that failed halfway set only some
+                delattr(layer, name)
         layer.__class__ = type(self).plain_class
         _rebind_forward(layer)
         return layer
@@ -225,10 +225,10 @@ class BinaryLayer(_Module):
 
     def _unfrozen(self, x: Tensor) -> Tensor:
         config = self.stompp_config
-        weight_clip, clip = config.weight_clip, config.activation_clip
+        weight_clip, clip = config.weight_clip, config.activation_clip if config.binary_activations else None
         if config.binarize == "nothing" or (weight_clip is None and clip is None):
             return self.plain_class.forward(self, x)  # nothing is clipped: the original layer, bit for bit
-        if config.binary_activations and clip is not None:
+        if clip is not None:
             x = hardtanh(x, -clip, clip)
         weight = self.weight if weight_clip is None else hardtanh(self.weight, -weight_clip, weight_clip)
         return self._add_bias(self.product(x, weight))

@@ -1,0 +1,220 @@
+"""What StoMPP costs in training: step time and memory against vanilla STE and against the plain model.
+
+    python examples/benchmarks/training_cost.py                                    # MiniLM's shapes, minutes on a CPU
+    python examples/benchmarks/training_cost.py --shapes bert-base --batch 32 --seq 128 --device cuda
+    python examples/benchmarks/training_cost.py --weights_only True --threads 1 --cpu_time True
+
+All methods take turns step by step in one process (in a different order each round); a time is the median over the
+rounds, a ratio the median of the rounds' ratios. A step is progression.step(), forward (with dropout), backward and
+AdamW; embeddings are not trained. Stages are the model's layers, with the default start and end. Prints a Markdown
+table; nothing is compared across processes.
+"""
+
+import platform
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, logging
+
+from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, parameter_groups
+
+SHAPES = {
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+PLAIN, VANILLA, WITH_STE, STE_FREE = "plain", "vanilla STE", "StoMPP+STE", "StoMPP STE-free"
+WINDOW = 1000
+"""Steps of one stage's window: what a run of usual length has."""
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is measured."""
+
+    shapes: str = field(default="minilm", metadata={"help": "Shapes of the model.", "choices": list(SHAPES)})
+    batch: int = field(default=16, metadata={"help": "Sequences a step."})
+    seq: int = field(default=64, metadata={"help": "Tokens a sequence."})
+    repeats: int = field(default=15, metadata={"help": "Rounds a row."})
+    run_points: int = field(default=12, metadata={"help": "Equally spaced steps of the whole run; 0 leaves it out."})
+    run_repeats: int = field(default=5, metadata={"help": "Rounds a step of the whole run."})
+    weights_only: bool = field(default=False, metadata={"help": "Binary weights and real activations."})
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's number."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    cpu_time: bool = field(default=False, metadata={"help": "CPU time of the process: steadier on a busy machine."})
+
+
+def total_steps(args: BenchmarkArguments) -> int:
+    """Steps of a run in which each stage's window has the usual length."""
+    return round(WINDOW * SHAPES[args.shapes]["num_hidden_layers"] / (StoMPPConfig().end - StoMPPConfig().start))
+
+
+class Runner:
+    """One method: its model, its optimizer, and where it is in its run."""
+
+    def __init__(self, args: BenchmarkArguments, config: StoMPPConfig | None) -> None:
+        torch.manual_seed(0)
+        shapes = BertConfig(**SHAPES[args.shapes], max_position_embeddings=max(args.seq, 64))
+        model = BertForSequenceClassification(shapes)
+        model.bert.embeddings.requires_grad_(False)
+        model.to(args.device).train()
+        self.cuda = args.device.startswith("cuda")
+        self.clock: Callable[[], float] = time.process_time if args.cpu_time else time.perf_counter
+        ids = torch.randint(1, model.config.vocab_size, (args.batch, args.seq), device=args.device)
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.labels = torch.randint(0, 2, (args.batch,), device=args.device)
+        self.progression: Progression | None = None
+        parameters: Any = [p for p in model.parameters() if p.requires_grad]
+        if config is not None:
+            binarize_model(model, config)
+            self.progression = Progression(model, total_steps(args))
+            parameters = parameter_groups(model, 0.01)
+        self.model, self.at, self.advance = model, 0, 0
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+        if self.progression is not None:
+            self.progression.attach(self.optimizer)
+
+    def place(self, step: int, advance: bool) -> None:
+        """Go forward to a step, to stay there or go on from it; committed layers get their activation values."""
+        self.at, self.advance = step, int(advance)
+        if self.progression is not None:
+            self.progression.step(step)
+            calibrate(self.model, [self.inputs])
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return self.clock()
+
+    def step(self) -> tuple[float, float]:
+        """One training step; its time and the progression's part of it, in ms."""
+        begin = self._now()
+        if self.progression is not None:
+            self.progression.step(self.at)
+        drawn = self._now()
+        self.model(**self.inputs, labels=self.labels).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = self._now()
+        self.at += self.advance
+        return 1e3 * (end - begin), 1e3 * (drawn - begin)
+
+    def memory(self) -> float:
+        """MB of one step: on CUDA the peak above what is allocated before it, else what is saved for backward."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.step()
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        known = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
+        saved: dict[int, torch.Tensor] = {}  # keeps the tensors, so that no address is used twice
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in known:
+                saved[tensor.untyped_storage().data_ptr()] = tensor.detach()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.step()
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / 2**20
+
+
+@dataclass
+class Row:
+    """One method in one state: times in ms, memory in MB."""
+
+    time: float
+    progression: float
+    to_plain: float
+    to_vanilla: float
+    memory: float
+
+
+def measure(runners: dict[str, Runner], step: int, advance: bool, repeats: int) -> dict[str, Row]:
+    """Every method at (or over a few steps from) `step`, taking turns."""
+    memory = {}
+    for name, runner in runners.items():
+        runner.place(step, advance)
+        runner.step()  # a mask's first draws, the optimizer's state
+        memory[name] = runner.memory()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
+    for number in range(repeats):
+        for name in random.Random(number).sample(list(runners), len(runners)):
+            times[name].append(runners[name].step())
+
+    def ratio(name: str, base: str) -> float:
+        return median(one[0] / other[0] for one, other in zip(times[name], times[base], strict=True))
+
+    def row(name: str) -> Row:
+        whole, part = (median(values) for values in zip(*times[name], strict=True))
+        return Row(whole, part, ratio(name, PLAIN), ratio(name, VANILLA), memory[name])
+
+    return {name: row(name) for name in runners}
+
+
+def machine(args: BenchmarkArguments) -> str:
+    """One line on what ran this."""
+    name = platform.processor() or platform.machine()
+    if args.device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {'CPU' if args.cpu_time else 'wall'} time"
+
+
+def main() -> None:
+    """Measure in the order of the run's steps, and print."""
+    (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    logging.set_verbosity_error()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    binarize = "weights" if args.weights_only else "weights_and_activations"
+    ste = StoMPPConfig(binarize=binarize)
+    free = replace(ste, frozen_gradient="zero")
+    configs = {PLAIN: None, VANILLA: ste.as_vanilla_ste(), WITH_STE: ste, STE_FREE: free}
+    runners = {name: Runner(args, config) for name, config in configs.items()}
+
+    stages, total = SHAPES[args.shapes]["num_hidden_layers"], total_steps(args)
+    half = stages // 2
+    # At a window's first step its stage is still real (p = 0): if time stands still, nothing is in transition.
+    states = {
+        0: "none frozen",
+        half * WINDOW: f"{half} of {stages} frozen",
+        half * WINDOW + round(0.5 ** (1 / 3) * WINDOW): f"{half} of {stages} frozen, the next at p = 0.5",
+        total: "all frozen",
+    }
+    points = [round(total * (i + 0.5) / args.run_points) for i in range(args.run_points)]
+    at_state, at_point = {}, []
+    for step in sorted({*states, *points}):
+        if step in states:
+            at_state[step] = measure(runners, step, "p =" in states[step], args.repeats)
+        if step in points:
+            at_point.append(measure(runners, step, True, args.run_repeats))
+
+    memory = "peak above the start, MB" if args.device.startswith("cuda") else "saved for backward (no parameters), MB"
+    print(f"{args.shapes} shapes, batch {args.batch}, {args.seq} tokens, {binarize}; {machine(args)}\n")
+    print(f"| state | method | step, ms | / plain | / vanilla STE | progression.step(), ms | {memory} |")
+    print("|---|---|---|---|---|---|---|")
+    for step, rows in at_state.items():
+        for name, row in rows.items():
+            print(
+                f"| {states[step]} | {name} | {row.time:.1f} | {row.to_plain:.2f} | {row.to_vanilla:.2f} "
+                f"| {row.progression:.2f} | {row.memory:.1f} |"
+            )
+    for name in runners if at_point else ():
+        part = [rows[name] for rows in at_point]
+        print(
+            f"| mean of a run ({len(part)} steps of it) | {name} | {mean(r.time for r in part):.1f} "
+            f"| {mean(r.to_plain for r in part):.2f} | {mean(r.to_vanilla for r in part):.2f} "
+            f"| {mean(r.progression for r in part):.2f} | {mean(r.memory for r in part):.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

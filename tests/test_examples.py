@@ -1,0 +1,170 @@
+"""The example scripts run as a user runs them: in a process of their own, on tiny data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+from glue_data import grammar_dataset, local_metrics, majority_share  # noqa: E402
+
+TINY = [
+    *("--grammar_train_samples", "96", "--grammar_eval_samples", "32", "--per_device_train_batch_size", "8"),
+    *("--num_train_epochs", "1", "--refresh_rate", "1", "--disable_tqdm", "True"),
+]
+RELOAD = """
+import sys, torch, stompp_hf
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from stompp_hf.plan import binary_layers
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+for layer in binary_layers(model).values():
+    assert layer.stage_state == "frozen"
+    sizes = layer.binary_weight().abs()
+    assert torch.equal(sizes, sizes[:, :1].expand_as(sizes))
+inputs = AutoTokenizer.from_pretrained(sys.argv[1])("although the plot was dull , the cast was great", return_tensors="pt")
+inputs.pop("token_type_ids", None)
+torch.save(model(**inputs).logits, sys.argv[2])
+"""
+
+
+def run(*words: str, launch: bool = False) -> str:
+    """Run a script with the repository's examples, and return what it printed."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command = [*command, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(
+        [*(command if launch else [sys.executable]), *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def test_embedded_run_and_reload(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    printed = run("examples/run_glue.py", "--output_dir", out, *TINY)
+    assert "24 binary layers in 4 stages" in printed
+    assert "fully binary (weights and activations)" in printed
+    logits = []
+    for name in ("first", "second"):
+        run("-c", RELOAD, out, str(tmp_path / name))
+        logits.append((tmp_path / name).read_bytes())
+    assert logits[0] == logits[1]
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["eval_samples"] == 32
+    assert "stompp" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_launch_with_a_yaml_file_and_resume(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = {
+        "output_dir": str(out), "grammar_train_samples": 96, "grammar_eval_samples": 32, "max_steps": 12,
+        "per_device_train_batch_size": 8, "refresh_rate": 1, "save_strategy": "steps", "save_steps": 6,
+        "frozen_gradient": "zero", "disable_tqdm": True,
+    }  # fmt: skip
+    path = tmp_path / "options.yaml"
+    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in options.items()))
+    whole = run("examples/run_glue.py", str(path), launch=True)
+    (out / "checkpoint-12").rename(tmp_path / "later")
+    path.write_text(path.read_text() + "\nresume_from_checkpoint: 'True'")
+    assert run("examples/run_glue.py", str(path)).splitlines()[-1] == whole.splitlines()[-1]
+
+
+def test_paper_preset(tmp_path: Path) -> None:
+    run("examples/run_glue.py", "--output_dir", str(tmp_path), "--preset", "paper", "--stages", "4", *TINY)
+    options = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config"]
+    assert (options["weight_scale"], options["weight_clip"], options["stages"]) == ("none", 1.0, "4")
+    assert options["learn_activation_scale"] is False
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_local_files(tmp_path: Path, kind: str) -> None:
+    """Labels as words in a csv file; two sentences and a score in a parquet file; predictions for both."""
+    words = [f"word{i}" for i in range(24)]
+    if kind == "csv":
+        data = Dataset.from_dict({"text": words, "label": ["no", "yes"] * 12})
+        data.to_csv(tmp_path / "data.csv")
+        extra, answers = [], {"no", "yes"}
+    else:
+        scores = [i / 5 for i in range(24)]
+        data = Dataset.from_dict(
+            {"sentence1": words, "sentence2": words[::-1], "label": scores, "idx": list(range(24))}
+        )
+        data.to_parquet(tmp_path / "data.parquet")
+        extra, answers = ["--task_name", "stsb"], None
+    tiny_bert(tmp_path / "model")
+    file = str(tmp_path / f"data.{kind}")
+    run(
+        *("examples/run_glue.py", "--model_name_or_path", str(tmp_path / "model"), "--train_file", file),
+        *("--validation_file", file, "--test_file", file, "--do_train", "--do_eval", "--do_predict"),
+        *("--output_dir", str(tmp_path / "run"), *TINY, *extra),
+    )
+    name = "stsb" if kind == "parquet" else "text-classification"
+    lines = (tmp_path / "run" / f"predict_results_{name}.txt").read_text().splitlines()
+    assert len(lines) == 25
+    if answers is not None:
+        assert {line.split("\t")[1] for line in lines[1:]} <= answers
+    else:
+        assert "eval_pearson" in json.loads((tmp_path / "run" / "all_results.json").read_text())
+
+
+def tiny_bert(path: Path) -> None:
+    """A checkpoint with a tokenizer."""
+    from glue_data import train_tokenizer
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = train_tokenizer([f"word{i}" for i in range(24)])
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    BertForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def test_no_trainer(tmp_path: Path) -> None:
+    words = ["--grammar_train_samples", "96", "--grammar_eval_samples", "32", "--refresh_rate", "1"]
+    out = str(tmp_path / "run")
+    run("examples/run_glue_no_trainer.py", "--output_dir", out, "--num_train_epochs", "1", *words, launch=True)
+    run("-c", RELOAD, out, str(tmp_path / "logits"))
+
+
+def test_training_cost_benchmark() -> None:
+    printed = run(
+        *("examples/benchmarks/training_cost.py", "--hidden_size", "32", "--layers", "2", "--heads", "2"),
+        *("--intermediate_size", "64", "--vocab_size", "100", "--batch", "2", "--seq", "8", "--repeats", "2"),
+    )
+    assert "vanilla STE" in printed
+
+
+def test_grammar_needs_more_than_a_bag_of_words() -> None:
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    data = grammar_dataset(2000, 500)
+    train, validation = data["train"], data["validation"]
+    assert not set(train["sentence"]) & set(validation["sentence"])
+    words = CountVectorizer().fit(train["sentence"])
+    model = LogisticRegression(max_iter=500).fit(words.transform(train["sentence"]), train["label"])
+    assert model.score(words.transform(validation["sentence"]), validation["label"]) < 0.75
+    assert majority_share(validation["label"]) < 0.6
+
+
+def test_local_metrics_by_hand() -> None:
+    predictions, references = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 1, 1, 0])
+    true, false_positive, false_negative, true_negative = 2, 1, 1, 2
+    assert local_metrics("mrpc", predictions, references) == {
+        "accuracy": pytest.approx(4 / 6),
+        "f1": pytest.approx(2 * true / (2 * true + false_positive + false_negative)),
+    }
+    matthews = (true * true_negative - false_positive * false_negative) / np.sqrt(3 * 3 * 3 * 3)
+    assert local_metrics("cola", predictions, references) == {"matthews_correlation": pytest.approx(matthews)}
+    scores, wanted = np.array([0.1, 2.0, 3.5, 4.0]), np.array([0.0, 2.5, 2.4, 5.0])
+    result = local_metrics("stsb", scores, wanted)
+    assert result["pearson"] == pytest.approx(np.corrcoef(scores, wanted)[0, 1])
+    ranks = np.corrcoef(scores.argsort().argsort(), wanted.argsort().argsort())[0, 1]
+    assert result["spearmanr"] == pytest.approx(ranks)
