@@ -71,6 +71,8 @@ class StoMPPTrainerCallback(TrainerCallback):
 
     def attach(self, trainer: Any) -> "StoMPPTrainerCallback":
         """Join a Trainer (adding this callback if it is not among its own), and wrap its `log` and `evaluate`."""
+        if self._trainer is trainer:  # wrapped already: a second flip ratio a record would always be 0
+            return self
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._trainer = trainer

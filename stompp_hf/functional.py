@@ -2,6 +2,7 @@
 
 No modules and no state here. Written with `copysign` and `lerp` instead of `where`, because a masked select
 with a random mask costs several plain copies on a CPU, and nothing is saved that the caller does not keep anyway.
+Fresh tensors are worked on in place: on a CPU, getting memory for another one costs more than the arithmetic.
 """
 
 from typing import Any, Literal
@@ -21,10 +22,23 @@ def hard(u: Tensor) -> Tensor:
     Shape and dtype: those of `u` (any float dtype; the sign does not depend on it). A NaN becomes +1 or -1.
     Source:   Smith and Islam (2026); the value at 0 is this library's choice.
     """
-    return torch.copysign(u.new_ones(()), u + 0.0)  # adding 0 turns -0 into +0
+    return _signs_of(u.detach() + 0.0)  # adding 0 turns -0 into +0
 
 
-def soft(u: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+def hard_above(u: Tensor, threshold: Tensor | None) -> Tensor:
+    """sign(u - b), as a new tensor; `threshold` b, broadcastable to u, or None for 0.
+
+    A difference can be -0 only if b is +0, so b is given a -0 instead: that spares a pass over u.
+    """
+    return hard(u) if threshold is None else _signs_of(u.detach() - torch.rsub(threshold.detach(), 0.0).neg_())
+
+
+def _signs_of(fresh: Tensor) -> Tensor:
+    """Overwrite a tensor, which holds no -0, with its signs."""
+    return torch.copysign(fresh.new_ones(()), fresh, out=fresh)
+
+
+def soft(u: Tensor, low: float | None, high: float | None) -> Tensor:
     """Clipped value of each entry.
 
     Forward:  soft(u) = clip(u, low, high); with both None, u itself
@@ -33,45 +47,54 @@ def soft(u: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
     return u if low is None else torch.clamp(u, low, high)
 
 
-def inside(u: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor | None:
-    """1 strictly between the clip's edges, 0 elsewhere (at an edge the gradient is 0); None if there is no clip."""
-    return None if low is None else ((u > low) & (u < high)).to(u.dtype)
-
-
-def _through(grad: Tensor, mask: Tensor, within: Tensor | None, surrogate: str) -> Tensor:
-    """(1 - M) * within * g + M * k * g, for the surrogate's k; masks hold 0 and 1, so every product is exact."""
-    if surrogate == "zero":
-        passed = 1.0 - mask
-        return grad * (passed if within is None else passed * within)
-    if within is None:
+def inside(grad: Tensor, u: Tensor, low: float | None, high: float | None) -> Tensor:
+    """g * 1[low < u < high]: the gradient of the clip, 0 at its edges; g itself if there is no clip."""
+    if low is None or high is None:
         return grad
-    return grad * (torch.maximum(within, mask) if surrogate == "ste" else within)
+    return torch.ops.aten.hardtanh_backward(grad, u, low, high)  # type: ignore[no-any-return]
+
+
+def _through(
+    grad: Tensor, u: Tensor, mask: Tensor, low: float | None, high: float | None, surrogate: str
+) -> Tensor:
+    """(1 - M) * 1[low < u < high] * g + M * k * g for the surrogate's k; exact, since masks hold 0 and 1."""
+    clipped = inside(grad, u, low, high)
+    if surrogate == "zero":
+        return clipped * (1.0 - mask)
+    return torch.lerp(clipped, grad, mask) if surrogate == "ste" and low is not None else clipped
+
+
+def _masked_sum(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
+    """Sum of M * values down to `shape`; first over the dimensions along which M does not vary."""
+    if torch.broadcast_shapes(mask.shape, shape) == mask.shape:
+        return (values.sum_to_size(mask.shape) * mask).sum_to_size(shape)
+    return (values * mask).sum_to_size(shape)
 
 
 class _MixWeight(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor, clip: Tensor | None, surrogate: str
+        ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor, clip: float | None, surrogate: str
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale, mask, clip)
+        ctx.save_for_backward(weight, scale, mask)
+        ctx.edges = low, high = (None if clip is None else -clip), clip
         ctx.surrogate = surrogate
-        low = None if clip is None else -clip
-        return torch.lerp(soft(weight, low, clip), hard(weight).mul_(scale), mask)
+        levels = hard(weight).mul_(scale)
+        return torch.lerp(soft(weight, low, high), levels, mask, out=levels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, scale, mask, clip = ctx.saved_tensors
+        weight, scale, mask = ctx.saved_tensors
         grad_weight = grad_scale = None
         if ctx.needs_input_grad[0]:
-            within = inside(weight, None if clip is None else -clip, clip)
-            grad_weight = _through(grad, mask, within, ctx.surrogate)
+            grad_weight = _through(grad, weight, mask, *ctx.edges, ctx.surrogate)
         if ctx.needs_input_grad[1]:
-            grad_scale = (mask * grad * hard(weight)).sum_to_size(scale.shape)
+            grad_scale = _masked_sum(hard(weight).mul_(grad), mask, scale.shape)
         return grad_weight, grad_scale, None, None, None
 
 
-def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: Tensor | None, surrogate: Surrogate) -> Tensor:
+def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: float | None, surrogate: Surrogate) -> Tensor:
     """Weight of a stage in transition: frozen entries binary, the others real.
 
     Forward:  w' = M * s * sign(w) + (1 - M) * clip(w, -c, c)
@@ -84,7 +107,7 @@ def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: Tensor | None,
         weight: latent weight, any shape, float.
         scale: s, broadcastable to `weight` ((out, 1) for a linear layer), float.
         mask: M, shape and dtype of `weight`, entries 0 and 1.
-        clip: c, broadcastable to `weight`, or None for no clip.
+        clip: c, or None for no clip.
         surrogate: what frozen entries pass back.
     """
     return _MixWeight.apply(weight, scale, mask, clip, surrogate)
@@ -98,34 +121,32 @@ class _MixActivation(torch.autograd.Function):
         scale: Tensor,
         threshold: Tensor | None,
         mask: Tensor,
-        low: Tensor | None,
-        high: Tensor | None,
+        low: float | None,
+        high: float | None,
         offset: float,
         surrogate: str,
     ) -> Tensor:
-        ctx.save_for_backward(u, scale, threshold, mask, low, high)
-        ctx.offset, ctx.surrogate = offset, surrogate
-        levels = hard(u if threshold is None else u - threshold)
+        ctx.save_for_backward(u, scale, threshold, mask)
+        ctx.edges, ctx.offset, ctx.surrogate = (low, high), offset, surrogate
+        levels = hard_above(u, threshold)
         levels = levels.add_(offset).mul_(scale) if offset else levels.mul_(scale)
-        return torch.lerp(soft(u, low, high), levels, mask)
+        return torch.lerp(soft(u, low, high), levels, mask, out=levels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        u, scale, threshold, mask, low, high = ctx.saved_tensors
+        u, scale, threshold, mask = ctx.saved_tensors
         wants_u, wants_scale, wants_threshold = ctx.needs_input_grad[:3]
         grad_u = grad_scale = grad_threshold = None
-        within = inside(u, low, high)
         if wants_u:
-            grad_u = _through(grad, mask, within, ctx.surrogate)
-        frozen = grad * mask if wants_scale or wants_threshold else grad
+            grad_u = _through(grad, u, mask, *ctx.edges, ctx.surrogate)
         if wants_scale:
-            levels = hard(u if threshold is None else u - threshold).add_(ctx.offset)
-            grad_scale = (frozen * levels).sum_to_size(scale.shape)
+            levels = hard_above(u, threshold)
+            levels = levels.add_(ctx.offset) if ctx.offset else levels
+            grad_scale = _masked_sum(levels.mul_(grad), mask, scale.shape)
         if wants_threshold and ctx.surrogate != "zero":
-            if ctx.surrogate == "clipped_ste" and within is not None:
-                frozen = frozen * within
-            grad_threshold = -frozen.sum_to_size(threshold.shape)
+            passed = inside(grad, u, *ctx.edges) if ctx.surrogate == "clipped_ste" else grad
+            grad_threshold = -_masked_sum(passed, mask, threshold.shape)
         return grad_u, grad_scale, grad_threshold, None, None, None, None, None
 
 
@@ -134,8 +155,8 @@ def mix_activation(
     scale: Tensor,
     threshold: Tensor | None,
     mask: Tensor,
-    low: Tensor | None,
-    high: Tensor | None,
+    low: float | None,
+    high: float | None,
     offset: float,
     surrogate: Surrogate,
 ) -> Tensor:
@@ -153,7 +174,7 @@ def mix_activation(
         scale: a, broadcastable to `u`.
         threshold: b, broadcastable to `u`, or None for 0.
         mask: M, broadcastable to `u`, dtype of `u`, entries 0 and 1.
-        low, high: clip range, broadcastable to `u`; both None for no clip.
+        low, high: clip range; both None for no clip.
         offset: 0.0 or 1.0, in units of the scale.
         surrogate: what frozen features pass back.
     """

@@ -99,9 +99,9 @@ def test_all_calls_and_all_micro_batches_count_and_evaluation_does_not():
     progression.step(0)
     with inputs_seen(model) as seen:
         model(batch(0))
+        progression.step(0)  # called twice with one number: nothing changes
         model(3 * batch(1))
     model.eval()(100 * batch(2))
-    progression.step(0)  # Trainer's two calls a step: still the same step
     progression.step(1)
     for layer, calls in zip(model.layers, seen, strict=True):
         assert len(calls) == 4

@@ -124,11 +124,14 @@ def test_metrics_stand_in_the_record_of_the_loss(tmp_path, attached):
     assert len(seen) == 10 and all((record.keys() >= METRICS) == attached for record in seen)
 
 
-def test_attaching_a_callback_that_trainer_has_already_adds_it_once(tmp_path):
+def test_attaching_twice_or_to_a_trainer_that_has_the_callback_adds_it_once(tmp_path):
     callback = StoMPPTrainerCallback()
-    trainer = trainer_of(tmp_path, bert(), callback)
+    trainer = trainer_of(tmp_path, bert(), callback, max_steps=8)
     callback.attach(trainer)
+    assert callback.attach(trainer).attach(trainer) is callback
     assert trainer.callback_handler.callbacks.count(callback) == 1
+    trainer.train()
+    assert any(record.get("stompp_flip_ratio") for record in trainer.state.log_history)
 
 
 @pytest.mark.parametrize(("trackers", "attached", "count"), [(1, False, 1), (1, True, 0), (0, False, 0)])

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from models import CASES, quick
 from stack import batch, stack, update
 from torch import Tensor
+from train_and_die import arguments, rows
+from transformers import Trainer, TrainerCallback
 
-from stompp_hf import Progression
+from stompp_hf import Progression, StoMPPTrainerCallback, binarize_model
 from stompp_hf.errors import ConfigError
+from stompp_hf.plan import binary_layers
 
 TOTAL, FURTHER, WIDTH = 60, 200, 16
 ADAMW = (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1})
@@ -21,10 +25,10 @@ def hold_stack(regime: str = "zero", learnable: bool = False):
     return stack(3, WIDTH, frozen_gradient=regime, **fixed)
 
 
-def frozen_signs(model) -> list[tuple[Tensor, Tensor]]:
+def frozen_signs(layers) -> list[tuple[Tensor, Tensor]]:
     """For each layer: which entries are frozen now, and all signs."""
     result = []
-    for layer in model.layers:
+    for layer in layers:
         frozen = torch.full(layer.weight.shape, layer.stage_state == "frozen")
         result.append((frozen if layer.weight_mask is None else layer.weight_mask.bool(), layer.weight.detach() >= 0))
     return result
@@ -35,7 +39,7 @@ def count_flips(model, progression, optimizer, first: int, last: int, parts: int
     flips, before = 0, None
     for step in range(first, last):
         progression.step(step)
-        now = frozen_signs(model)
+        now = frozen_signs(model.layers)
         for (frozen, sign), (was_frozen, was) in zip(now, before or now, strict=True):
             flips += int((frozen & was_frozen & (sign != was)).sum())
         before = now
@@ -126,6 +130,29 @@ def test_accelerates_wrapper_is_held_too():
     progression = Progression(model, TOTAL)
     progression.attach(optimizer)
     assert count_flips(model, progression, optimizer, 0, TOTAL + FURTHER, to_none=False) == 0
+
+
+class Watch(TrainerCallback):
+    """Counts the signs that change between two steps at both of which their entries were frozen."""
+
+    def __init__(self) -> None:
+        self.before, self.looked_at, self.flips = [], 0, 0
+
+    def on_step_begin(self, args, state, control, model, **kwargs) -> None:
+        now = frozen_signs(binary_layers(model).values())
+        for (frozen, sign), (was_frozen, was) in zip(now, self.before or now, strict=True):
+            self.looked_at += int((frozen & was_frozen).sum())
+            self.flips += int((frozen & was_frozen & (sign != was)).sum())
+        self.before = now
+
+
+@pytest.mark.parametrize(("regime", "flips"), [("zero", False), ("ste", True)])
+def test_trainer_holds_too(tmp_path, regime, flips):
+    model = binarize_model(CASES["bert"].build(), quick(frozen_gradient=regime))
+    args = arguments(tmp_path, save_strategy="no", learning_rate=0.02, gradient_accumulation_steps=2)
+    watch = Watch()
+    Trainer(model, args, train_dataset=rows(), callbacks=[StoMPPTrainerCallback(), watch]).train()
+    assert watch.looked_at > 10_000 and bool(watch.flips) == flips
 
 
 class Hookless:

@@ -1,25 +1,20 @@
 """binarize_model, restore_model and report: what is converted, what is left and why, and what stays as it was."""
 
-import copy
 import logging
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from models import CASES, logits, quick, same_tensors, train
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertForSequenceClassification
 
 from stompp_hf import (
     BinaryLayer,
     BinaryLinear,
-    Progression,
     StoMPPConfig,
     binarize_model,
-    calibrate,
     get_plan,
     report,
     restore_model,
@@ -32,7 +27,6 @@ from stompp_hf.errors import (
     PatternError,
     StoMPPError,
 )
-from stompp_hf.plan import binary_layers
 from stompp_hf.progression import windows
 
 BERT = CASES["bert"]
@@ -53,12 +47,6 @@ def planned(**options: Any) -> list[tuple[str, int]]:
     """Short names and stages of a BERT binarized with these options."""
     entries = get_plan(binarize_model(bert(), StoMPPConfig(**options))).entries
     return [(entry.name.removeprefix("bert.encoder.layer."), entry.stage) for entry in entries]
-
-
-def freeze(model: nn.Module, batch: Any) -> nn.Module:
-    """Everything frozen at once, with activation values from one batch."""
-    Progression(model, 1).step(1)
-    return calibrate(model, [batch]).eval()
 
 
 def mlp(*middle: nn.Module) -> nn.Sequential:
@@ -285,28 +273,6 @@ def test_ties_hooks_and_optimizers_hold() -> None:
     assert not torch.equal(layer.weight, before)
 
 
-def test_accelerate_hooks_run_the_binary_forward() -> None:
-    x = torch.randn(16, 8)
-    plain = mlp(nn.Linear(8, 8))
-    hooked, bare = copy.deepcopy(plain), copy.deepcopy(plain)
-    calls: list[str] = []
-
-    class Recorder(ModelHook):
-        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            calls.append("called")
-            return args, kwargs
-
-    add_hook_to_module(hooked[2], Recorder())
-    for model in (hooked, bare):
-        binarize_model(model, example_inputs=x)
-        calls.clear()
-        assert torch.equal(model(x), plain(x))
-        freeze(model, x)
-    calls.clear()
-    assert torch.equal(hooked(x), bare(x)) and not torch.equal(hooked(x), plain(x)) and calls == ["called"] * 2
-    assert torch.equal(restore_model(hooked)(x), plain(x))
-
-
 def test_restore_gives_the_plain_model_back() -> None:
     model = bert()
     names = list(model.state_dict())
@@ -350,31 +316,6 @@ def test_half_precision(caplog: pytest.LogCaptureFixture) -> None:
     assert "keep_dtype=True: latent weights stay torch.bfloat16" in caplog.text
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} == {model.config.dtype}
     assert torch.equal(logits(model, BERT.batch()), logits(half(), BERT.batch()))
-
-
-def test_peft_only_base_layers_are_converted() -> None:
-    def adapted() -> nn.Module:
-        torch.manual_seed(1)
-        lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], init_lora_weights=False)
-        return get_peft_model(bert(), lora)
-
-    model, plain = adapted(), adapted()
-    binarize_model(model, quick())
-    prefix = "base_model.model."
-    expected = [n + ".base_layer" if n.endswith(("query", "value")) else n for n in IN_ORDER]
-    assert order_of(model) == [prefix + name for name in expected]
-    left = get_plan(model).left
-    adapters = {name: reason for name, reason in left.items() if "lora_" in name}
-    assert len(adapters) == 2 * 2 * 2 and set(adapters.values()) == {"it is part of an adapter"}
-    assert "modules_to_save" in left[f"{prefix}classifier.original_module"]
-    assert "modules_to_save" in left[f"{prefix}classifier.modules_to_save.default"]
-    for name in left:
-        assert type(model.get_submodule(name)) is nn.Linear
-    batch = BERT.batch()
-    assert torch.equal(logits(model, batch), logits(plain, batch))
-    latents = {name: layer.weight.detach().clone() for name, layer in binary_layers(model).items()}
-    assert all(loss == loss for loss in train(model, BERT, 0, 12, 12)) and Progression(model, 12).is_complete()
-    assert all(torch.equal(layer.weight, latents[name]) for name, layer in binary_layers(model).items())
 
 
 def test_report_counts() -> None:

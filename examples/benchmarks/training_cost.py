@@ -165,7 +165,8 @@ def machine(args: BenchmarkArguments) -> str:
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {'CPU' if args.cpu_time else 'wall'} time"
+    kind = "CPU" if args.cpu_time else "wall"
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {kind} time"
 
 
 def main() -> None:

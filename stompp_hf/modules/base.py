@@ -32,6 +32,12 @@ OWN_TENSORS = (
 )
 """Names of the parameters and buffers that conversion adds to a layer."""
 
+_OWN_ATTRIBUTES = (
+    *("stompp_config", "input_producer", "stage_state", "frozen_share", "weight_mask", "activation_mask", "observer"),
+    *("weight_edge", "input_edges", "weight_ready", "activation_ready", "activation_offset"),
+    *("total_steps", "step", "fingerprint"),
+)
+
 WEIGHT_CLIP_MARGIN = 1.5
 """Clip of unfrozen weights where none is set, in units of max |w|: latents have room to grow while they are real."""
 
@@ -44,8 +50,9 @@ else:
 class BinaryLayer(_Module):
     """A layer whose weight, and whose input, become binary entry by entry.
 
-    Forward, by state: pending: the plain layer (clipped, where a clip is set); in transition: product(mix_activation(x), mix_weight(w)) + bias;
-    frozen: `frozen_product`. See `functional` and `modules.frozen` for formulas and gradients.
+    Forward, by state: pending: the plain layer (clipped, where a clip is set); in transition:
+    product(mix_activation(x), mix_weight(w)) + bias; frozen: `frozen_product`. See `functional` and `modules.frozen`
+    for formulas and gradients.
 
     Extra tensors (parameters when learnable, buffers otherwise): weight_scale (out,) or (1,); weight_clip (1,);
     activation_scale, activation_low, activation_high (1,); activation_threshold (in,); stompp_state int64 (6,).
@@ -75,7 +82,9 @@ class BinaryLayer(_Module):
     observer: Observer | None
     frozen_share: float
 
-    # The mirrors in Python of what stompp_state saves: forward must not wait for a device to read a flag.
+    # Mirrors in Python of what the buffers save: forward must not wait for a device to read a flag or a clip.
+    weight_edge: float | None
+    input_edges: tuple[float | None, float | None]
     weight_ready: bool
     activation_ready: bool
     activation_offset: float
@@ -113,6 +122,9 @@ class BinaryLayer(_Module):
         layer.weight_mask = layer.activation_mask = layer.observer = None
         layer.weight_ready = layer.activation_ready = False
         layer.activation_offset = 0.0
+        layer.weight_edge, layer.input_edges = config.weight_clip, (None, None)
+        if config.binary_activations and config.activation_clip is not None:
+            layer.input_edges = (-config.activation_clip, config.activation_clip)
         layer.total_steps = layer.step = layer.fingerprint = 0
         _rebind_forward(layer)
         return layer
@@ -120,12 +132,7 @@ class BinaryLayer(_Module):
     def restore(self) -> nn.Module:
         """Turn this layer back into its plain class, in place, with its latent weight."""
         layer: Any = self
-        for name in (
-            *OWN_TENSORS,
-            *("stompp_config", "input_producer", "stage_state", "frozen_share", "weight_mask", "activation_mask"),
-            *("observer", "weight_ready", "activation_ready", "activation_offset", "total_steps", "step"),
-            "fingerprint",
-        ):
+        for name in (*OWN_TENSORS, *_OWN_ATTRIBUTES):
             if hasattr(layer, name):  # a conversion that failed halfway set only some
                 delattr(layer, name)
         layer.__class__ = type(self).plain_class
@@ -169,6 +176,7 @@ class BinaryLayer(_Module):
             if config.weight_clip is None:
                 self.weight_clip.copy_((size.max() * WEIGHT_CLIP_MARGIN).reshape(1))
         self.weight_ready = True
+        self._read_edges()
 
     @property
     def needs_activation_values(self) -> bool:
@@ -201,6 +209,15 @@ class BinaryLayer(_Module):
                 self.activation_low.copy_(values.low)
                 self.activation_high.copy_(values.high)
         self.activation_offset = values.offset
+        self._read_edges()
+
+    def _read_edges(self) -> None:
+        def number(buffer: Tensor | None) -> float | None:
+            value = float("inf") if buffer is None else float(buffer)
+            return value if abs(value) < float("inf") else None
+
+        self.weight_edge = number(self.weight_clip)
+        self.input_edges = number(self.activation_low), number(self.activation_high)
 
     # ---- forward ----
 
@@ -234,11 +251,11 @@ class BinaryLayer(_Module):
         return self._add_bias(self.product(x, weight))
 
     def _add_bias(self, z: Tensor) -> Tensor:
-        return z if self.bias is None else z + self.product.per_channel(self.bias.to(z.dtype), z)
+        return z if self.bias is None else z.add_(self.product.per_channel(self.bias.to(z.dtype), z))
 
     def _in_transition(self, x: Tensor) -> Tensor:
         weight = mix_weight(
-            self.weight, self._weight_shaped(self.weight_scale), _mask(self.weight_mask), self.weight_clip,
+            self.weight, self._weight_shaped(self.weight_scale), _mask(self.weight_mask), self.weight_edge,
             self.stompp_config.frozen_gradient,
         )  # fmt: skip
         if self.activation_scale is not None:
@@ -249,8 +266,7 @@ class BinaryLayer(_Module):
                 self.activation_scale,
                 None if threshold is None else features(threshold, x),
                 features(_mask(self.activation_mask), x),
-                self.activation_low,
-                self.activation_high,
+                *self.input_edges,
                 self.activation_offset,
                 self.stompp_config.frozen_gradient,
             )
@@ -260,7 +276,6 @@ class BinaryLayer(_Module):
         # Signs are summed in float32 whatever the precision around: a sum of integers must not be rounded.
         exact = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         kind = x.device.type
-        low, high, clip = self.activation_low, self.activation_high, self.weight_clip
         mixed = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
             y = frozen_product(
@@ -270,7 +285,7 @@ class BinaryLayer(_Module):
                 None if self.activation_scale is None else self.activation_scale.to(exact),
                 None if self.activation_threshold is None else self.activation_threshold.to(exact),
                 None if self.bias is None else self.bias.to(exact),
-                (low, high, clip),
+                (*self.input_edges, self.weight_edge),
                 self.product,
                 self.activation_offset,
                 self.stompp_config.frozen_gradient,
@@ -304,6 +319,7 @@ class BinaryLayer(_Module):
         weight, activation, offset, total, step, fingerprint = self.stompp_state.tolist()
         self.weight_ready, self.activation_ready = bool(weight), bool(activation)
         self.activation_offset = float(offset)
+        self._read_edges()
         self.total_steps, self.step, self.fingerprint = total, step, fingerprint
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -346,6 +362,7 @@ class BinaryLayer(_Module):
         """Restore calibrated values, flags and state on leaving the block."""
         tensors = {n: getattr(self, n).detach().clone() for n in OWN_TENSORS if getattr(self, n) is not None}
         flags = (self.weight_ready, self.activation_ready, self.activation_offset)
+        edges = (self.weight_edge, self.input_edges)
         place = (self.stage_state, self.frozen_share, self.weight_mask, self.activation_mask, self.observer)
         try:
             yield
@@ -354,6 +371,7 @@ class BinaryLayer(_Module):
                 for name, value in tensors.items():
                     getattr(self, name).copy_(value)
             self.weight_ready, self.activation_ready, self.activation_offset = flags
+            self.weight_edge, self.input_edges = edges
             self.stage_state, self.frozen_share, self.weight_mask, self.activation_mask, self.observer = place
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..functional import Surrogate, hard, inside
+from ..functional import Surrogate, hard, hard_above, inside
 from .product import Product
 
 
@@ -24,40 +24,47 @@ class _FrozenProduct(torch.autograd.Function):
         activation_scale: Tensor | None,
         threshold: Tensor | None,
         bias: Tensor | None,
-        clips: tuple[Tensor | None, Tensor | None, Tensor | None],
+        clips: tuple[float | None, float | None, float | None],
         product: Product,
         offset: float,
         surrogate: str,
     ) -> Tensor:
         binary_input = activation_scale is not None
-        signs = hard(x if threshold is None else x - product.per_feature(threshold, x)) if binary_input else x
+        operand = _signs(x, threshold, product) if binary_input else x
         weight_signs = hard(weight)
-        z = product(signs, weight_signs)
-        scale = weight_scale * activation_scale if binary_input else weight_scale
+        z = product(operand, weight_signs)
+        scale = weight_scale if activation_scale is None else weight_scale * activation_scale
         row_sums = weight_signs.sum(product.feature_dim) if offset else None
         shift = bias
         if row_sums is not None:
             shift = scale * (row_sums * offset) if bias is None else bias + scale * (row_sums * offset)
-        y = z * product.per_channel(scale, z)
-        if shift is not None:
-            y = y.add_(product.per_channel(shift, z))
 
+        # What the backward pass needs, and no more: an STE-free layer with fixed scales saves nothing at all.
         needs = ctx.needs_input_grad
         passes = surrogate != "zero"
-        # What the backward pass needs, and no more: an STE-free layer with fixed scales saves nothing at all.
-        keeps_x = surrogate == "clipped_ste" and binary_input
-        keeps_signs = binary_input and passes and needs[1] and not keeps_x
+        makes_grad_weight = passes and needs[1]  # the scales' gradients come from it then, else from z
+        kept_z = z if (needs[2] or needs[3]) and not makes_grad_weight else None
+        if kept_z is not None and binary_input and weight.numel() < 2**15 * weight.shape[product.channel_dim]:
+            kept_z = z.to(torch.int16)  # a sum of fewer than 2**15 signs
+        keeps_x = makes_grad_weight if not binary_input else surrogate == "clipped_ste"
+        levels = None
+        if makes_grad_weight and not keeps_x:
+            levels = operand.to(torch.int8)
+            levels = levels.add_(int(offset)) if offset else levels
+        y = z * product.per_channel(scale, z) if kept_z is z else z.mul_(product.per_channel(scale, z))
+        if shift is not None:
+            y = y.add_(product.per_channel(shift, z))
         ctx.save_for_backward(
-            x if keeps_x or (not binary_input and passes and needs[1]) else None,
-            signs > 0 if keeps_signs else None,
+            x if keeps_x else None,
+            levels,
             weight if (passes or not binary_input) and (needs[0] or needs[1] or needs[4]) else None,
             weight_scale,
             activation_scale,
             threshold,
-            z if needs[2] or needs[3] else None,
+            kept_z,
             row_sums,
-            *clips,
         )
+        ctx.clips = clips
         ctx.product, ctx.offset, ctx.surrogate = product, offset, surrogate
         ctx.binary_input = binary_input
         return y
@@ -65,41 +72,52 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, sign_bits, weight, s, a, threshold, z, row_sums, low, high, clip = ctx.saved_tensors
+        x, levels, weight, s, a, threshold, z, row_sums = ctx.saved_tensors
+        low, high, clip = ctx.clips
         wants_x, wants_weight, wants_s, wants_a, wants_threshold, wants_bias = ctx.needs_input_grad[:6]
         product, offset, surrogate = ctx.product, ctx.offset, ctx.surrogate
         clipped, passes = surrogate == "clipped_ste", surrogate != "zero"
         grad_x = grad_weight = grad_s = grad_a = grad_threshold = None
+        per_channel: Any = None  # dL/d(s a)
 
-        if weight is not None and (wants_x or wants_threshold) and (passes or not ctx.binary_input):
-            grad_x = product.grad_input(grad * product.per_channel(s, grad), hard(weight))
-            if ctx.binary_input and clipped:
-                within = inside(x, low, high)
-                grad_x = grad_x if within is None else grad_x * within
-            if wants_threshold:
-                grad_threshold = -product.feature_sums(grad_x)
-        if weight is not None and wants_weight and passes:
-            if sign_bits is not None:
-                operand = sign_bits.to(grad.dtype).mul_(2).sub_(1)
+        weight_signs = hard(weight) if weight is not None else None
+        if weight_signs is not None and wants_weight and passes:
+            if levels is not None:
+                operand = levels.to(grad.dtype)
             elif ctx.binary_input:
-                operand = hard(x if threshold is None else x - product.per_feature(threshold, x))
+                operand = _signs(x, threshold, product)
+                operand = operand.add_(offset) if offset else operand
             else:
                 operand = x
-            if ctx.binary_input:
-                operand = operand.add_(offset).mul_(a) if offset else operand.mul_(a)
             grad_weight = product.grad_weight(grad, operand)
+            if wants_s or wants_a:
+                others = [dim for dim in range(weight.dim()) if dim != product.channel_dim]
+                per_channel = (grad_weight * weight_signs).sum(others)
+            if ctx.binary_input:
+                grad_weight = grad_weight.mul_(a)
             if clipped:
-                within = inside(weight, None if clip is None else -clip, clip)
-                grad_weight = grad_weight if within is None else grad_weight * within
-        if wants_s or wants_a:
-            levels = z if row_sums is None else z + product.per_channel(row_sums * offset, z)
-            per_channel = product.channel_sums(grad * levels)
-            if wants_s:
-                grad_s = (per_channel if a is None else per_channel * a).sum_to_size(s.shape)
-            if wants_a:
-                grad_a = (per_channel * s).sum().reshape(a.shape)
+                grad_weight = inside(grad_weight, weight, None if clip is None else -clip, clip)
+        elif wants_s or wants_a:
+            z = z.to(grad.dtype)
+            z = z if row_sums is None else z + product.per_channel(row_sums * offset, z)
+            per_channel = product.channel_sums(grad * z)
+        if wants_s:
+            grad_s = (per_channel if a is None else per_channel * a).sum_to_size(s.shape)
+        if wants_a:
+            grad_a = (per_channel * s).sum().reshape(a.shape)
+        if weight_signs is not None and (wants_x or wants_threshold) and (passes or not ctx.binary_input):
+            shape = [-1 if dim == product.channel_dim else 1 for dim in range(weight.dim())]
+            grad_x = product.grad_input(grad, weight_signs.mul_(s.reshape(shape)))
+            if ctx.binary_input and clipped:
+                grad_x = inside(grad_x, x, low, high)
+            if wants_threshold:
+                grad_threshold = -product.feature_sums(grad_x)
         grad_bias = product.channel_sums(grad) if wants_bias else None
         return (grad_x if wants_x else None), grad_weight, grad_s, grad_a, grad_threshold, grad_bias, *[None] * 4
+
+
+def _signs(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:
+    return hard_above(x, None if threshold is None else product.per_feature(threshold, x))
 
 
 def frozen_product(
@@ -109,7 +127,7 @@ def frozen_product(
     activation_scale: Tensor | None,
     threshold: Tensor | None,
     bias: Tensor | None,
-    clips: tuple[Tensor | None, Tensor | None, Tensor | None],
+    clips: tuple[float | None, float | None, float | None],
     product: Product,
     offset: float,
     surrogate: Surrogate,
@@ -119,9 +137,10 @@ def frozen_product(
     Forward:  z = product(sign(x - b), sign(w));  y = (s * a) * z + (bias + (s * a) * offset * rowsum(sign(w)))
               with real inputs (BWN): z = product(x, sign(w));  y = s * z + bias
     Backward: with u' and w' the binary operands and g' their gradients: dL/dx = k * g', dL/dw = k * g' (the surrogate
-              is never multiplied by the scale); dL/ds, dL/da and dL/db as in METHOD's closed form, s and a from z
-              without a second product. STE-free (k = 0) both products of the backward pass are skipped and undefined
-              gradients returned: never detach the layer instead, DDP would wait for it.
+              is never multiplied by the scale); dL/ds, dL/da and dL/db as in METHOD's closed form, s and a from w'
+              and its gradient where that is made, else from z: without a product of their own. STE-free (k = 0) both
+              products of the backward pass are skipped and undefined gradients returned: never detach the layer
+              instead, DDP would wait for it.
     Source:   the rule is Smith and Islam's (2026); scales, thresholds, and scaling after the product are this
               library's choice.
 
