@@ -150,7 +150,9 @@ class StoMPPTrainerCallback(TrainerCallback):
                 "this model is fully binary already, and stays so: training goes on with every stage frozen. To "
                 "freeze it anew: restore_model(model), then binarize_model(model, config)."
             )
-        elif ahead and not restarted:  # auto_find_batch_size, for one, begins again with the same model
+        elif ahead and restarted:  # auto_find_batch_size, for one
+            logger.warning("training begins anew at step %d: stages that were frozen thaw.", state.global_step)
+        elif ahead:
             raise CheckpointError(
                 f"this model is at step {ahead} of {first.total_steps} of its progression, and training starts at "
                 f"step {state.global_step}. To go on: trainer.train(resume_from_checkpoint=...). To start over: "

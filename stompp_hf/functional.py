@@ -54,14 +54,15 @@ def inside(grad: Tensor, u: Tensor, low: float | None, high: float | None) -> Te
     return torch.ops.aten.hardtanh_backward(grad, u, low, high)  # type: ignore[no-any-return]
 
 
-def _through(
-    grad: Tensor, u: Tensor, mask: Tensor, low: float | None, high: float | None, surrogate: str
-) -> Tensor:
+Edges = tuple[float | None, float | None]
+
+
+def _through(grad: Tensor, u: Tensor, mask: Tensor, edges: Edges, surrogate: str) -> Tensor:
     """(1 - M) * 1[low < u < high] * g + M * k * g for the surrogate's k; exact, since masks hold 0 and 1."""
-    clipped = inside(grad, u, low, high)
+    clipped = inside(grad, u, *edges)
     if surrogate == "zero":
         return clipped * (1.0 - mask)
-    return torch.lerp(clipped, grad, mask) if surrogate == "ste" and low is not None else clipped
+    return torch.lerp(clipped, grad, mask) if surrogate == "ste" and clipped is not grad else clipped
 
 
 def _masked_sum(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
@@ -88,7 +89,7 @@ class _MixWeight(torch.autograd.Function):
         weight, scale, mask = ctx.saved_tensors
         grad_weight = grad_scale = None
         if ctx.needs_input_grad[0]:
-            grad_weight = _through(grad, weight, mask, *ctx.edges, ctx.surrogate)
+            grad_weight = _through(grad, weight, mask, ctx.edges, ctx.surrogate)
         if ctx.needs_input_grad[1]:
             grad_scale = _masked_sum(hard(weight).mul_(grad), mask, scale.shape)
         return grad_weight, grad_scale, None, None, None
@@ -139,7 +140,7 @@ class _MixActivation(torch.autograd.Function):
         wants_u, wants_scale, wants_threshold = ctx.needs_input_grad[:3]
         grad_u = grad_scale = grad_threshold = None
         if wants_u:
-            grad_u = _through(grad, u, mask, *ctx.edges, ctx.surrogate)
+            grad_u = _through(grad, u, mask, ctx.edges, ctx.surrogate)
         if wants_scale:
             levels = hard_above(u, threshold)
             levels = levels.add_(ctx.offset) if ctx.offset else levels

@@ -278,7 +278,9 @@ class Progression:
             self._holds += hold_frozen(optimizer, list(self.layers.values()))
 
     def detach(self) -> None:
-        """Let go of the optimizers, and remove the hooks that this object put on the model."""
+        """Let go of the optimizers, and remove the hooks and observers that this object put on the model."""
+        for layer in self.layers.values():
+            layer.observer = None
         for handle in (*self._holds, *self._handles, *self._check_handles):
             handle.remove()
         self._holds, self._handles, self._check_handles = [], [], []
@@ -304,10 +306,11 @@ class Progression:
             if layer.stage_state == PENDING:
                 continue
 
-            def note(module: nn.Module, args: Any, name: str = name) -> None:
-                self._checks.append((name, torch.isfinite(args[0].detach()).all()))  # read one step later: no wait
+            def note(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                self._checks.append((name, torch.isfinite(x.detach()).all()))  # read one step later: no wait
 
-            self._check_handles.append(layer.register_forward_pre_hook(note))
+            self._check_handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
 
     def _read_checks(self) -> None:
         checks, self._checks = self._checks, []

@@ -27,7 +27,8 @@ for layer in binary_layers(model).values():
     assert layer.stage_state == "frozen"
     sizes = layer.binary_weight().abs()
     assert torch.equal(sizes, sizes[:, :1].expand_as(sizes))
-inputs = AutoTokenizer.from_pretrained(sys.argv[1])("although the plot was dull , the cast was great", return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer("although the plot was dull , the cast was great", return_tensors="pt")
 inputs.pop("token_type_ids", None)
 torch.save(model(**inputs).logits, sys.argv[2])
 """

@@ -44,7 +44,11 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     exec(reloading, names)
     reloaded = names["model"]
     inputs = {"input_ids": torch.arange(1, 7).reshape(1, 6)}
-    assert torch.equal(trained.eval()(**inputs).logits, reloaded.eval()(**inputs).logits)  # type: ignore[attr-defined]
+    # Not bit for bit: the trained model's head still lies where transformers loaded it, at any address.
+    torch.testing.assert_close(
+        *(model.eval()(**inputs).logits for model in (trained, reloaded)),  # type: ignore[attr-defined]
+        rtol=1e-6, atol=1e-7,
+    )  # fmt: skip
 
     names["model"] = fresh(names)
     exec(refinements, names)

@@ -64,8 +64,8 @@ class BinaryLayer(_Module):
     plain_class: ClassVar[type[nn.Module]]
     product: ClassVar[Product]
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any  # a parameter or None; plain classes declare it in different ways
     weight_scale: Tensor
     weight_clip: Tensor
     activation_scale: Tensor | None
@@ -192,9 +192,7 @@ class BinaryLayer(_Module):
     def calibrate_activation(self, rows: Tensor) -> None:
         """Set the activation's values from rows of this layer's input, (rows, features)."""
         config = self.stompp_config
-        values = activation_values(
-            rows, config.activation_threshold, config.activation_levels, self.input_producer
-        )
+        values = activation_values(rows, config.activation_threshold, config.activation_levels, self.input_producer)
         self._set_activation(values)
         self.activation_ready = True
 
@@ -221,8 +219,8 @@ class BinaryLayer(_Module):
 
     # ---- forward ----
 
-    def forward(self, x: Tensor) -> Tensor:
-        state = self.stage_state
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear, for callers that pass it by name
+        x, state = input, self.stage_state
         observer = self.observer
         if observer is not None and self.training:
             observer.see(x)

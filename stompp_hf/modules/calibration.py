@@ -74,7 +74,7 @@ def activation_values(rows: Tensor, threshold: str, levels: str, producer: str |
     Forward:  two-sided input: b = 0 or the mean of each feature, a = mean |u - b|, levels {-a, a};
               one-sided input (levels = "auto", and the input is never negative or comes from a ReLU-like
               activation): levels {0, 2a} with a the threshold of all features, by Lloyd's rule on the rows
-              low, high = the observed range, widened by RANGE_MARGIN of it on each side
+              low, high = the observed range, widened by RANGE_MARGIN of it (or of its edges) on each side
     Source:   this library's choice.
 
     Args:
@@ -88,7 +88,8 @@ def activation_values(rows: Tensor, threshold: str, levels: str, producer: str |
     empty = rows.shape[0] == 0
     low = _reduce(rows.new_tensor(torch.inf) if empty else rows.min(), "min").reshape(1)
     high = _reduce(rows.new_tensor(-torch.inf) if empty else rows.max(), "max").reshape(1)
-    margin = (high - low) * RANGE_MARGIN
+    widest = torch.stack([high - low, high.abs(), low.abs()]).amax(0)
+    margin = RANGE_MARGIN * torch.where(widest > 0, widest, torch.ones_like(widest))
     named = producer is not None and any(word in producer.lower() for word in ONE_SIDED_PRODUCERS)
     if levels == "auto" and (named or bool(low >= 0)) and bool(high > 0):
         cut = _reduce(rows.clamp(min=0).sum()) / (count * features)
@@ -100,4 +101,5 @@ def activation_values(rows: Tensor, threshold: str, levels: str, producer: str |
         return ActivationValues(scale, scale.expand(features).clone(), low - margin, high + margin, 1.0)
     start = _reduce(rows.sum(0)) / count if threshold == "mean" else rows.new_zeros(features)
     scale = (_reduce((rows - start).abs().sum()) / (count * features)).reshape(1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a constant input must not kill the layer
     return ActivationValues(scale, start, low - margin, high + margin, 0.0)
