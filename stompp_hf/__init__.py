@@ -7,7 +7,8 @@ from .modules import BinaryConv1D, BinaryLayer, BinaryLinear
 from .optim import create_optimizer, parameter_groups
 from .plan import get_plan
 from .progression import Progression, calibrate
-from .quantizer import StoMPPQuantizationConfig
+from .quantization_config import StoMPPQuantizationConfig
+from .quantizer import StoMPPQuantizer
 from .surgery import binarize_model, report, restore_model
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "StoMPPConfig",
     "StoMPPError",
     "StoMPPQuantizationConfig",
+    "StoMPPQuantizer",
     "StoMPPTrainerCallback",
     "binarize_model",
     "calibrate",

@@ -12,41 +12,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .config import StoMPPConfig
 from .errors import CheckpointError
 from .modules import BINARY_CLASSES, OWN_TENSORS, BinaryLayer
-from .plan import Entry, Plan
+from .plan import Entry
 from .progression import Progression
+from .quantization_config import METHOD, StoMPPQuantizationConfig
 from .surgery import convert
 
 logger = logging.getLogger(__name__)
-METHOD = "stompp"
-TRAINING_FORMAT = "training"
-
-
-class StoMPPQuantizationConfig(QuantizationConfigMixin):
-    """The plan of a binarized model, in the form in which transformers saves and reads it.
-
-    Holds plain JSON values; `plan()` gives the checked `Plan`. Unknown keys are kept: a newer release may add some,
-    and `format_version` tells whether they matter.
-    """
-
-    def __init__(self, format: str = TRAINING_FORMAT, **values: Any) -> None:
-        values.pop("quant_method", None)
-        self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes a plain string for outside methods
-        self.format = format
-        self.__dict__.update(values)
-
-    def plan(self) -> Plan:
-        """The plan, checked; raises CheckpointError where the values are none."""
-        if self.format != TRAINING_FORMAT:
-            raise CheckpointError(
-                f"quantization_config: format={self.format!r} is unknown to this release, which reads "
-                f"{TRAINING_FORMAT!r}; install a newer stompp_hf."
-            )
-        return Plan.from_dict(self.__dict__)
 
 
 class StoMPPQuantizer(HfQuantizer):
@@ -145,5 +119,3 @@ def _register() -> None:
 
 
 _register()
-
-__all__ = ["StoMPPConfig", "StoMPPQuantizationConfig", "StoMPPQuantizer"]

@@ -10,6 +10,7 @@ from .config import StoMPPConfig
 from .errors import AlreadyBinarizedError, ConfigError
 from .modules import BINARY_CLASSES, BinaryLayer
 from .plan import Plan, binary_layers, get_plan, planned_model, set_plan
+from .quantization_config import StoMPPQuantizationConfig
 from .selection import select
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,6 @@ def _record(model: nn.Module, plan: Plan | None) -> None:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return
-    from .quantizer import StoMPPQuantizationConfig
-
     config.quantization_config = StoMPPQuantizationConfig(**plan.to_dict())
 
 

@@ -1,0 +1,34 @@
+"""The plan of a binarized model, in the form in which transformers saves and reads it."""
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import CheckpointError
+from .plan import Plan
+
+METHOD = "stompp"
+TRAINING_FORMAT = "training"
+
+
+class StoMPPQuantizationConfig(QuantizationConfigMixin):
+    """The plan of a binarized model, in the form in which transformers saves and reads it.
+
+    Holds plain JSON values; `plan()` gives the checked `Plan`. Unknown keys are kept: a newer release may add some,
+    and `format_version` tells whether they matter.
+    """
+
+    def __init__(self, format: str = TRAINING_FORMAT, **values: Any) -> None:
+        values.pop("quant_method", None)
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes a plain string for outside methods
+        self.format = format
+        self.__dict__.update(values)
+
+    def plan(self) -> Plan:
+        """The plan, checked; raises CheckpointError where the values are none."""
+        if self.format != TRAINING_FORMAT:
+            raise CheckpointError(
+                f"quantization_config: format={self.format!r} is unknown to this release, which reads "
+                f"{TRAINING_FORMAT!r}; install a newer stompp_hf."
+            )
+        return Plan.from_dict(self.__dict__)
