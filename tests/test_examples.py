@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +19,22 @@ TINY = [
     *("--grammar_train_samples", "96", "--grammar_eval_samples", "32", "--per_device_train_batch_size", "8"),
     *("--num_train_epochs", "1", "--refresh_rate", "1", "--disable_tqdm", "True"),
 ]
-RELOAD = """
+SENTENCE = "although the plot was dull , the cast was great"
+TRAIN = f"""
+import sys, torch
+sys.path.insert(0, "examples")
+import run_glue
+path = sys.argv.pop(1)
+class Recording(run_glue.Trainer):
+    def save_model(self, *args, **kwargs):
+        super().save_model(*args, **kwargs)
+        inputs = self.processing_class({SENTENCE!r}, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        torch.save(self.model.eval()(**inputs).logits.detach(), path)
+run_glue.Trainer = Recording
+run_glue.main()
+"""
+RELOAD = f"""
 import sys, torch, stompp_hf
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from stompp_hf.plan import binary_layers
@@ -28,9 +44,9 @@ for layer in binary_layers(model).values():
     sizes = layer.binary_weight().abs()
     assert torch.equal(sizes, sizes[:, :1].expand_as(sizes))
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-inputs = tokenizer("although the plot was dull , the cast was great", return_tensors="pt")
+inputs = tokenizer({SENTENCE!r}, return_tensors="pt")
 inputs.pop("token_type_ids", None)
-torch.save(model(**inputs).logits, sys.argv[2])
+torch.save(model(**inputs).logits.detach(), sys.argv[2])
 """
 
 
@@ -47,15 +63,13 @@ def run(*words: str, launch: bool = False) -> str:
 
 
 def test_embedded_run_and_reload(tmp_path: Path) -> None:
-    out = str(tmp_path / "run")
-    printed = run("examples/run_glue.py", "--output_dir", out, *TINY)
+    """The embedded run ends fully binary, and another process reloads it with bitwise equal logits."""
+    out, trained, reloaded = (str(tmp_path / name) for name in ("run", "trained", "reloaded"))
+    printed = run("-c", TRAIN, trained, "--output_dir", out, *TINY)
     assert "24 binary layers in 4 stages" in printed
     assert "fully binary (weights and activations)" in printed
-    logits = []
-    for name in ("first", "second"):
-        run("-c", RELOAD, out, str(tmp_path / name))
-        logits.append((tmp_path / name).read_bytes())
-    assert logits[0] == logits[1]
+    run("-c", RELOAD, out, reloaded)
+    assert torch.equal(torch.load(trained), torch.load(reloaded))
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["eval_samples"] == 32
     assert "stompp" in (tmp_path / "run" / "README.md").read_text()
@@ -98,7 +112,7 @@ def test_local_files(tmp_path: Path, kind: str) -> None:
         )
         data.to_parquet(tmp_path / "data.parquet")
         extra, answers = ["--task_name", "stsb"], None
-    tiny_bert(tmp_path / "model")
+    tiny_bert(tmp_path / "model", labels=1 if kind == "parquet" else 2)
     file = str(tmp_path / f"data.{kind}")
     run(
         *("examples/run_glue.py", "--model_name_or_path", str(tmp_path / "model"), "--train_file", file),
@@ -114,15 +128,16 @@ def test_local_files(tmp_path: Path, kind: str) -> None:
         assert "eval_pearson" in json.loads((tmp_path / "run" / "all_results.json").read_text())
 
 
-def tiny_bert(path: Path) -> None:
+def tiny_bert(path: Path, labels: int) -> None:
     """A checkpoint with a tokenizer."""
     from glue_data import train_tokenizer
     from transformers import BertConfig, BertForSequenceClassification
 
     tokenizer = train_tokenizer([f"word{i}" for i in range(24)])
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        num_labels=labels,
+    )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
 
@@ -136,10 +151,11 @@ def test_no_trainer(tmp_path: Path) -> None:
 
 def test_training_cost_benchmark() -> None:
     printed = run(
-        *("examples/benchmarks/training_cost.py", "--hidden_size", "32", "--layers", "2", "--heads", "2"),
-        *("--intermediate_size", "64", "--vocab_size", "100", "--batch", "2", "--seq", "8", "--repeats", "2"),
+        *("examples/benchmarks/training_cost.py", "--shapes", "tiny", "--batch", "2", "--seq", "8"),
+        *("--repeats", "1", "--run_points", "2", "--run_repeats", "1"),
     )
-    assert "vanilla STE" in printed
+    for method in ("plain", "vanilla STE", "StoMPP+STE", "StoMPP STE-free"):
+        assert f"| all frozen | {method} |" in printed
 
 
 def test_grammar_needs_more_than_a_bag_of_words() -> None:

@@ -27,6 +27,7 @@ from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, para
 SHAPES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
 }
 PLAIN, VANILLA, WITH_STE, STE_FREE = "plain", "vanilla STE", "StoMPP+STE", "StoMPP STE-free"
 WINDOW = 1000
