@@ -54,7 +54,7 @@ def run(*words: str, launch: bool = False) -> str:
     """Run a script with the repository's examples, and return what it printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command = [*command, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*(command if launch else [sys.executable]), *words], cwd=ROOT, env=environment, capture_output=True, text=True
     )
