@@ -52,7 +52,7 @@ class StoMPPConfig:
         "together", "Modules of one stage share its window (together), or split it in execution order (forward)."
     )
     start: float = _option(0.0, "Fraction of the run at which the first stage's window opens.")
-    end: float = _option(0.8, "Fraction of the run at which the last stage is frozen; start = end = 0 is vanilla STE.")
+    end: float = _option(0.5, "Fraction of the run at which the last stage is frozen; start = end = 0 is vanilla STE.")
     weight_scale: Literal["none", "tensor", "channel"] = _option(
         "channel", "Magnitude of a binary weight: 1 (none), one value a tensor, or one an output channel."
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stompp_hf import Progression, StoMPPConfig
 
 VOCAB, BATCH, LENGTH, LABELS = 100, 4, 8, 3
-QUICK = {"refresh_rate": 2, "check_every": 4}
+QUICK = {"end": 0.8, "refresh_rate": 2, "check_every": 4}
 """Options for runs of a dozen steps."""
 
 _BERT = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
