@@ -2,14 +2,17 @@
 
 import contextlib
 import itertools
+import json
 import logging
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import CheckpointError, NotBinarizedError
 from .metrics import FlipRatio, frozen_fraction
@@ -70,13 +73,13 @@ class StoMPPTrainerCallback(TrainerCallback):
     # ---- attach: what needs the Trainer itself ----
 
     def attach(self, trainer: Any) -> "StoMPPTrainerCallback":
-        """Join a Trainer (adding this callback if it is not among its own), and wrap its `log` and `evaluate`."""
+        """Join a Trainer (adding this callback if it is not among its own), and wrap its log, evaluate and train."""
         if self._trainer is trainer:  # wrapped already: a second flip ratio a record would always be 0
             return self
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._trainer = trainer
-        log, evaluate = trainer.log, trainer.evaluate
+        log, evaluate, train = trainer.log, trainer.evaluate, trainer.train
 
         def log_with_metrics(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
             if "loss" in logs and self.progression is not None:
@@ -96,7 +99,12 @@ class StoMPPTrainerCallback(TrainerCallback):
                 self._evaluating = False
             return metrics
 
-        trainer.log, trainer.evaluate = log_with_metrics, evaluate_twice
+        def train_checked(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if resume_from_checkpoint:
+                _check_folder(trainer.model, resume_from_checkpoint, trainer.args.output_dir)
+            return train(resume_from_checkpoint, *args, **kwargs)
+
+        trainer.log, trainer.evaluate, trainer.train = log_with_metrics, evaluate_twice, train_checked
         return self
 
     def _calibration_data(self) -> list[Any]:
@@ -239,3 +247,17 @@ class StoMPPTrainerCallback(TrainerCallback):
         if self.progression is None:
             raise NotBinarizedError("StoMPPTrainerCallback: training has not begun; call trainer.train().")
         return self.progression
+
+
+def _check_folder(model: Any, checkpoint: Any, output_dir: str) -> None:
+    """Refuse a plain checkpoint before torch does, whose error would be about the optimizer's parameter groups."""
+    get_plan(model)
+    folder = get_last_checkpoint(output_dir) if checkpoint is True else str(checkpoint)
+    path = Path(folder or "", "config.json")
+    if not folder or not path.is_file():
+        return  # Trainer says that there is no checkpoint; other models keep no config.json
+    if "quantization_config" not in json.loads(path.read_text(encoding="utf-8")):
+        raise CheckpointError(
+            f"{folder} was saved before binarize_model: it holds no StoMPP state. Resume from a checkpoint of this "
+            "run, or start without resume_from_checkpoint."
+        )

@@ -278,6 +278,18 @@ def test_a_checkpoint_without_stompp_is_refused_before_the_first_step(tmp_path, 
     assert steps.begun == 0 and isinstance(caught.value, CheckpointError) == bool(options)
 
 
+def test_attached_a_plain_checkpoint_is_refused_in_our_own_words(tmp_path):
+    """With learnable scales torch would complain of parameter groups before any callback runs."""
+    trainer_of(tmp_path, BERT.build(), StopAt(2), save_strategy="steps").train()
+    steps = StopAt(20)
+    for checkpoint in (str(tmp_path / "checkpoint-2"), True):
+        trainer = trainer_of(tmp_path, bert(), steps)
+        StoMPPTrainerCallback().attach(trainer)
+        with pytest.raises(CheckpointError, match="saved before binarize_model"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    assert steps.begun == 0
+
+
 @pytest.mark.parametrize("options", [{"stages": "module"}, {"mask_seed": 1}, {"end": 0.8}, {"schedule": "linear"}])
 def test_a_checkpoint_of_another_progression_is_refused_before_the_first_step(tmp_path, options):
     steps = StopAt(20)
