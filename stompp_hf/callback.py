@@ -113,8 +113,7 @@ class StoMPPTrainerCallback(TrainerCallback):
         return [trainer._prepare_inputs(batch) for batch in batches]
 
     def _metrics(self) -> dict[str, float]:
-        progression = self.progression
-        assert progression is not None
+        progression = self._required()
         return {
             "stompp_frozen_fraction": frozen_fraction(progression.model),
             "stompp_stage": progression.stage_in_transition()[0],
@@ -128,11 +127,11 @@ class StoMPPTrainerCallback(TrainerCallback):
         if self.progression is not None:  # auto_find_batch_size and a second train() begin anew
             self.progression.detach()
         self._bind(model, state)
-        assert self.progression is not None
+        progression = self._required()
         if not self._holds_complete:
             self._forget_best(state, state.global_step)
-        self.progression.attach(kwargs["optimizer"])
-        self.progression.step(self._place(state.global_step))
+        progression.attach(kwargs["optimizer"])
+        progression.step(self._place(state.global_step))
         self._flips = FlipRatio(model)
         trackers = [name for name in args.report_to or [] if name != "none"]
         if trackers and self._trainer is None:
@@ -188,8 +187,7 @@ class StoMPPTrainerCallback(TrainerCallback):
                 )
 
     def _place(self, global_step: int) -> int:
-        assert self.progression is not None
-        return max(global_step, self.progression.total_steps) if self._holds_complete else global_step
+        return max(global_step, self._required().total_steps) if self._holds_complete else global_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._required().step(self._place(state.global_step))
