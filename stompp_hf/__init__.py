@@ -3,7 +3,7 @@
 from .callback import StoMPPTrainerCallback
 from .config import StoMPPConfig
 from .errors import StoMPPError
-from .modules import BinaryConv1D, BinaryLayer, BinaryLinear
+from .modules import BinaryConv1D, BinaryConv1d, BinaryConv2d, BinaryConv3d, BinaryLayer, BinaryLinear
 from .optim import create_optimizer, parameter_groups
 from .plan import get_plan
 from .progression import Progression, calibrate
@@ -15,6 +15,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BinaryConv1D",
+    "BinaryConv1d",
+    "BinaryConv2d",
+    "BinaryConv3d",
     "BinaryLayer",
     "BinaryLinear",
     "Progression",

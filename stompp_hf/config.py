@@ -75,10 +75,25 @@ class StoMPPConfig:
     activation_clip: float | None = _option(
         None, "Clip of unfrozen activations at -c and c; unset: the range of the calibration data, with a margin."
     )
+    activation_mask: Literal["feature", "element"] = _option(
+        "feature",
+        "What one entry of an activation's mask stands for: a feature (a channel, for convolutions), or one element of "
+        "a sample (fixed input size).",
+    )
+    relu: Literal["absorb", "keep", "drop"] = _option(
+        "absorb",
+        "A ReLU (ReLU6, Hardswish) before binary activations: absorb it into the layers it feeds where nothing else "
+        "reads it (nothing changes at the start), keep it, or drop it wherever it feeds one (also after additions).",
+    )
+    conv_padding: Literal["zero", "one"] = _option(
+        "zero",
+        "What pads a binary input of a convolution: zero, or one (the upper level), which keeps it exactly two-valued.",
+    )
     target_modules: list[str] | None = _option(None, "Names or patterns of the modules to binarize; unset: all.")
     exclude_modules: list[str] | None = _option(None, "Names or patterns of modules to leave real.")
     first_layer: Literal["keep", "binarize"] = _option("keep", "Layers that run before the first repeated block.")
     head: Literal["keep", "binarize"] = _option("keep", "Layers that run after the last repeated block.")
+    downsampling: Literal["keep", "binarize"] = _option("keep", "Down-sampling layers and convolutions of shortcuts.")
     keep_dtype: bool = _option(False, "Keep half-precision latent weights (small updates vanish) instead of float32.")
     check_every: int = _option(100, "Look for non-finite activations every this many steps; 0 never looks.")
     mask_seed: int = _option(0, "Seed of the masks, apart from the seed of the run.")
@@ -130,6 +145,8 @@ class StoMPPConfig:
             self._refuse(
                 "learn_activation_threshold", "needs a threshold: add activation_threshold='zero', or set it to False"
             )
+        if self.activation_mask == "element" and self.conv_padding == "one":
+            self._refuse("conv_padding", "has no mask around it; use activation_mask='feature' with it")
         if self.activation_levels == "auto" and "none" in (self.activation_scale, self.activation_threshold):
             self._refuse(
                 "activation_levels",
@@ -159,6 +176,8 @@ class StoMPPConfig:
     def paper(cls, **options: Any) -> "StoMPPConfig":
         """The rule of Smith and Islam (2026): sign and clip at 1, no scale, no threshold, STE-free, module by module.
 
+        ReLUs that feed binary activations are dropped (this library's reading: sign(relu(u)) would be constant).
+
         Their StoMPP+STE is `StoMPPConfig.paper(frozen_gradient="ste")`.
         """
         values: dict[str, Any] = {
@@ -175,6 +194,7 @@ class StoMPPConfig:
             "learn_activation_threshold": False,
             "activation_levels": "symmetric",
             "activation_clip": 1.0,
+            "relu": "drop",
         }
         return cls(**{**values, **options})
 

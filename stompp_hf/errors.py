@@ -35,3 +35,7 @@ class CheckpointError(StoMPPError, ValueError):
 
 class NonFiniteError(StoMPPError, ArithmeticError):
     """A latent weight or an activation is NaN or infinite; sign() would have hidden it."""
+
+
+class ShapeError(StoMPPError, ValueError):
+    """An input has another size than the masks of `activation_mask="element"`."""

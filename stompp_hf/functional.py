@@ -119,6 +119,7 @@ class _MixActivation(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         u: Tensor,
+        real: Tensor | None,
         scale: Tensor,
         threshold: Tensor | None,
         mask: Tensor,
@@ -127,20 +128,24 @@ class _MixActivation(torch.autograd.Function):
         offset: float,
         surrogate: str,
     ) -> Tensor:
-        ctx.save_for_backward(u, scale, threshold, mask)
+        ctx.save_for_backward(u, real, scale, threshold, mask)
         ctx.edges, ctx.offset, ctx.surrogate = (low, high), offset, surrogate
         levels = hard_above(u, threshold)
         levels = levels.add_(offset).mul_(scale) if offset else levels.mul_(scale)
-        return torch.lerp(soft(u, low, high), levels, mask, out=levels)
+        return torch.lerp(soft(u if real is None else real, low, high), levels, mask, out=levels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        u, scale, threshold, mask = ctx.saved_tensors
-        wants_u, wants_scale, wants_threshold = ctx.needs_input_grad[:3]
-        grad_u = grad_scale = grad_threshold = None
-        if wants_u:
+        u, real, scale, threshold, mask = ctx.saved_tensors
+        wants_u, wants_real, wants_scale, wants_threshold = ctx.needs_input_grad[:4]
+        grad_u = grad_real = grad_scale = grad_threshold = None
+        if wants_real:
+            grad_real = inside(grad, real, *ctx.edges) * (1.0 - mask)
+        if wants_u and real is None:
             grad_u = _through(grad, u, mask, ctx.edges, ctx.surrogate)
+        elif wants_u and ctx.surrogate != "zero":
+            grad_u = (inside(grad, u, *ctx.edges) if ctx.surrogate == "clipped_ste" else grad) * mask
         if wants_scale:
             levels = hard_above(u, threshold)
             levels = levels.add_(ctx.offset) if ctx.offset else levels
@@ -148,7 +153,7 @@ class _MixActivation(torch.autograd.Function):
         if wants_threshold and ctx.surrogate != "zero":
             passed = inside(grad, u, *ctx.edges) if ctx.surrogate == "clipped_ste" else grad
             grad_threshold = -_masked_sum(passed, mask, threshold.shape)
-        return grad_u, grad_scale, grad_threshold, None, None, None, None, None
+        return grad_u, grad_real, grad_scale, grad_threshold, *[None] * 5
 
 
 def mix_activation(
@@ -160,6 +165,7 @@ def mix_activation(
     high: float | None,
     offset: float,
     surrogate: Surrogate,
+    real: Tensor | None = None,
 ) -> Tensor:
     """Input of a layer of a stage in transition: frozen features binary, the others real.
 
@@ -167,6 +173,8 @@ def mix_activation(
               offset 0 gives the levels {-a, a}, offset 1 gives {0, 2a}
     Backward: dL/du = (1 - M) * g * 1[low < u < high] + M * k * g, g = dL/du'
               dL/da = sum of M * g * (sign(u - b) + offset);  dL/db = - sum of M * k * g
+              with an absorbed activation f, clip(f(u), low, high) stands in the soft branch, and its gradient goes to
+              f(u) alone; the binary value and the surrogate are those of u, the value before f
               k as in `mix_weight`; STE-free, b gets no gradient and keeps its calibrated value
     Source:   Smith and Islam (2026) for a = high = 1, low = -1, b = o = 0; the rest is this library's choice.
 
@@ -178,5 +186,6 @@ def mix_activation(
         low, high: clip range; both None for no clip.
         offset: 0.0 or 1.0, in units of the scale.
         surrogate: what frozen features pass back.
+        real: f(u), what unfrozen features compute with, if not u itself.
     """
-    return _MixActivation.apply(u, scale, threshold, mask, low, high, offset, surrogate)
+    return _MixActivation.apply(u, real, scale, threshold, mask, low, high, offset, surrogate)

@@ -1,10 +1,12 @@
 """Numbers that tell how a binary network's training goes."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from .modules import TRANSITION, BinaryLayer
-from .plan import binary_layers
+from .modules import PENDING, TRANSITION, BinaryLayer
+from .plan import binary_layers, get_plan
 
 SAMPLE = 65_536
 """Entries of one weight that the flip ratio looks at; larger weights are sampled evenly."""
@@ -44,3 +46,58 @@ class FlipRatio:
                 flipped += int(torch.count_nonzero(now != then.to(now.device)))
                 total += now.numel()
         return flipped / total if total else 0.0
+
+
+@dataclass
+class LayerFlow:
+    """What reached one layer's weight: the norm of its gradient, and the share of entries that got none (0 to 1)."""
+
+    norm: float
+    blocked: float
+
+
+def gradient_flow(model: nn.Module) -> dict[str, LayerFlow]:
+    """What the last backward pass brought to every binary layer, by name, in execution order.
+
+    Read it between backward() and the optimizer's step or zero_grad(). norm: the Euclidean norm of dL/dw; blocked: the
+    share of the entries of w whose gradient is missing or exactly 0.
+    Source: the blockade is Smith and Islam's (2026); this measure of it is this library's choice.
+    """
+    layers = binary_layers(model)
+    flow = {}
+    for name in sorted(layers, key={entry.name: entry.position for entry in get_plan(model).entries}.__getitem__):
+        grad = layers[name].weight.grad
+        if grad is None:
+            flow[name] = LayerFlow(0.0, 1.0)
+        else:
+            blocked = 1.0 - float(torch.count_nonzero(grad)) / grad.numel()
+            flow[name] = LayerFlow(float(grad.norm()), blocked)
+    return flow
+
+
+def blocked_upstream(model: nn.Module) -> float:
+    """Share of the weight entries upstream of the stage in transition that got no gradient, between 0 and 1.
+
+    Upstream means: executed before the first layer of that stage. 0 where nothing is upstream or in transition. In
+    forward order what is upstream is frozen, and STE-free it is meant to be blocked; in reverse order it is what has
+    still to learn. See `gradient_flow` for when to read it.
+    """
+    layers = binary_layers(model)
+    flow = gradient_flow(model)
+    names = list(flow)
+    moving = [index for index, name in enumerate(names) if layers[name].stage_state == TRANSITION]
+    above = names[: moving[0]] if moving else []
+    total = sum(layers[name].weight.numel() for name in above)
+    return sum(flow[name].blocked * layers[name].weight.numel() for name in above) / total if total else 0.0
+
+
+def blocked_unfrozen(model: nn.Module) -> float:
+    """Share of the weight entries of layers that are still to freeze (pending) that got no gradient, 0 to 1.
+
+    This is the damage of a blockade: in reverse order the early layers are cut off before they have learnt.
+    """
+    layers = binary_layers(model)
+    flow = gradient_flow(model)
+    waiting = [name for name in flow if layers[name].stage_state == PENDING]
+    total = sum(layers[name].weight.numel() for name in waiting)
+    return sum(flow[name].blocked * layers[name].weight.numel() for name in waiting) / total if total else 0.0

@@ -17,21 +17,33 @@ _ATTRIBUTE = "stompp_plan"
 
 @dataclass
 class Entry:
-    """One binary layer: its name, its place in the progression, and what produces its input."""
+    """One binary layer: its name, its place in the progression and in execution order, and what enters it.
+
+    producer: class name of the module whose output enters it; absorbed: the activation it computes itself;
+    position: its place in execution order; shape: one sample of its input in the probe.
+    """
 
     name: str
     stage: int
     stage_name: str
     producer: str | None = None
+    absorbed: str | None = None
+    position: int = 0
+    shape: list[int] | None = None
 
 
 @dataclass
 class Plan:
-    """The binary layers of a model in the order in which they freeze, and what was left real and why."""
+    """The binary layers of a model in the order in which they freeze, and what was left real and why.
+
+    bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, with the binary layers that read them.
+    """
 
     config: StoMPPConfig
     entries: list[Entry]
     left: dict[str, str] = field(default_factory=dict)
+    bypassed: dict[str, str] = field(default_factory=dict)
+    paused: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def stage_count(self) -> int:
@@ -65,6 +77,8 @@ class Plan:
             "config": self.config.to_dict(),
             "modules": [asdict(entry) for entry in self.entries],
             "left": dict(self.left),
+            "bypassed": dict(self.bypassed),
+            "paused": {name: list(readers) for name, readers in self.paused.items()},
         }
 
     @classmethod
@@ -82,7 +96,8 @@ class Plan:
             )
         try:
             entries = [Entry(**entry) for entry in values["modules"]]
-            plan = cls(StoMPPConfig.from_dict(values["config"]), entries, dict(values.get("left") or {}))
+            others = (dict(values.get(name) or {}) for name in ("left", "bypassed", "paused"))
+            plan = cls(StoMPPConfig.from_dict(values["config"]), entries, *others)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"quantization_config is damaged ({error!r}); save the model again.") from error
         if not entries or sorted({entry.stage for entry in entries}) != list(range(plan.stage_count)):

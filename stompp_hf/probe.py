@@ -1,4 +1,4 @@
-"""One forward pass before anything is converted: execution order, layers that never run, and what feeds which layer."""
+"""One forward pass before anything is converted: execution order, layers that never run, what feeds which layer."""
 
 import contextlib
 import inspect
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .dataflow import DataFlow
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ class Trace:
     last_call: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     producers: dict[str, str] = field(default_factory=dict)
-    first_embedding: int | None = None
+    flow: DataFlow | None = None
 
     def order(self) -> list[str]:
         """Names by first call."""
@@ -138,8 +140,6 @@ def probe(model: nn.Module, candidates: dict[str, nn.Module], example_inputs: An
             trace.producers[name] = source[0] if source and source[0] != "Dropout" else trace.producers.get(name, "")
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(module, nn.Embedding) and trace.first_embedding is None:
-            trace.first_embedding = clock
         if isinstance(output, torch.Tensor):
             kind = type(module).__name__
             if isinstance(module, nn.Dropout) and args and isinstance(args[0], torch.Tensor):
@@ -149,9 +149,11 @@ def probe(model: nn.Module, candidates: dict[str, nn.Module], example_inputs: An
 
     handles = [module.register_forward_pre_hook(before) for module in candidates.values()]
     handles += [module.register_forward_hook(after) for module in model.modules() if not list(module.children())]
+    trace.flow = flow = DataFlow(candidates)
+    handles += flow.watch(model)
     try:
-        with undisturbed(model):
-            run(model, inputs)
+        with undisturbed(model), flow:
+            flow.close(run(model, inputs))
     except Exception as error:
         if example_inputs is not None:
             raise

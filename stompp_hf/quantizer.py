@@ -14,8 +14,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from .errors import CheckpointError
-from .modules import BINARY_CLASSES, OWN_TENSORS, BinaryLayer
-from .plan import Entry
+from .modules import OWN_TENSORS, BinaryLayer, binary_class_of
 from .progression import Progression
 from .quantization_config import METHOD, StoMPPQuantizationConfig
 from .surgery import convert
@@ -40,8 +39,16 @@ class StoMPPQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         plan = self.quantization_config.plan()
         prefix = model.base_model_prefix
+        modules = dict(model.named_modules())
         for entry in plan.entries:
-            entry.name = _name_in(model, entry, prefix)
+            entry.name = _layer_in(model, modules, entry.name, prefix)
+        # What stood before layers that this class of model lacks is lacking with them.
+        plan.bypassed = {new: how for name, how in plan.bypassed.items() if (new := _name_in(modules, name, prefix))}
+        plan.paused = {
+            new: [_layer_in(model, modules, reader, prefix) for reader in readers]
+            for name, readers in plan.paused.items()
+            if (new := _name_in(modules, name, prefix))
+        }
         convert(model, plan)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -99,16 +106,20 @@ def _align(model: PreTrainedModel) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _name_in(model: PreTrainedModel, entry: Entry, prefix: str) -> str:
-    """The name that a saved layer has in `model`, which may have gained or lost its base model's prefix."""
-    modules = dict(model.named_modules())
-    for name in (entry.name, entry.name.removeprefix(f"{prefix}."), f"{prefix}.{entry.name}"):
-        if type(modules.get(name)) in BINARY_CLASSES:
-            return name
-    raise CheckpointError(
-        f"the checkpoint says that {entry.name} is binary, and {type(model).__name__} has no such layer, or one of "
-        "another type: load it with the class that it was saved from, or one that contains it."
-    )
+def _name_in(modules: dict[str, Any], name: str, prefix: str) -> str | None:
+    """The name that a saved module has in a model, which may have gained or lost its base model's prefix."""
+    names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    return next((name for name in names if name in modules), None)
+
+
+def _layer_in(model: PreTrainedModel, modules: dict[str, Any], name: str, prefix: str) -> str:
+    found = _name_in(modules, name, prefix)
+    if found is None or binary_class_of(modules[found]) is None:
+        raise CheckpointError(
+            f"the checkpoint says that {name} is binary, and {type(model).__name__} has no such layer, or one of "
+            "another type: load it with the class that it was saved from, or one that contains it."
+        )
+    return found
 
 
 def _register() -> None:

@@ -9,13 +9,13 @@ from torch import nn
 
 from .config import StoMPPConfig
 from .errors import ConfigError, NothingToBinarizeError, PatternError
-from .modules import BINARY_CLASSES
+from .modules import BINARY_CLASSES, binary_class_of
+from .neighbours import Neighbours, neighbours
 from .plan import Entry
 from .probe import Trace, probe
+from .structure import WEIGHTED, block_of, real_by_place
 
 logger = logging.getLogger(__name__)
-
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -28,21 +28,13 @@ def matches(name: str, pattern: str) -> bool:
     )
 
 
-def block_of(model: nn.Module, name: str) -> str | None:
-    """The repeated block around a layer: the outermost item of a ModuleList on its path, or None."""
-    path = name.split(".")
-    for depth in range(1, len(path)):
-        if isinstance(model.get_submodule(".".join(path[:depth])), nn.ModuleList):
-            return ".".join(path[: depth + 1])
-    return None
-
-
 @dataclass
 class Selection:
     """Layers in the order in which they freeze, and the others with the reason why they stay real."""
 
     entries: list[Entry]
     left: dict[str, str]
+    neighbours: Neighbours
 
 
 def _reasons_in_itself(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -55,18 +47,18 @@ def _reasons_in_itself(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str
     candidates: dict[str, nn.Module] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
-        if type(module) in BINARY_CLASSES:
+        if binary_class_of(module) is not None:
             reason = _unfit(model, name, module, owners, tied)
             if reason is None:
                 candidates[name] = module
             else:
                 left[name] = reason
-        elif isinstance(module, (*_WEIGHTED, *BINARY_CLASSES)):
+        elif isinstance(module, (*WEIGHTED, *BINARY_CLASSES)):
             kind = type(module).__name__
             known = ", ".join(cls.__name__ for cls in BINARY_CLASSES)
             left[name] = f"{kind} has no binary class (exact types only: {known})"
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and not isinstance(module, _WEIGHTED):
+            if parameter.dim() == 3 and not isinstance(module, WEIGHTED):
                 left[f"{name}.{key}"] = f"a 3-D parameter of {parameter.numel():,} entries (fused experts?)"
     return candidates, left
 
@@ -122,30 +114,6 @@ def _by_pattern(candidates: list[str], config: StoMPPConfig, left: dict[str, str
     return kept
 
 
-def _by_place(model: nn.Module, names: list[str], trace: Trace | None, config: StoMPPConfig) -> dict[str, str]:
-    """The layers that run before the first repeated block or after the last one, with that reason."""
-    first = trace.first_call if trace else {name: index for index, name in enumerate(names)}
-    last = trace.last_call if trace else first
-    blocks = [name for name in names if block_of(model, name) is not None]
-    reasons = {}
-    for name in names:
-        reason = None
-        if blocks:
-            if config.first_layer == "keep" and last[name] < min(first[other] for other in blocks):
-                reason = "first layer: it runs before the first repeated block"
-            if config.head == "keep" and first[name] > max(last[other] for other in blocks):
-                reason = "head: it runs after the last repeated block"
-        else:
-            embedded = trace is not None and trace.first_embedding is not None
-            if config.first_layer == "keep" and first[name] == min(first[other] for other in names) and not embedded:
-                reason = "first layer of a model without repeated blocks"
-            elif config.head == "keep" and last[name] == max(last[other] for other in names):
-                reason = "head: last layer of a model without repeated blocks"
-        if reason is not None:
-            reasons[name] = reason
-    return reasons
-
-
 def _ordered(names: list[str], config: StoMPPConfig) -> list[str]:
     patterns = config.order_patterns
     if config.order == "reverse":
@@ -184,9 +152,13 @@ def _staged(model: nn.Module, names: list[str], trace: Trace | None, config: Sto
             numbers = {key: index for index, key in enumerate(keys)}
         stages = [(numbers[key], key) for key in keys]
     entries = []
+    called = trace.order() if trace else names
     for name, (stage, label) in zip(names, stages, strict=True):
-        producer = trace.producers.get(name) or None if trace else None
-        entries.append(Entry(name, stage, label, producer))
+        entry = Entry(name, stage, label, position=called.index(name))
+        if trace is not None:
+            entry.producer = trace.producers.get(name) or None
+            entry.shape = list(trace.flow.shapes.get(name, ())) or None if trace.flow else None
+        entries.append(entry)
     return sorted(entries, key=lambda entry: entry.stage)
 
 
@@ -196,7 +168,7 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
     Raises:
         PatternError: a pattern matches nothing.
         NothingToBinarizeError: no layer is left; the message counts the reasons.
-        ConfigError: more stages than layers.
+        ConfigError: more stages than layers, or element masks without a probe.
     """
     candidates, left = _reasons_in_itself(model)
     if not candidates:
@@ -215,7 +187,7 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
             logger.warning("left real because the model never calls them: %s", ", ".join(bypassed))
         names = trace.order()
     named = _by_pattern(names, config, left)
-    misplaced = _by_place(model, names, trace, config) if names else {}
+    misplaced = real_by_place(model, names, trace, config) if names else {}
     left.update({name: reason for name, reason in misplaced.items() if name in named})
     kept = [name for name in named if name not in misplaced]
     if not kept:
@@ -227,7 +199,28 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
             advice = "Pass example_inputs that reach the layers."
         kind = type(model).__name__
         raise NothingToBinarizeError(f"No layer of {kind} is left to binarize. {_why_not(left)} {advice}")
-    return Selection(_staged(model, _ordered(kept, config), trace, config), left)
+    near = neighbours(model, kept, trace.flow, config) if trace is not None and trace.flow is not None else Neighbours()
+    entries = _staged(model, _ordered(kept, config), trace, config)
+    for entry in entries:
+        entry.absorbed = near.absorbing.get(entry.name)
+    _warn_of_dead_signs(near, entries, config)
+    if config.activation_mask == "element" and config.binary_activations and trace is None:
+        raise ConfigError(
+            "StoMPPConfig: activation_mask='element' needs the sizes of the layers' inputs, and no probe could be run; "
+            "pass binarize_model(model, config, example_inputs=...) one small batch."
+        )
+    return Selection(entries, left, near)
+
+
+def _warn_of_dead_signs(near: Neighbours, entries: list[Entry], config: StoMPPConfig) -> None:
+    if near.one_signed and config.activation_levels == "symmetric":
+        producers = {entry.name: entry.producer for entry in entries}
+        listed = ", ".join(f"{name} (after {producers[name] or '?'})" for name in near.one_signed[:6])
+        logger.warning(
+            "the input of %d layers was never negative in the probe, so that its sign says nothing: %s%s. Use "
+            "activation_levels='auto' with a scale and a threshold, or relu='drop' where it is a ReLU.",
+            len(near.one_signed), listed, ", ..." if len(near.one_signed) > 6 else "",
+        )  # fmt: skip
 
 
 def _why_not(left: dict[str, str]) -> str:

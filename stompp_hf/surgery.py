@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from .config import StoMPPConfig
-from .errors import AlreadyBinarizedError, ConfigError
-from .modules import BINARY_CLASSES, BinaryLayer
+from .errors import AlreadyBinarizedError, CheckpointError, ConfigError
+from .modules import BinaryLayer, binary_class_of
+from .modules.activations import BYPASSED, PAUSED, Changed
 from .plan import Plan, binary_layers, get_plan, planned_model, set_plan
 from .quantization_config import StoMPPQuantizationConfig
 from .selection import select
@@ -45,7 +46,8 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
         )
     selection = select(model, config, example_inputs)
     cast_to_float32(model, config)
-    plan = Plan(config, selection.entries, selection.left)
+    near = selection.neighbours
+    plan = Plan(config, selection.entries, selection.left, near.bypassed, near.paused)
     convert(model, plan)
     logger.info("%s", report(model))
     return model
@@ -54,18 +56,38 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
 def convert(model: nn.Module, plan: Plan) -> None:
     """Convert the layers that a plan names; if one fails, even halfway, restore it and those before it."""
     begun: list[nn.Module] = []
+    element = plan.config.activation_mask == "element"
     try:
         for entry in plan.entries:
             module = model.get_submodule(entry.name)
             begun.append(module)
-            BINARY_CLASSES[type(module)].convert(module, plan.config, entry.producer)
+            binary_class = binary_class_of(module)
+            if binary_class is None:
+                raise CheckpointError(f"{entry.name} is a {type(module).__name__}, which has no binary class.")
+            shape = tuple(entry.shape) if element and entry.shape else None
+            binary_class.convert(module, plan.config, entry.producer, entry.absorbed, shape)
+        for name in plan.bypassed:
+            activation: Any = model.get_submodule(name)
+            activation.__class__ = BYPASSED[type(activation)]
+        for name, readers in plan.paused.items():
+            dropout: Any = model.get_submodule(name)
+            dropout.readers = [model.get_submodule(reader) for reader in readers]
+            dropout.__class__ = PAUSED[type(dropout)]
     except BaseException:
         for module in begun:
             if isinstance(module, BinaryLayer):
                 module.restore()
+        _put_back(model)
         raise
     set_plan(model, plan)
     _record(model, plan)
+
+
+def _put_back(model: nn.Module) -> None:
+    """Activations and dropouts before binary layers become again what they were."""
+    for module in list(model.modules()):
+        if isinstance(module, Changed):
+            module.restore()
 
 
 def restore_model(model: Model) -> Model:
@@ -78,6 +100,7 @@ def restore_model(model: Model) -> Model:
     root = planned_model(model)
     for layer in layers.values():
         layer.restore()
+    _put_back(root)
     set_plan(root, None)
     _record(root, None)
     return model
@@ -127,6 +150,12 @@ def report(model: nn.Module) -> str:
     for stage, name in enumerate(plan.stage_names):
         inside = [entry.name for entry in plan.entries if entry.stage == stage]
         short = [item.removeprefix(f"{name}.") for item in inside]
-        lines.append(f"  stage {stage + 1} {name}: {', '.join(short)}")
+        lines.append(f"  stage {stage + 1} {name}" + ("" if inside == [name] else f": {', '.join(short)}"))
+    for what, text in (("absorbed", "absorbed into the layers they feed"), ("dropped", "dropped")):
+        names = [name for name, how in plan.bypassed.items() if how == what]
+        if names:
+            lines.append(f"  activations {text}: {', '.join(names)}")
+    if plan.paused:
+        lines.append(f"  dropouts that stop once a layer they feed freezes: {', '.join(plan.paused)}")
     lines += [f"  left real: {name}: {reason}" for name, reason in plan.left.items()]
     return "\n".join(lines)

@@ -33,7 +33,7 @@ def stack(
 ) -> Stack:
     """The same weights each time; windows over the whole run and a quick refresh unless `options` say otherwise."""
     torch.manual_seed(0)
-    config = StoMPPConfig(**{"refresh_rate": 4, "end": 1.0, **options})  # type: ignore[arg-type]
+    config = StoMPPConfig(**{"refresh_rate": 4, "end": 1.0, "first_layer": "binarize", **options})  # type: ignore[arg-type]
     return binarize_model(Stack(depth, width, calls, recompute_first), config, torch.zeros(1, width))
 
 

@@ -33,8 +33,11 @@ UNUSUAL: dict[str, Any] = {
     "activation_clip": 2.0,
     "target_modules": ["query", "key"],
     "exclude_modules": ["pooler"],
+    "relu": "keep",
+    "conv_padding": "one",
     "first_layer": "binarize",
     "head": "binarize",
+    "downsampling": "binarize",
     "keep_dtype": True,
     "check_every": 0,
     "mask_seed": 11,
@@ -46,6 +49,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         for name in (
             *("binarize", "frozen_gradient", "within_stage", "weight_scale", "activation_scale", "first_layer"),
             *("activation_threshold", "activation_levels", "head", "schedule", "stages"),
+            *("downsampling", "relu", "conv_padding", "activation_mask"),
         )
     ],
     *[(name, {name: value}) for name in ("refresh_rate", "check_every") for value in (-1, 1.5, "7", None, True)],
@@ -71,6 +75,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("learn_weight_scale", {"weight_scale": "none"}),
     ("learn_activation_scale", {"activation_scale": "none", "activation_levels": "symmetric"}),
     ("learn_activation_threshold", {"activation_threshold": "none", "activation_levels": "symmetric"}),
+    ("conv_padding", {"conv_padding": "one", "activation_mask": "element"}),
     ("activation_levels", {"activation_scale": "none", "learn_activation_scale": False}),
     ("activation_levels", {"activation_threshold": "none", "learn_activation_threshold": False}),
 ]
@@ -100,7 +105,9 @@ def test_json_round_trip(config: StoMPPConfig, tmp_path: Path) -> None:
 
 def test_unusual_covers_every_option() -> None:
     assert changed(StoMPPConfig(), StoMPPConfig(**UNUSUAL)) == UNUSUAL
-    assert UNUSUAL.keys() == StoMPPConfig().to_dict().keys()
+    # Element masks and padding with one exclude each other.
+    assert UNUSUAL.keys() | {"activation_mask"} == StoMPPConfig().to_dict().keys()
+    assert changed(StoMPPConfig(), StoMPPConfig(activation_mask="element")) == {"activation_mask": "element"}
 
 
 def test_equal_ways_to_write_an_option() -> None:
@@ -182,10 +189,14 @@ def test_paper_values() -> None:
         "learn_activation_threshold": False,
         "activation_levels": "symmetric",
         "activation_clip": 1.0,
+        "activation_mask": "feature",
+        "relu": "drop",
+        "conv_padding": "zero",
         "target_modules": None,
         "exclude_modules": None,
         "first_layer": "keep",
         "head": "keep",
+        "downsampling": "keep",
         "keep_dtype": False,
         "check_every": 100,
         "mask_seed": 0,

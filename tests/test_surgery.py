@@ -328,5 +328,6 @@ def test_report_counts() -> None:
         f"{binary:,} of {total:,} parameters ({binary / total:.1%}) become binary"
     )
     assert [f"  stage {i + 1} bert.encoder.layer.{i}: {', '.join(BLOCK)}" for i in (0, 1)] == lines[1:3]
-    assert len(lines) == 5 and all(line.startswith("  left real: ") for line in lines[3:])
+    assert lines[3] == "  dropouts that stop once a layer they feed freezes: bert.embeddings.dropout"
+    assert len(lines) == 6 and all(line.startswith("  left real: ") for line in lines[4:])
     assert any(line.startswith("  left real: classifier: head") for line in lines)

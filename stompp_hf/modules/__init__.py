@@ -1,9 +1,11 @@
 """Binary layers, by the plain class that they replace."""
 
-from .base import FROZEN, OWN_TENSORS, PENDING, TRANSITION, BinaryLayer
+from .base import FROZEN, PENDING, TRANSITION, BinaryLayer
+from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .linear import BinaryLinear
-from .registry import BINARY_CLASSES, register
+from .registry import BINARY_CLASSES, binary_class_of, register
+from .state import OWN_TENSORS
 
 __all__ = [
     "BINARY_CLASSES",
@@ -12,7 +14,11 @@ __all__ = [
     "PENDING",
     "TRANSITION",
     "BinaryConv1D",
+    "BinaryConv1d",
+    "BinaryConv2d",
+    "BinaryConv3d",
     "BinaryLayer",
     "BinaryLinear",
+    "binary_class_of",
     "register",
 ]

@@ -27,14 +27,18 @@ class _FrozenProduct(torch.autograd.Function):
         clips: tuple[float | None, float | None, float | None],
         product: Product,
         offset: float,
+        pad: float,
         surrogate: str,
     ) -> Tensor:
         binary_input = activation_scale is not None
         operand = _signs(x, threshold, product) if binary_input else x
         weight_signs = hard(weight)
-        z = product(operand, weight_signs)
+        z = product(operand, weight_signs, pad - offset)
+        if binary_input and weight.dim() > 2 and z.device.type != "cpu":
+            z = z.round_()  # cuDNN may pick an algorithm (Winograd, FFT) that is off an integer by its last bits
+        others = [dim for dim in range(weight.dim()) if dim != product.channel_dim]
         scale = weight_scale if activation_scale is None else weight_scale * activation_scale
-        row_sums = weight_signs.sum(product.feature_dim) if offset else None
+        row_sums = weight_signs.sum(others) if offset else None
         shift = bias
         if row_sums is not None:
             shift = scale * (row_sums * offset) if bias is None else bias + scale * (row_sums * offset)
@@ -65,8 +69,8 @@ class _FrozenProduct(torch.autograd.Function):
             row_sums,
         )
         ctx.clips = clips
-        ctx.product, ctx.offset, ctx.surrogate = product, offset, surrogate
-        ctx.binary_input = binary_input
+        ctx.product, ctx.offset, ctx.pad, ctx.surrogate = product, offset, pad, surrogate
+        ctx.binary_input, ctx.shapes, ctx.others = binary_input, (x.shape, weight.shape), others
         return y
 
     @staticmethod
@@ -89,10 +93,9 @@ class _FrozenProduct(torch.autograd.Function):
                 operand = operand.add_(offset) if offset else operand
             else:
                 operand = x
-            grad_weight = product.grad_weight(grad, operand)
+            grad_weight = product.grad_weight(grad, operand, ctx.shapes[1], ctx.pad)
             if wants_s or wants_a:
-                others = [dim for dim in range(weight.dim()) if dim != product.channel_dim]
-                per_channel = (grad_weight * weight_signs).sum(others)
+                per_channel = (grad_weight * weight_signs).sum(ctx.others)
             if ctx.binary_input:
                 grad_weight = grad_weight.mul_(a)
             if clipped:
@@ -107,13 +110,13 @@ class _FrozenProduct(torch.autograd.Function):
             grad_a = (per_channel * s).sum().reshape(a.shape)
         if weight_signs is not None and (wants_x or wants_threshold) and (passes or not ctx.binary_input):
             shape = [-1 if dim == product.channel_dim else 1 for dim in range(weight.dim())]
-            grad_x = product.grad_input(grad, weight_signs.mul_(s.reshape(shape)))
+            grad_x = product.grad_input(grad, weight_signs.mul_(s.reshape(shape)), ctx.shapes[0])
             if ctx.binary_input and clipped:
                 grad_x = inside(grad_x, x, low, high)
             if wants_threshold:
                 grad_threshold = -product.feature_sums(grad_x)
         grad_bias = product.channel_sums(grad) if wants_bias else None
-        return (grad_x if wants_x else None), grad_weight, grad_s, grad_a, grad_threshold, grad_bias, *[None] * 4
+        return (grad_x if wants_x else None), grad_weight, grad_s, grad_a, grad_threshold, grad_bias, *[None] * 5
 
 
 def _signs(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:
@@ -130,11 +133,13 @@ def frozen_product(
     clips: tuple[float | None, float | None, float | None],
     product: Product,
     offset: float,
+    pad: float,
     surrogate: Surrogate,
 ) -> Tensor:
     """Output of a layer whose entries are all frozen.
 
     Forward:  z = product(sign(x - b), sign(w));  y = (s * a) * z + (bias + (s * a) * offset * rowsum(sign(w)))
+              around a padded x stands the code pad - offset, so z keeps whole numbers and the row sums hold everywhere
               with real inputs (BWN): z = product(x, sign(w));  y = s * z + bias
     Backward: with u' and w' the binary operands and g' their gradients: dL/dx = k * g', dL/dw = k * g' (the surrogate
               is never multiplied by the scale); dL/ds, dL/da and dL/db as in METHOD's closed form, s and a from w'
@@ -145,17 +150,18 @@ def frozen_product(
               library's choice.
 
     Args:
-        x: input, (..., in_features) for a linear layer, float32 or float64.
+        x: input, (..., in_features) or (batch, in_channels, *size), float32 or float64.
         weight: latent weight, same dtype.
         weight_scale: s, (out,) or (1,).
         activation_scale: a, (1,); None leaves the input real.
-        threshold: b, (in,), or None for 0.
+        threshold: b, one a feature (in,), or None for 0.
         bias: (out,), or None.
         clips: low and high of the activation, c of the weight; read by `clipped_ste` only.
         product: the layer's product.
         offset: 0.0 for the levels {-a, a}, 1.0 for {0, 2a}.
+        pad: what stands around a convolution's padded input, in units of a: 0.0, or the upper level, 1.0 + offset.
         surrogate: what frozen entries pass back.
     """
     return _FrozenProduct.apply(
-        x, weight, weight_scale, activation_scale, threshold, bias, clips, product, offset, surrogate
+        x, weight, weight_scale, activation_scale, threshold, bias, clips, product, offset, pad, surrogate
     )

@@ -16,16 +16,22 @@ class Product(Protocol):
     channel_dim: int
     """Dimension of the weight that holds the output channels."""
     feature_dim: int
-    """Dimension of the weight that holds the input features."""
+    """Dimension of the weight that holds the input features (those of one group, for a convolution)."""
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """z, without bias."""
+    def features(self, weight: Tensor) -> int:
+        """Number of input features (channels, for a convolution)."""
 
-    def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """dL/dx from dL/dz."""
+    def __call__(self, x: Tensor, weight: Tensor, pad: float = 0.0) -> Tensor:
+        """z, without bias; `pad` is what stands around x where the layer pads with a constant."""
 
-    def grad_weight(self, grad: Tensor, x: Tensor) -> Tensor:
-        """dL/dw from dL/dz."""
+    def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """dL/dx from dL/dz, for an x of `shape`."""
+
+    def grad_weight(self, grad: Tensor, x: Tensor, shape: torch.Size, pad: float = 0.0) -> Tensor:
+        """dL/dw from dL/dz, for a weight of `shape`."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x as (positions, features)."""
 
     def per_channel(self, values: Tensor, z: Tensor) -> Tensor:
         """`values`, one an output channel (or a single one), in a shape that broadcasts over z."""
@@ -46,13 +52,16 @@ class LinearProduct:
     channel_dim = 0
     feature_dim = 1
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+    def features(self, weight: Tensor) -> int:
+        return weight.shape[self.feature_dim]
+
+    def __call__(self, x: Tensor, weight: Tensor, pad: float = 0.0) -> Tensor:
         return torch.nn.functional.linear(x, weight)
 
-    def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+    def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         return grad.matmul(weight)
 
-    def grad_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+    def grad_weight(self, grad: Tensor, x: Tensor, shape: torch.Size, pad: float = 0.0) -> Tensor:
         return grad.reshape(-1, grad.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
 
     def per_channel(self, values: Tensor, z: Tensor) -> Tensor:
@@ -60,6 +69,9 @@ class LinearProduct:
 
     def per_feature(self, values: Tensor, x: Tensor) -> Tensor:
         return values
+
+    def rows(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1])
 
     def channel_sums(self, z: Tensor) -> Tensor:
         return z.reshape(-1, z.shape[-1]).sum(0)
@@ -74,11 +86,11 @@ class TransposedLinearProduct(LinearProduct):
     channel_dim = 1
     feature_dim = 0
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, pad: float = 0.0) -> Tensor:
         return x.matmul(weight)
 
-    def grad_input(self, grad: Tensor, weight: Tensor) -> Tensor:
+    def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         return grad.matmul(weight.t())
 
-    def grad_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+    def grad_weight(self, grad: Tensor, x: Tensor, shape: torch.Size, pad: float = 0.0) -> Tensor:
         return x.reshape(-1, x.shape[-1]).t().mm(grad.reshape(-1, grad.shape[-1]))

@@ -1,0 +1,177 @@
+"""What flows where in one forward pass: which layers reach a layer, and who reads an activation's output."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .modules.activations import BYPASSED, PAUSED
+
+EMBEDDING = "<embedding>"
+"""Stands in `parents` for any embedding."""
+
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
+_RISING = (nn.ReLU, nn.ReLU6)
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+class DataFlow(TorchDispatchMode):
+    """Watches every operation between modules; `watch` hooks the modules themselves.
+
+    Attributes:
+        parents: the candidates (and EMBEDDING) whose output reaches a candidate's input by way of no other candidate.
+        siblings: the candidates that read one and the same tensor, one set a tensor.
+        sums: for every addition, the candidates that reach either side.
+        readers: the candidates that read an activation's or a dropout's output itself, by its name.
+        feeders: for every call of a candidate, the activations and dropouts whose output it reads itself.
+        elsewhere: activations whose output is read by something that is no candidate.
+        one_sided: the candidates whose input was never negative.
+        shapes: shape of one sample of a candidate's input.
+    """
+
+    def __init__(self, candidates: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.parents: dict[str, set[str]] = {}
+        self.sums: list[tuple[frozenset[str], frozenset[str]]] = []
+        self.readers: dict[str, set[str]] = {}
+        self.feeders: dict[str, list[frozenset[str]]] = {}
+        self.elsewhere: set[str] = set()
+        self.one_sided: dict[str, bool] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        # A weight that something else computes with (fused or tied projections) brings its layer into the flow.
+        self._reach = WeakTensorKeyDictionary()
+        for name, module in candidates.items():
+            self._reach[module.weight] = frozenset([name])
+        self._names = {id(module): name for name, module in candidates.items()}
+        self._tags = WeakTensorKeyDictionary()
+        self._read_by = WeakTensorKeyDictionary()
+        self.siblings: list[set[str]] = []
+        self._falling: set[str] = set()
+        self._inside: list[str | None] = []  # the candidates, or None for a module that only passes on, now running
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        reached: frozenset[str] = frozenset().union(*(self._reach.get(t, ()) for t in inputs))
+        if func in _ADDITIONS and len(inputs) == 2:
+            left, right = (frozenset(self._reach.get(t, ())) for t in inputs)
+            if left and right:
+                self.sums.append((left, right))
+        if not self._inside:
+            for tensor in inputs:
+                self.elsewhere |= self._tags.get(tensor, frozenset())
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and reached:
+                self._reach[tensor] = reached
+        return result
+
+    def watch(self, model: nn.Module) -> list[Any]:
+        """Hook the modules of a model; returns the handles."""
+        handles: list[Any] = []
+        for name, module in model.named_modules():
+            if id(module) in self._names:
+                handles.append(module.register_forward_pre_hook(self._enter_candidate, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave_candidate))
+            elif isinstance(module, nn.Embedding):
+                handles.append(module.register_forward_hook(self._leave_embedding))
+            elif type(module) in (*BYPASSED, *PAUSED, *_POOLS) and "forward" not in module.__dict__:
+                handles.append(module.register_forward_pre_hook(self._enter_passing))
+                handles.append(module.register_forward_hook(self._leaver(name)))
+        return handles
+
+    def _enter_candidate(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        name = self._names[id(module)]
+        self._inside.append(name)
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Tensor):
+            return
+        self.parents.setdefault(name, set()).update(self._reach.get(x, ()))
+        tags = self._tags.get(x, frozenset())
+        self.feeders.setdefault(name, []).append(tags)
+        for tag in tags:
+            self.readers.setdefault(tag, set()).add(name)
+        if x not in self._read_by:
+            self._read_by[x] = set()
+            self.siblings.append(self._read_by[x])
+        self._read_by[x].add(name)
+        self.one_sided[name] = self.one_sided.get(name, True) and bool(x.min() >= 0) if x.numel() else False
+        self.shapes.setdefault(name, tuple(x.shape[1:]))
+
+    def _leave_candidate(self, module: nn.Module, args: Any, output: Any) -> None:
+        name = self._inside.pop()
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and name is not None:
+                self._reach[tensor] = frozenset([name])
+                self._tags.pop(tensor, None)
+
+    def _leave_embedding(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._reach[output] = frozenset([EMBEDDING])
+
+    def _enter_passing(self, module: nn.Module, args: Any) -> None:
+        self._inside.append(None)
+
+    def _leaver(self, name: str) -> Any:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._inside.pop()
+            if not isinstance(output, Tensor):
+                return
+            before = self._tags.get(args[0], frozenset()) if args else frozenset()
+            if isinstance(module, _POOLS):  # a maximum commutes with what never falls: ReLU and its like
+                self._tags[output] = before - self._falling
+                self.elsewhere |= before & self._falling
+            elif type(module) in PAUSED:
+                self._tags[output] = before | {name} if getattr(module, "p", 0.0) else before
+            else:
+                self._tags[output] = frozenset([name])
+                if not isinstance(module, _RISING):
+                    self._falling.add(name)
+
+        return leave
+
+    def close(self, outputs: Any) -> None:
+        """Note which activations are among the model's own outputs."""
+        for tensor in tree_leaves(_plain(outputs)):
+            if isinstance(tensor, Tensor):
+                self.elsewhere |= self._tags.get(tensor, frozenset())
+
+    def ancestors(self) -> dict[str, set[str]]:
+        """All candidates (and EMBEDDING) that reach a candidate, by any way."""
+        result: dict[str, set[str]] = {}
+        for name in self.parents:
+            found: set[str] = set()
+            todo = list(self.parents[name])
+            while todo:
+                other = todo.pop()
+                if other not in found:
+                    found.add(other)
+                    todo += self.parents.get(other, ())
+            result[name] = found
+        return result
+
+
+def _plain(outputs: Any) -> Any:
+    return dict(outputs) if hasattr(outputs, "keys") else outputs
+
+
+def shortcuts(flow: DataFlow, ancestors: dict[str, set[str]], pointwise: Iterable[str]) -> set[str]:
+    """The pointwise convolutions that lead around others: a shortcut's, by structure.
+
+    Such a layer reads what another layer reads too, and its output is added to that of a third which descends from
+    the other one.
+    """
+    found = set()
+    candidates = set(pointwise)
+    for pair in flow.sums:
+        for short, long in (pair, pair[::-1]):
+            if len(short) != 1 or not short <= candidates:
+                continue
+            (name,) = short
+            beside = set().union(*(group for group in flow.siblings if name in group)) - {name}
+            for end in long - {name, EMBEDDING}:
+                if name not in ancestors.get(end, ()) and beside & ancestors.get(end, set()):
+                    found.add(name)
+    return found

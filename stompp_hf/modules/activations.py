@@ -1,0 +1,85 @@
+"""What may stand right before a binary layer: activations that it absorbs or that are dropped, and dropouts.
+
+A ReLU's output has one sign, so the sign of it says nothing; and a dropout's zeros would all count as +1.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ABSORBABLE: dict[str, Callable[[Tensor], Tensor]] = {"ReLU": F.relu, "ReLU6": F.relu6, "Hardswish": F.hardswish}
+"""Activations that a binary layer can compute itself: real entries see f(u), and the sign is that of u."""
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+
+class Changed(_Module):
+    """A module that was changed in place (its `__class__`), because of the binary layers behind it."""
+
+    plain_class: ClassVar[type[nn.Module]]
+
+    def restore(self) -> nn.Module:
+        """Turn it back into what it was, in place."""
+        module: Any = self
+        module.__dict__.pop("readers", None)
+        module.__class__ = self.plain_class
+        return module  # type: ignore[no-any-return]
+
+
+class Bypassed(Changed):
+    """An activation that was absorbed or dropped: it passes its input on."""
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in torch
+        return input
+
+
+class BypassedReLU(Bypassed, nn.ReLU):
+    """nn.ReLU, passed by."""
+
+    plain_class = nn.ReLU
+
+
+class BypassedReLU6(Bypassed, nn.ReLU6):
+    """nn.ReLU6, passed by."""
+
+    plain_class = nn.ReLU6
+
+
+class BypassedHardswish(Bypassed, nn.Hardswish):
+    """nn.Hardswish, passed by."""
+
+    plain_class = nn.Hardswish
+
+
+class Paused(Changed):
+    """A dropout that stops as soon as a layer that reads it has frozen entries: its zeros would count as +1."""
+
+    readers: list[Any]  # a list: the layers are not to be registered a second time
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in torch
+        if any(reader.frozen_share > 0.0 for reader in self.readers):
+            return input
+        return self.plain_class.forward(self, input)  # type: ignore[no-any-return]
+
+
+class PausedDropout(Paused, nn.Dropout):
+    """nn.Dropout, paused."""
+
+    plain_class = nn.Dropout
+
+
+class PausedDropout2d(Paused, nn.Dropout2d):
+    """nn.Dropout2d, paused."""
+
+    plain_class = nn.Dropout2d
+
+
+BYPASSED: dict[type[nn.Module], type[Bypassed]] = {
+    cls.plain_class: cls for cls in (BypassedReLU, BypassedReLU6, BypassedHardswish)
+}
+PAUSED: dict[type[nn.Module], type[Paused]] = {cls.plain_class: cls for cls in (PausedDropout, PausedDropout2d)}

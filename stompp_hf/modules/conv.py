@@ -1,0 +1,176 @@
+"""Binary convolutions: nn.Conv1d, Conv2d and Conv3d with a binary weight and, in a BNN, a binary input."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import BinaryLayer
+from .registry import register
+
+_CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass
+class ConvProduct:
+    """z = conv(pad(x), w), with x of shape (batch, in_channels, *size) or (in_channels, *size).
+
+    Padding that copies x (reflect, replicate, circular) commutes with sign(): the code stays binary. Padding with a
+    constant is up to the caller's `pad`. Even padding with zeros is left to the convolution itself.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]  # before and after, one pair a dimension
+    dilation: tuple[int, ...]
+    groups: int
+    mode: str = "zeros"
+
+    channel_dim: int = field(default=0, init=False)
+    feature_dim: int = field(default=1, init=False)
+
+    def features(self, weight: Tensor) -> int:
+        return weight.shape[1] * self.groups
+
+    def __call__(self, x: Tensor, weight: Tensor, pad: float = 0.0) -> Tensor:
+        convolution = _CONVOLUTIONS[len(self.stride)]
+        native = self._native_padding(pad)
+        x = x if native is not None else self.padded(x, pad)
+        return convolution(x, weight, None, self.stride, native or 0, self.dilation, self.groups)
+
+    def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        x = weight.new_empty(1).expand(shape)  # only its shape is looked at
+        native = self._native_padding(0.0)
+        if native is not None:
+            return self._backward(grad, x, weight, native, 0)
+        with torch.enable_grad():
+            inner = weight.new_zeros(shape).requires_grad_()
+            outer = self.padded(inner, 0.0)
+        outer_grad = self._backward(grad, outer.detach(), weight, (0,) * len(self.stride), 0)
+        return torch.autograd.grad(outer, inner, outer_grad)[0]
+
+    def grad_weight(self, grad: Tensor, x: Tensor, shape: torch.Size, pad: float = 0.0) -> Tensor:
+        native = self._native_padding(pad)
+        x = x if native is not None else self.padded(x, pad)
+        return self._backward(grad, x, grad.new_empty(1).expand(shape), native or (0,) * len(self.stride), 1)
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, ...], which: int) -> Tensor:
+        single = grad.dim() == len(self.stride) + 1
+        if single:
+            grad, x = grad.unsqueeze(0), x.unsqueeze(0)
+        wanted = [which == 0, which == 1, False]
+        none = [0] * len(self.stride)
+        result = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, self.stride, padding, self.dilation, False, none, self.groups, wanted
+        )[which]
+        return result.squeeze(0) if single and which == 0 else result
+
+    def _native_padding(self, pad: float) -> tuple[int, ...] | None:
+        """The padding as the convolution itself takes it; None where it cannot."""
+        even = all(before == after for before, after in self.padding)
+        constant = self.mode == "zeros" and pad == 0.0
+        if even and (constant or not any(before for before, _ in self.padding)):
+            return tuple(before for before, _ in self.padding)
+        return None
+
+    def padded(self, x: Tensor, pad: float) -> Tensor:
+        """x with its padding around it; `pad` is the constant, where it is one."""
+        around = [size for pair in reversed(self.padding) for size in pair]
+        return F.pad(x, around, value=pad) if self.mode == "zeros" else F.pad(x, around, mode=self.mode)
+
+    def bare(self) -> "ConvProduct":
+        """The same product of an x that is padded already."""
+        return replace(self, padding=((0, 0),) * len(self.stride))
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * len(self.stride))
+
+    def per_channel(self, values: Tensor, z: Tensor) -> Tensor:
+        return self._spread(values)
+
+    def per_feature(self, values: Tensor, x: Tensor) -> Tensor:
+        return self._spread(values)
+
+    def rows(self, x: Tensor) -> Tensor:
+        channels = x.dim() - len(self.stride) - 1
+        return x.movedim(channels, -1).reshape(-1, x.shape[channels])
+
+    def channel_sums(self, z: Tensor) -> Tensor:
+        channels = z.dim() - len(self.stride) - 1
+        return z.sum([dim for dim in range(z.dim()) if dim != channels])
+
+    def feature_sums(self, x: Tensor) -> Tensor:
+        return self.channel_sums(x)
+
+
+class BinaryConv(BinaryLayer):
+    """y = (s * a) * conv(sign(x - b), sign(w)) + bias once frozen; see `BinaryLayer` for the way there.
+
+    Padding with zeros puts a third value between -1 and +1 (conv_padding="zero", as in full precision and in the
+    paper's framework), or pads with the upper level as everywhere else (conv_padding="one", as larq does; unfrozen
+    channels still pad with 0). With the levels {0, 2a} a zero is the lower level itself, and nothing is a third value.
+    """
+
+    dims: ClassVar[int]
+
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: Any
+    _reversed_padding_repeated_twice: list[int]
+
+    def pads(self, size: torch.Size) -> tuple[tuple[int, int], ...]:
+        """Padding before and after each dimension of an input of spatial `size`."""
+        flat = self._reversed_padding_repeated_twice
+        return tuple((flat[2 * i], flat[2 * i + 1]) for i in reversed(range(len(flat) // 2)))
+
+    def product_for(self, size: torch.Size) -> ConvProduct:
+        """The product of an input of spatial `size`."""
+        return ConvProduct(self.stride, self.pads(size), self.dilation, self.groups, self.padding_mode)
+
+    @property
+    def product(self) -> ConvProduct:  # type: ignore[override]
+        """The product, where the size of the input does not matter."""
+        return ConvProduct(self.stride, ((0, 0),) * self.dims, self.dilation, self.groups, self.padding_mode)
+
+    def _product_of(self, x: Tensor) -> ConvProduct:
+        return self.product_for(x.shape[-self.dims :])
+
+    @property
+    def _pads_with_one(self) -> bool:
+        return self.stompp_config.conv_padding == "one" and self.padding_mode == "zeros"
+
+    def _pad_level(self) -> float:
+        binary = self.activation_scale is not None
+        return 1.0 + self.activation_offset if binary and self._pads_with_one else 0.0
+
+    def _mixed_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        product = self._product_of(x)
+        if self.activation_scale is None or self.activation_mask is None or not self._pads_with_one:
+            return product(x, weight)  # a real input, or one without frozen channels
+        # Around frozen channels stands the upper level, around the others 0. The ring is 1 where the padding is.
+        level = self.activation_scale * self._pad_level() * self.activation_mask
+        ring = 1.0 - product.padded(torch.ones_like(x.detach()[:1]), 0.0)
+        return product.bare()(product.padded(x, 0.0) + ring * product.per_feature(level, x), weight)
+
+
+@register
+class BinaryConv1d(BinaryConv, nn.Conv1d):
+    """Conv1d; x is (batch, in_channels, length)."""
+
+    plain_class, dims = nn.Conv1d, 1
+
+
+@register
+class BinaryConv2d(BinaryConv, nn.Conv2d):
+    """Conv2d; x is (batch, in_channels, height, width)."""
+
+    plain_class, dims = nn.Conv2d, 2
+
+
+@register
+class BinaryConv3d(BinaryConv, nn.Conv3d):
+    """Conv3d; x is (batch, in_channels, depth, height, width)."""
+
+    plain_class, dims = nn.Conv3d, 3

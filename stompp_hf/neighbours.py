@@ -1,0 +1,67 @@
+"""What happens to the activations and dropouts that stand right before binary layers."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .config import StoMPPConfig
+from .dataflow import DataFlow
+from .modules.activations import BYPASSED, PAUSED
+
+
+@dataclass
+class Neighbours:
+    """Which layers absorb which activation, and what becomes of the modules in front of them, by name."""
+
+    absorbing: dict[str, str] = field(default_factory=dict)
+    bypassed: dict[str, str] = field(default_factory=dict)
+    paused: dict[str, list[str]] = field(default_factory=dict)
+    one_signed: list[str] = field(default_factory=list)
+
+
+def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMPPConfig) -> Neighbours:
+    """Decide, from the probe, what becomes of the activations and dropouts that feed the layers `names`.
+
+    relu="absorb": an activation that only binary layers read is computed by them instead, so that their sign is that
+    of the value before it. relu="drop": an activation that any binary layer reads goes. relu="keep": nothing.
+    A dropout that feeds a binary layer is paused from the moment at which that layer has frozen entries.
+    """
+    result = Neighbours()
+    if not config.binary_activations:
+        return result
+    binary = set(names)
+    kinds = {tag: type(model.get_submodule(tag)) for tag in flow.readers}
+    result.paused = {
+        tag: sorted(readers & binary)
+        for tag, readers in flow.readers.items()
+        if kinds[tag] in PAUSED and readers & binary
+    }
+    activations = {tag: readers for tag, readers in flow.readers.items() if kinds[tag] in BYPASSED}
+    if config.relu == "drop":
+        result.bypassed = {tag: "dropped" for tag, readers in activations.items() if readers & binary}
+    elif config.relu == "absorb":
+        chosen = _absorbable(activations, kinds, binary, flow)
+        result.bypassed = dict.fromkeys(chosen, "absorbed")
+        result.absorbing = {reader: kinds[tag].__name__ for tag in chosen for reader in activations[tag]}
+    result.one_signed = [
+        name
+        for name in names
+        if flow.one_sided.get(name) and not any(tags & result.bypassed.keys() for tags in flow.feeders[name])
+    ]
+    return result
+
+
+def _absorbable(activations: dict[str, set[str]], kinds: dict[str, type], binary: set[str], flow: DataFlow) -> set[str]:
+    """Activations that nothing but binary layers reads, every one of which gets one kind of activation, always."""
+    chosen = {tag for tag, readers in activations.items() if readers <= binary and tag not in flow.elsewhere}
+    while True:
+        fit = {
+            reader
+            for reader in set().union(*(activations[tag] for tag in chosen))
+            if all(tags & chosen for tags in flow.feeders[reader])
+            and len({kinds[tag] for tags in flow.feeders[reader] for tag in tags & chosen}) == 1
+        }
+        kept = {tag for tag in chosen if activations[tag] <= fit}
+        if kept == chosen:
+            return chosen
+        chosen = kept
