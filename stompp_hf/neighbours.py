@@ -41,7 +41,7 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
         result.bypassed = {tag: "dropped" for tag, readers in activations.items() if readers & binary}
     elif config.relu == "absorb":
         chosen = _absorbable(activations, kinds, binary, flow)
-        result.bypassed = dict.fromkeys(chosen, "absorbed")
+        result.bypassed = {tag: "absorbed" for tag in activations if tag in chosen}
         result.absorbing = {reader: kinds[tag].__name__ for tag in chosen for reader in activations[tag]}
     result.one_signed = [
         name

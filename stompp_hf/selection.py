@@ -15,6 +15,8 @@ from .plan import Entry
 from .probe import Trace, probe
 from .structure import WEIGHTED, block_of, real_by_place
 
+_PARAMETRIZED = nn.utils.parametrize.ParametrizationList
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,7 +60,7 @@ def _reasons_in_itself(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str
             known = ", ".join(cls.__name__ for cls in BINARY_CLASSES)
             left[name] = f"{kind} has no binary class (exact types only: {known})"
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and not isinstance(module, WEIGHTED):
+            if parameter.dim() == 3 and parameter.shape[0] > 1 and not isinstance(module, (*WEIGHTED, _PARAMETRIZED)):
                 left[f"{name}.{key}"] = f"a 3-D parameter of {parameter.numel():,} entries (fused experts?)"
     return candidates, left
 

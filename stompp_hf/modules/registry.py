@@ -9,8 +9,11 @@ from .base import BinaryLayer
 
 BINARY_CLASSES: dict[type[nn.Module], type[BinaryLayer]] = {}
 
-_ON_DEMAND = {"timm.layers.conv2d_same.Conv2dSame": ".conv2d_same"}
-"""Classes of packages that need not be installed: their binary class is made when the first such layer is met."""
+_ON_DEMAND = {
+    "timm.layers.conv2d_same.Conv2dSame": ".conv2d_same",
+    "transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d": ".conv2d_efficientnet",
+}
+"""Classes of packages that need not be installed or imported: made binary when the first such layer is met."""
 
 
 def register(binary_class: type[BinaryLayer]) -> type[BinaryLayer]:
