@@ -80,10 +80,11 @@ class StoMPPConfig:
         "What one entry of an activation's mask stands for: a feature (a channel, for convolutions), or one element of "
         "a sample (fixed input size).",
     )
-    relu: Literal["absorb", "keep", "drop"] = _option(
+    relu: Literal["absorb", "keep", "drop", "rprelu"] = _option(
         "absorb",
         "A ReLU (ReLU6, Hardswish) before binary activations: absorb it into the layers it feeds where nothing else "
-        "reads it (nothing changes at the start), keep it, or drop it wherever it feeds one (also after additions).",
+        "reads it (nothing changes at the start), keep it, drop it wherever it feeds one (also after additions), or "
+        "rprelu: make every such ReLU an RPReLU, with learnable shifts and slope (a ReLU at the start).",
     )
     conv_padding: Literal["zero", "one"] = _option(
         "zero",

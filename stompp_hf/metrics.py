@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .modules import PENDING, TRANSITION, BinaryLayer
+from .modules import FROZEN, TRANSITION, BinaryLayer
 from .plan import binary_layers, get_plan
 
 SAMPLE = 65_536
@@ -92,12 +92,16 @@ def blocked_upstream(model: nn.Module) -> float:
 
 
 def blocked_unfrozen(model: nn.Module) -> float:
-    """Share of the weight entries of layers that are still to freeze (pending) that got no gradient, 0 to 1.
+    """Share of the weight entries that are not frozen yet and still got no gradient, between 0 and 1.
 
-    This is the damage of a blockade: in reverse order the early layers are cut off before they have learnt.
+    This is the damage of a blockade: in reverse order the early layers are cut off before they have learnt, in
+    forward order they are not. See `gradient_flow` for when to read it.
     """
-    layers = binary_layers(model)
-    flow = gradient_flow(model)
-    waiting = [name for name in flow if layers[name].stage_state == PENDING]
-    total = sum(layers[name].weight.numel() for name in waiting)
-    return sum(flow[name].blocked * layers[name].weight.numel() for name in waiting) / total if total else 0.0
+    waiting = blocked = 0.0
+    for layer in binary_layers(model).values():
+        if layer.stage_state == FROZEN:
+            continue
+        free = torch.ones_like(layer.weight) if layer.weight_mask is None else 1.0 - layer.weight_mask
+        waiting += float(free.sum())
+        blocked += float((free if layer.weight.grad is None else free * (layer.weight.grad == 0)).sum())
+    return blocked / waiting if waiting else 0.0

@@ -15,6 +15,7 @@ class Neighbours:
 
     absorbing: dict[str, str] = field(default_factory=dict)
     bypassed: dict[str, str] = field(default_factory=dict)
+    shifted: dict[str, list[str]] = field(default_factory=dict)
     paused: dict[str, list[str]] = field(default_factory=dict)
     one_signed: list[str] = field(default_factory=list)
 
@@ -23,7 +24,8 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
     """Decide, from the probe, what becomes of the activations and dropouts that feed the layers `names`.
 
     relu="absorb": an activation that only binary layers read is computed by them instead, so that their sign is that
-    of the value before it. relu="drop": an activation that any binary layer reads goes. relu="keep": nothing.
+    of the value before it. relu="drop": an activation that any binary layer reads goes. relu="rprelu": a ReLU that any
+    binary layer reads becomes an RPReLU. relu="keep": nothing.
     A dropout that feeds a binary layer is paused from the moment at which that layer has frozen entries.
     """
     result = Neighbours()
@@ -39,6 +41,9 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
     activations = {tag: readers for tag, readers in flow.readers.items() if kinds[tag] in BYPASSED}
     if config.relu == "drop":
         result.bypassed = {tag: "dropped" for tag, readers in activations.items() if readers & binary}
+    elif config.relu == "rprelu":
+        shifts = {tag: sorted(readers & binary) for tag, readers in activations.items() if kinds[tag] is nn.ReLU}
+        result.shifted = {tag: readers for tag, readers in shifts.items() if readers}
     elif config.relu == "absorb":
         chosen = _absorbable(activations, kinds, binary, flow)
         result.bypassed = {tag: "absorbed" for tag in activations if tag in chosen}

@@ -6,14 +6,15 @@ import torch
 from torch import nn
 
 from .modules import OWN_TENSORS
+from .modules.activations import RPReLU
 from .plan import binary_layers, planned_model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
     """Two groups for an optimizer: decayed, and not decayed.
 
-    Latent weights, scales and thresholds are not decayed: decay pulls latents to 0, where signs flip, and shrinks the
-    scales that alone carry magnitude. As usual, biases and normalization weights are not decayed either.
+    Latent weights, scales, thresholds and shifts are not decayed: decay pulls latents to 0, where signs flip, and
+    shrinks the scales that alone carry magnitude. As usual, biases and normalization weights are not decayed either.
 
     Args:
         model: a binarized model, or a wrapper of one.
@@ -27,6 +28,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = N
     for layer in binary_layers(planned_model(model)).values():
         own.add(id(layer.weight))
         own.update(id(getattr(layer, name)) for name in OWN_TENSORS)
+    own.update(id(p) for module in model.modules() if isinstance(module, RPReLU) for p in module.parameters())
     norms = {
         id(parameter)
         for module in model.modules()

@@ -36,7 +36,8 @@ class Entry:
 class Plan:
     """The binary layers of a model in the order in which they freeze, and what was left real and why.
 
-    bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, with the binary layers that read them.
+    bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, and shifted: ReLUs that became RPReLUs,
+    with the binary layers that read them.
     """
 
     config: StoMPPConfig
@@ -44,6 +45,7 @@ class Plan:
     left: dict[str, str] = field(default_factory=dict)
     bypassed: dict[str, str] = field(default_factory=dict)
     paused: dict[str, list[str]] = field(default_factory=dict)
+    shifted: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def stage_count(self) -> int:
@@ -79,6 +81,7 @@ class Plan:
             "left": dict(self.left),
             "bypassed": dict(self.bypassed),
             "paused": {name: list(readers) for name, readers in self.paused.items()},
+            "shifted": {name: list(readers) for name, readers in self.shifted.items()},
         }
 
     @classmethod
@@ -96,7 +99,7 @@ class Plan:
             )
         try:
             entries = [Entry(**entry) for entry in values["modules"]]
-            others = (dict(values.get(name) or {}) for name in ("left", "bypassed", "paused"))
+            others = (dict(values.get(name) or {}) for name in ("left", "bypassed", "paused", "shifted"))
             plan = cls(StoMPPConfig.from_dict(values["config"]), entries, *others)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"quantization_config is damaged ({error!r}); save the model again.") from error

@@ -44,11 +44,13 @@ class StoMPPQuantizer(HfQuantizer):
             entry.name = _layer_in(model, modules, entry.name, prefix)
         # What stood before layers that this class of model lacks is lacking with them.
         plan.bypassed = {new: how for name, how in plan.bypassed.items() if (new := _name_in(modules, name, prefix))}
-        plan.paused = {
-            new: [_layer_in(model, modules, reader, prefix) for reader in readers]
-            for name, readers in plan.paused.items()
-            if (new := _name_in(modules, name, prefix))
-        }
+        for changed in ("paused", "shifted"):
+            found = {
+                new: [_layer_in(model, modules, reader, prefix) for reader in readers]
+                for name, readers in getattr(plan, changed).items()
+                if (new := _name_in(modules, name, prefix))
+            }
+            setattr(plan, changed, found)
         convert(model, plan)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from torch import nn
 from .config import StoMPPConfig
 from .errors import AlreadyBinarizedError, CheckpointError, ConfigError
 from .modules import BinaryLayer, binary_class_of
-from .modules.activations import BYPASSED, PAUSED, Changed
+from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from .plan import Plan, binary_layers, get_plan, planned_model, set_plan
 from .quantization_config import StoMPPQuantizationConfig
 from .selection import select
@@ -47,7 +47,7 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
     selection = select(model, config, example_inputs)
     cast_to_float32(model, config)
     near = selection.neighbours
-    plan = Plan(config, selection.entries, selection.left, near.bypassed, near.paused)
+    plan = Plan(config, selection.entries, selection.left, near.bypassed, near.paused, near.shifted)
     convert(model, plan)
     logger.info("%s", report(model))
     return model
@@ -69,6 +69,12 @@ def convert(model: nn.Module, plan: Plan) -> None:
         for name in plan.bypassed:
             activation: Any = model.get_submodule(name)
             activation.__class__ = BYPASSED[type(activation)]
+        for name, readers in plan.shifted.items():
+            shifted: Any = model.get_submodule(name)
+            reader: Any = model.get_submodule(readers[0])
+            shifted.__class__ = RPReLU
+            spread = reader.product.per_feature(reader.weight.new_empty(1), reader.weight)
+            shifted.begin(reader.product.features(reader.weight), spread.dim() - 1, reader.weight.detach())
         for name, readers in plan.paused.items():
             dropout: Any = model.get_submodule(name)
             dropout.readers = [model.get_submodule(reader) for reader in readers]
@@ -155,6 +161,8 @@ def report(model: nn.Module) -> str:
         names = [name for name, how in plan.bypassed.items() if how == what]
         if names:
             lines.append(f"  activations {text}: {', '.join(names)}")
+    if plan.shifted:
+        lines.append(f"  ReLUs with learnable shifts (RPReLU): {', '.join(plan.shifted)}")
     if plan.paused:
         lines.append(f"  dropouts that stop once a layer they feed freezes: {', '.join(plan.paused)}")
     lines += [f"  left real: {name}: {reason}" for name, reason in plan.left.items()]

@@ -3,10 +3,11 @@
     python examples/benchmarks/training_cost.py                                    # MiniLM's shapes, minutes on a CPU
     python examples/benchmarks/training_cost.py --shapes bert-base --batch 32 --seq 128 --device cuda
     python examples/benchmarks/training_cost.py --weights_only True --threads 1 --cpu_time True
+    python examples/benchmarks/training_cost.py --shapes resnet18 --batch 8         # images of --size pixels
 
 All methods take turns step by step in one process (in a different order each round); a time is the median over the
 rounds, a ratio the median of the rounds' ratios. A step is progression.step(), forward (with dropout), backward and
-AdamW; embeddings are not trained. Stages are the model's layers, with the default start and end. Prints a Markdown
+AdamW; embeddings are not trained. Stages are the model's blocks, with the default start and end. Prints a Markdown
 table; nothing is compared across processes.
 """
 
@@ -20,14 +21,26 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, logging
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    HfArgumentParser,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    logging,
+)
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, parameter_groups
 
-SHAPES = {
+BERT_SHAPES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+}
+RESNET_SHAPES: dict[str, dict[str, Any]] = {
+    "resnet18": {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]},
+    "tiny-resnet": {"layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
 }
 PLAIN, VANILLA, WITH_STE, STE_FREE = "plain", "vanilla STE", "StoMPP+STE", "StoMPP STE-free"
 WINDOW = 1000
@@ -38,9 +51,12 @@ WINDOW = 1000
 class BenchmarkArguments:
     """What is measured."""
 
-    shapes: str = field(default="minilm", metadata={"help": "Shapes of the model.", "choices": list(SHAPES)})
-    batch: int = field(default=16, metadata={"help": "Sequences a step."})
+    shapes: str = field(
+        default="minilm", metadata={"help": "Shapes of the model.", "choices": [*BERT_SHAPES, *RESNET_SHAPES]}
+    )
+    batch: int = field(default=16, metadata={"help": "Sequences or images a step."})
     seq: int = field(default=64, metadata={"help": "Tokens a sequence."})
+    size: int = field(default=224, metadata={"help": "Height and width of an image."})
     repeats: int = field(default=15, metadata={"help": "Rounds a row."})
     run_points: int = field(default=12, metadata={"help": "Equally spaced steps of the whole run; 0 leaves it out."})
     run_repeats: int = field(default=5, metadata={"help": "Rounds a step of the whole run."})
@@ -50,9 +66,28 @@ class BenchmarkArguments:
     cpu_time: bool = field(default=False, metadata={"help": "CPU time of the process: steadier on a busy machine."})
 
 
+def stages(args: BenchmarkArguments) -> int:
+    """Stages of the model: its blocks."""
+    if args.shapes in BERT_SHAPES:
+        return BERT_SHAPES[args.shapes]["num_hidden_layers"]
+    return sum(RESNET_SHAPES[args.shapes]["depths"])
+
+
 def total_steps(args: BenchmarkArguments) -> int:
     """Steps of a run in which each stage's window has the usual length."""
-    return round(WINDOW * SHAPES[args.shapes]["num_hidden_layers"] / (StoMPPConfig().end - StoMPPConfig().start))
+    return round(WINDOW * stages(args) / (StoMPPConfig().end - StoMPPConfig().start))
+
+
+def build(args: BenchmarkArguments) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A model with random weights, and one batch of inputs."""
+    if args.shapes in RESNET_SHAPES:
+        images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+        return ResNetForImageClassification(ResNetConfig(**RESNET_SHAPES[args.shapes])), {"pixel_values": images}
+    shapes = BertConfig(**BERT_SHAPES[args.shapes], max_position_embeddings=max(args.seq, 64))
+    model = BertForSequenceClassification(shapes)
+    model.bert.embeddings.requires_grad_(False)
+    ids = torch.randint(1, shapes.vocab_size, (args.batch, args.seq), device=args.device)
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class Runner:
@@ -60,14 +95,10 @@ class Runner:
 
     def __init__(self, args: BenchmarkArguments, config: StoMPPConfig | None) -> None:
         torch.manual_seed(0)
-        shapes = BertConfig(**SHAPES[args.shapes], max_position_embeddings=max(args.seq, 64))
-        model = BertForSequenceClassification(shapes)
-        model.bert.embeddings.requires_grad_(False)
+        model, self.inputs = build(args)
         model.to(args.device).train()
         self.cuda = args.device.startswith("cuda")
         self.clock: Callable[[], float] = time.process_time if args.cpu_time else time.perf_counter
-        ids = torch.randint(1, model.config.vocab_size, (args.batch, args.seq), device=args.device)
-        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.labels = torch.randint(0, 2, (args.batch,), device=args.device)
         self.progression: Progression | None = None
         parameters: Any = [p for p in model.parameters() if p.requires_grad]
@@ -182,13 +213,13 @@ def main() -> None:
     configs = {PLAIN: None, VANILLA: ste.as_vanilla_ste(), WITH_STE: ste, STE_FREE: free}
     runners = {name: Runner(args, config) for name, config in configs.items()}
 
-    stages, total = SHAPES[args.shapes]["num_hidden_layers"], total_steps(args)
-    half = stages // 2
+    count, total = stages(args), total_steps(args)
+    half = count // 2
     # At a window's first step its stage is still real (p = 0): if time stands still, nothing is in transition.
     states = {
         0: "none frozen",
-        half * WINDOW: f"{half} of {stages} frozen",
-        half * WINDOW + round(0.5 ** (1 / 3) * WINDOW): f"{half} of {stages} frozen, the next at p = 0.5",
+        half * WINDOW: f"{half} of {count} frozen",
+        half * WINDOW + round(0.5 ** (1 / 3) * WINDOW): f"{half} of {count} frozen, the next at p = 0.5",
         total: "all frozen",
     }
     points = [round(total * (i + 0.5) / args.run_points) for i in range(args.run_points)]
@@ -200,7 +231,8 @@ def main() -> None:
             at_point.append(measure(runners, step, True, args.run_repeats))
 
     memory = "peak above the start, MB" if args.device.startswith("cuda") else "saved for backward (no parameters), MB"
-    print(f"{args.shapes} shapes, batch {args.batch}, {args.seq} tokens, {binarize}; {machine(args)}\n")
+    size = f"{args.seq} tokens" if args.shapes in BERT_SHAPES else f"{args.size}x{args.size} pixels"
+    print(f"{args.shapes} shapes, batch {args.batch}, {size}, {binarize}; {machine(args)}\n")
     print(f"| state | method | step, ms | / plain | / vanilla STE | progression.step(), ms | {memory} |")
     print("|---|---|---|---|---|---|---|")
     for step, rows in at_state.items():

@@ -1,4 +1,4 @@
-"""What may stand right before a binary layer: activations that it absorbs or that are dropped, and dropouts.
+"""What may stand right before a binary layer: activations that it absorbs, that are dropped or shifted, and dropouts.
 
 A ReLU's output has one sign, so the sign of it says nothing; and a dropout's zeros would all count as +1.
 """
@@ -6,6 +6,7 @@ A ReLU's output has one sign, so the sign of it says nothing; and a dropout's ze
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +55,51 @@ class BypassedHardswish(Bypassed, nn.Hardswish):
     """nn.Hardswish, passed by."""
 
     plain_class = nn.Hardswish
+
+
+RPRELU_TENSORS = ("rprelu_shift", "rprelu_slope", "rprelu_bias")
+"""Names of the parameters that an RPReLU adds."""
+
+
+class RPReLU(Changed, nn.ReLU):
+    """A ReLU with a learnable shift before it, a slope below it and a shift after it, one of each a channel.
+
+    Forward:  y = f(x - shift) + bias, f(v) = v if v > 0 else slope * v; all start at 0, where it is the ReLU
+    Source:   ReActNet (Liu et al., 2020), whose slope starts at 0.25; starting at 0 is this library's choice.
+    """
+
+    plain_class = nn.ReLU
+
+    rprelu_shift: Tensor
+    rprelu_slope: Tensor
+    rprelu_bias: Tensor
+    trailing: int
+
+    def begin(self, channels: int, trailing: int, like: Tensor) -> None:
+        """Add the parameters, (channels,) each; `trailing` dimensions of x come after its channels."""
+        for name in RPRELU_TENSORS:
+            parameter = nn.Parameter(like.new_zeros(channels))
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
+            self.register_parameter(name, parameter)
+        self.trailing = trailing
+
+    def restore(self) -> nn.Module:
+        for name in (*RPRELU_TENSORS, "trailing"):
+            if hasattr(self, name):
+                delattr(self, name)
+        return super().restore()
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in torch
+        shift, slope, bias = (getattr(self, n).reshape(-1, *[1] * self.trailing) for n in RPRELU_TENSORS)
+        x = input - shift
+        return torch.where(x > 0, x, slope * x) + bias
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str],
+                              *others: Any) -> None:  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *others)
+        own = {prefix + name for name in RPRELU_TENSORS}
+        if not own & state_dict.keys():  # a checkpoint of the plain model: no error
+            missing_keys[:] = [key for key in missing_keys if key not in own]
 
 
 class Paused(Changed):
