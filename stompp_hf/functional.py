@@ -174,7 +174,7 @@ def mix_activation(
     Backward: dL/du = (1 - M) * g * 1[low < u < high] + M * k * g, g = dL/du'
               dL/da = sum of M * g * (sign(u - b) + offset);  dL/db = - sum of M * k * g
               with an absorbed activation f, clip(f(u), low, high) stands in the soft branch, and its gradient goes to
-              f(u) alone; the binary value and the surrogate are those of u, the value before f
+              f(u) alone; the binary value is that of u, the value before f, which gets the surrogate gradient
               k as in `mix_weight`; STE-free, b gets no gradient and keeps its calibrated value
     Source:   Smith and Islam (2026) for a = high = 1, low = -1, b = o = 0; the rest is this library's choice.
 

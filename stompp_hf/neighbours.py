@@ -11,13 +11,17 @@ from .modules.activations import BYPASSED, PAUSED
 
 @dataclass
 class Neighbours:
-    """Which layers absorb which activation, and what becomes of the modules in front of them, by name."""
+    """Which layers absorb which activation, and what becomes of the modules in front of them, by name.
+
+    one_signed: layers whose input has one sign in the end; ungated: layers whose activation was dropped.
+    """
 
     absorbing: dict[str, str] = field(default_factory=dict)
     bypassed: dict[str, str] = field(default_factory=dict)
     shifted: dict[str, list[str]] = field(default_factory=dict)
     paused: dict[str, list[str]] = field(default_factory=dict)
     one_signed: list[str] = field(default_factory=list)
+    ungated: set[str] = field(default_factory=set)
 
 
 def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMPPConfig) -> Neighbours:
@@ -41,6 +45,7 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
     activations = {tag: readers for tag, readers in flow.readers.items() if kinds[tag] in BYPASSED}
     if config.relu == "drop":
         result.bypassed = {tag: "dropped" for tag, readers in activations.items() if readers & binary}
+        result.ungated = {reader for tag in result.bypassed for reader in activations[tag] & binary}
     elif config.relu == "rprelu":
         shifts = {tag: sorted(readers & binary) for tag, readers in activations.items() if kinds[tag] is nn.ReLU}
         result.shifted = {tag: readers for tag, readers in shifts.items() if readers}

@@ -205,6 +205,8 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
     entries = _staged(model, _ordered(kept, config), trace, config)
     for entry in entries:
         entry.absorbed = near.absorbing.get(entry.name)
+        if entry.name in near.ungated:  # the ReLU that the probe saw is gone: both signs come through
+            entry.producer = None
     _warn_of_dead_signs(near, entries, config)
     if config.activation_mask == "element" and config.binary_activations and trace is None:
         raise ConfigError(

@@ -8,10 +8,42 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 ABSORBABLE: dict[str, Callable[[Tensor], Tensor]] = {"ReLU": F.relu, "ReLU6": F.relu6, "Hardswish": F.hardswish}
 """Activations that a binary layer can compute itself: real entries see f(u), and the sign is that of u."""
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, kind: str) -> Tensor:  # type: ignore[override]
+        ctx.kind = kind
+        if kind == "Hardswish":
+            ctx.save_for_backward(u)
+        else:  # a byte an entry is enough
+            ctx.save_for_backward((u > 0) & (u < 6) if kind == "ReLU6" else u > 0)
+        return u.view_as(u)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (saved,) = ctx.saved_tensors
+        if ctx.kind == "Hardswish":
+            return torch.ops.aten.hardswish_backward(grad, saved), None
+        return grad * saved, None
+
+
+def gate(u: Tensor, kind: str) -> Tensor:
+    """u itself, whose gradient passes through an absorbed activation f.
+
+    Forward:  u
+    Backward: dL/du = g * f'(u)
+    Source:   this library's choice. The surrogate gradient of a frozen entry stands for that of f: passing it where f
+              is flat doubles what goes up at every layer, and it grows with depth without bound.
+    """
+    return _Gate.apply(u, kind)  # type: ignore[no-any-return]
+
 
 if TYPE_CHECKING:
     _Module = nn.Module

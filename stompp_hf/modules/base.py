@@ -14,7 +14,7 @@ from torch.nn.functional import hardtanh
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError, ShapeError
 from ..functional import hard, mix_activation, mix_weight
-from .activations import ABSORBABLE
+from .activations import ABSORBABLE, gate
 from .frozen import frozen_product
 from .product import Product
 from .state import OWN_TENSORS, LayerState
@@ -34,8 +34,8 @@ class BinaryLayer(LayerState):
 
     Forward, by state: pending: the plain layer (clipped, where a clip is set); in transition:
     product(mix_activation(x), mix_weight(w)) + bias; frozen: `frozen_product`. See `functional` and `modules.frozen`
-    for formulas and gradients. Where the activation f in front of it was absorbed, x is the value before f, and real
-    entries compute with f(x).
+    for formulas and gradients. Where the activation f in front of it was absorbed, x is the value before f, real
+    entries compute with f(x), and every gradient to x passes through f.
 
     Extra tensors (parameters when learnable, buffers otherwise): weight_scale (out,) or (1,); weight_clip (1,);
     activation_scale, activation_low, activation_high (1,); activation_threshold (in,); stompp_state int64 (6,).
@@ -163,6 +163,11 @@ class BinaryLayer(LayerState):
     def _activated(self, x: Tensor) -> Tensor:
         return x if self.absorbed is None else ABSORBABLE[self.absorbed](x)
 
+    def _gated(self, x: Tensor) -> Tensor:
+        """The value before the absorbed activation, with the gradient of the value after it."""
+        passes = self.stompp_config.frozen_gradient != "zero"
+        return gate(x, self.absorbed) if self.absorbed is not None and passes else x
+
     def _product_of(self, x: Tensor) -> Product:
         """The product for this very input: a convolution's padding may depend on its size."""
         return self.product
@@ -189,15 +194,16 @@ class BinaryLayer(LayerState):
             features = self.product.per_feature
             threshold = self.activation_threshold
             x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
+            real = None if self.absorbed is None else self._activated(x)
             x = mix_activation(
-                x,
+                self._gated(x),
                 self.activation_scale,
                 None if threshold is None else features(threshold, x),
                 self._placed_mask(x),
                 *self.input_edges,
                 self.activation_offset,
                 self.stompp_config.frozen_gradient,
-                None if self.absorbed is None else self._activated(x),
+                real,
             )
         return self._add_bias(self._mixed_product(x, weight))
 
@@ -220,7 +226,7 @@ class BinaryLayer(LayerState):
         mixed = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
             y = frozen_product(
-                x.to(exact),
+                self._gated(x).to(exact),
                 self.weight.to(exact),
                 self.weight_scale.to(exact),
                 None if self.activation_scale is None else self.activation_scale.to(exact),
