@@ -15,7 +15,6 @@ EMBEDDING = "<embedding>"
 """Stands in `parents` for any embedding."""
 
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
-_RISING = (nn.ReLU, nn.ReLU6)
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
@@ -31,6 +30,7 @@ class DataFlow(TorchDispatchMode):
         elsewhere: activations whose output is read by something that is no candidate.
         one_sided: the candidates whose input was never negative.
         shapes: shape of one sample of a candidate's input.
+        widths: for every activation, the (dimensions, second size, last size) of its outputs.
     """
 
     def __init__(self, candidates: dict[str, nn.Module]) -> None:
@@ -50,7 +50,10 @@ class DataFlow(TorchDispatchMode):
         self._tags = WeakTensorKeyDictionary()
         self._read_by = WeakTensorKeyDictionary()
         self.siblings: list[set[str]] = []
-        self._falling: set[str] = set()
+        self.widths: dict[str, set[tuple[int, int, int]]] = {}
+        self._kinds: dict[str, type[nn.Module]] = {}
+        # What an activation overwrote in place, by address; kept alive, so that no address is used twice.
+        self._rewritten: dict[int, tuple[str, Tensor]] = {}
         self._inside: list[str | None] = []  # the candidates, or None for a module that only passes on, now running
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,6 +67,9 @@ class DataFlow(TorchDispatchMode):
         if not self._inside:
             for tensor in inputs:
                 self.elsewhere |= self._tags.get(tensor, frozenset())
+                if self._rewritten and tensor not in self._tags and tensor.layout == torch.strided:
+                    name, _ = self._rewritten.get(tensor.untyped_storage().data_ptr(), (None, None))
+                    self.elsewhere |= {name} if name is not None else set()
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and reached:
                 self._reach[tensor] = reached
@@ -117,20 +123,31 @@ class DataFlow(TorchDispatchMode):
     def _leaver(self, name: str) -> Any:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._inside.pop()
+            before: frozenset[str] = self._tags.get(args[0], frozenset()) if args else frozenset()
+            passed = frozenset(tag for tag in before if self._commutes(tag, module))
+            if not isinstance(output, Tensor):
+                passed = frozenset()
+            self.elsewhere |= before - passed
             if not isinstance(output, Tensor):
                 return
-            before = self._tags.get(args[0], frozenset()) if args else frozenset()
-            if isinstance(module, _POOLS):  # a maximum commutes with what never falls: ReLU and its like
-                self._tags[output] = before - self._falling
-                self.elsewhere |= before & self._falling
-            elif type(module) in PAUSED:
-                self._tags[output] = before | {name} if getattr(module, "p", 0.0) else before
-            else:
-                self._tags[output] = frozenset([name])
-                if not isinstance(module, _RISING):
-                    self._falling.add(name)
+            if type(module) in BYPASSED:
+                passed = frozenset([name])
+                self._kinds[name] = type(module)
+                self.widths.setdefault(name, set()).add((output.dim(), output.shape[1], output.shape[-1]))
+                if getattr(module, "inplace", False):
+                    self._rewritten[output.untyped_storage().data_ptr()] = (name, output)
+            elif type(module) in PAUSED and getattr(module, "p", 0):
+                passed = passed | {name}
+            self._tags[output] = passed
 
         return leave
+
+    def _commutes(self, tag: str, module: nn.Module) -> bool:
+        """Whether an activation may come after `module` instead of before it; a dropout's tag goes with the values."""
+        kind = self._kinds.get(tag)
+        if isinstance(module, _POOLS):
+            return kind in (None, nn.ReLU, nn.ReLU6)  # a maximum commutes with what never falls
+        return type(module) in PAUSED and kind in (None, nn.ReLU)  # and a factor with what is homogeneous
 
     def close(self, outputs: Any) -> None:
         """Note which activations are among the model's own outputs."""

@@ -8,6 +8,8 @@ from .config import StoMPPConfig
 from .dataflow import DataFlow
 from .modules.activations import BYPASSED, PAUSED
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass
 class Neighbours:
@@ -48,7 +50,9 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
         result.ungated = {reader for tag in result.bypassed for reader in activations[tag] & binary}
     elif config.relu == "rprelu":
         shifts = {tag: sorted(readers & binary) for tag, readers in activations.items() if kinds[tag] is nn.ReLU}
-        result.shifted = {tag: readers for tag, readers in shifts.items() if readers}
+        result.shifted = {
+            tag: r for tag, r in shifts.items() if r and _one_width(model, [*activations[tag]], flow, tag)
+        }
     elif config.relu == "absorb":
         chosen = _absorbable(activations, kinds, binary, flow)
         result.bypassed = {tag: "absorbed" for tag in activations if tag in chosen}
@@ -59,6 +63,13 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
         if flow.one_sided.get(name) and not any(tags & result.bypassed.keys() for tags in flow.feeders[name])
     ]
     return result
+
+
+def _one_width(model: nn.Module, tag: str, flow: DataFlow) -> bool:
+    """Whether an activation always has the same channels, in the same dimension, so that it can have shifts."""
+    convolutions = {isinstance(model.get_submodule(reader), CONVOLUTIONS) for reader in flow.readers[tag]}
+    widths = {(dims, second if convolutions == {True} else last) for dims, second, last in flow.widths[tag]}
+    return len(convolutions) == len(widths) == 1
 
 
 def _absorbable(activations: dict[str, set[str]], kinds: dict[str, type], binary: set[str], flow: DataFlow) -> set[str]:
