@@ -136,7 +136,7 @@ class DataFlow(TorchDispatchMode):
                 self.widths.setdefault(name, set()).add((output.dim(), output.shape[1], output.shape[-1]))
                 if getattr(module, "inplace", False):
                     self._rewritten[output.untyped_storage().data_ptr()] = (name, output)
-            elif type(module) in PAUSED and getattr(module, "p", 0):
+            elif type(module) in PAUSED and bool(getattr(module, "p", False)):
                 passed = passed | {name}
             self._tags[output] = passed
 

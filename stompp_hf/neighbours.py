@@ -50,9 +50,7 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
         result.ungated = {reader for tag in result.bypassed for reader in activations[tag] & binary}
     elif config.relu == "rprelu":
         shifts = {tag: sorted(readers & binary) for tag, readers in activations.items() if kinds[tag] is nn.ReLU}
-        result.shifted = {
-            tag: r for tag, r in shifts.items() if r and _one_width(model, [*activations[tag]], flow, tag)
-        }
+        result.shifted = {tag: readers for tag, readers in shifts.items() if readers and _one_width(model, tag, flow)}
     elif config.relu == "absorb":
         chosen = _absorbable(activations, kinds, binary, flow)
         result.bypassed = {tag: "absorbed" for tag in activations if tag in chosen}

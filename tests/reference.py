@@ -4,7 +4,11 @@ Tensors are nested lists (matrices are lists of rows), sums are exact (`math.fsu
 used. "No clip" is a clip at infinity; no threshold is a threshold of 0.
 """
 
+import functools
+import itertools
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 Vector = list[float]
 Matrix = list[list[float]]
@@ -119,3 +123,103 @@ def frozen_fraction(schedule: str, t: float) -> float:
 def window(start: float, end: float, stage: int, stages: int) -> tuple[float, float]:
     """First share of the run that belongs to the window of a stage, and first share that no longer does."""
     return start + (end - start) * stage / stages, start + (end - start) * (stage + 1) / stages
+
+
+# ---- a convolution in any number of dimensions: arrays are dictionaries from index tuples to numbers ----
+
+Index = tuple[int, ...]
+Array = dict[Index, float]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution without its numbers; `before` and `after` are its padding on the two sides of each dimension."""
+
+    weight: Index  # output channels, input channels of a group, and the kernel's sizes
+    size: Index
+    stride: Index
+    dilation: Index
+    before: Index
+    after: Index
+    groups: int
+    mode: str
+
+    def out_size(self) -> Index:
+        sides = zip(self.size, self.weight[2:], self.stride, self.dilation, self.before, self.after, strict=True)
+        return tuple((n + b + a - d * (k - 1) - 1) // s + 1 for n, k, s, d, b, a in sides)
+
+
+@functools.cache
+def taps(shape: Geometry) -> list[tuple[Index, Index, int, Index | None]]:
+    """For every output entry and every weight that it meets: the input channel and position, or None: padding."""
+    found = []
+    outs, ins, *kernel = shape.weight
+    for p, k in itertools.product(indices(*shape.out_size()), indices(*kernel)):
+        places = [
+            looks(p[i] * shape.stride[i] + k[i] * shape.dilation[i] - shape.before[i], size, shape.mode)
+            for i, size in enumerate(shape.size)
+        ]
+        inside = tuple(place for place in places if place is not None)
+        for o, j in indices(outs, ins):
+            channel = o // (outs // shape.groups) * ins + j
+            found.append(((o, *p), (o, j, *k), channel, inside if len(inside) == len(places) else None))
+    return found
+
+
+def looks(position: int, size: int, mode: str) -> int | None:
+    """Which input entry stands at a position that may lie outside; None: a constant."""
+    if 0 <= position < size:
+        return position
+    if mode == "reflect":
+        return -position if position < 0 else 2 * (size - 1) - position
+    return {"zeros": None, "replicate": 0 if position < 0 else size - 1, "circular": position % size}[mode]
+
+
+def sums(terms: Iterable[tuple[Index, float]], keys: Iterable[Index]) -> Array:
+    """Exact sums of the terms that share a key; 0 where a key has none."""
+    found: dict[Index, list[float]] = {key: [] for key in keys}
+    for key, term in terms:
+        found[key].append(term)
+    return {key: math.fsum(values) for key, values in found.items()}
+
+
+def indices(*sizes: int) -> list[Index]:
+    return list(itertools.product(*map(range, sizes)))
+
+
+def conv(u: Array, w: Array, pad: Vector, shape: Geometry, batch: int) -> Array:
+    """u is (batch, channel, *position); `pad` stands around each of its channels."""
+    terms = (
+        ((n, *out), w[tap] * (pad[c] if q is None else u[(n, c, *q)]))
+        for out, tap, c, q in taps(shape) for n in range(batch)
+    )  # fmt: skip
+    return sums(terms, indices(batch, shape.weight[0], *shape.out_size()))
+
+
+def conv_gradients(
+    g: Array, u: Array, w: Array, pad: Vector, shape: Geometry, batch: int
+) -> tuple[Array, Array, Array]:
+    """dL/du, dL/dw, and dL/dpad with the channels as keys, from g = dL/dz."""
+    grad_u, grad_w, grad_pad = [], [], []
+    for out, tap, c, q in taps(shape):
+        for n in range(batch):
+            g_out = g[(n, *out)]
+            grad_w.append((tap, g_out * (pad[c] if q is None else u[(n, c, *q)])))
+            if q is None:
+                grad_pad.append(((c,), g_out * w[tap]))
+            else:
+                grad_u.append(((n, c, *q), g_out * w[tap]))
+    return sums(grad_u, u), sums(grad_w, w), sums(grad_pad, indices(len(pad)))
+
+
+# ---- an activation f that a layer absorbed: real entries compute with f(u), binary ones with u ----
+
+
+def absorbed(kind: str | None, u: float) -> tuple[float, float]:
+    """f(u) and f'(u)."""
+    if kind is None:
+        return u, 1.0
+    if kind == "Hardswish":
+        slope = 0.0 if u <= -3.0 else 1.0 if u >= 3.0 else u / 3.0 + 0.5
+        return u * clip(u + 3.0, 0.0, 6.0) / 6.0, slope
+    return clip(u, 0.0, {"ReLU": math.inf, "ReLU6": 6.0}[kind]), within(u, 0.0, {"ReLU": math.inf, "ReLU6": 6.0}[kind])
