@@ -19,6 +19,7 @@ import numpy as np
 import transformers
 import yaml
 from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
+from stage_edges import EvaluateAtStageEdges
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -27,7 +28,6 @@ from transformers import (
     DataCollatorWithPadding,
     HfArgumentParser,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -72,20 +72,6 @@ class ModelArguments:
     evaluate_binary: bool = field(
         default=False, metadata={"help": "At each evaluation, also evaluate the model as if fully binary now."}
     )
-
-
-class EvaluateAtStageEdges(TrainerCallback):
-    """Evaluates when a stage has just been frozen, and once when the first is about to."""
-
-    def __init__(self, stompp: StoMPPTrainerCallback) -> None:
-        self.stompp = stompp
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        progression = self.stompp.progression
-        windows = set() if progression is None else set(progression.windows.values())
-        edges = {window.end for window in windows} | {min((w.begin for w in windows), default=0)}
-        if state.global_step in edges:
-            control.should_evaluate = control.should_log = True
 
 
 DEMO = {

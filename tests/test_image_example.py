@@ -1,0 +1,514 @@
+"""The image classification example: its data, its config files, and runs of it as a user starts them."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import torchvision_ops  # noqa: F401
+import yaml
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    MobileNetV2Config,
+    ResNetConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from stompp_hf import StoMPPConfig, get_plan
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "examples" / "configs"
+sys.path.insert(0, str(ROOT / "examples"))
+import image_data  # noqa: E402
+import run_image_classification as example  # noqa: E402
+from image_data import DataArguments, Pixels, collate, load_task, prepare, to_image  # noqa: E402
+from image_model import ModelArguments, load_config  # noqa: E402
+from small_images import small_image_config  # noqa: E402
+
+RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem.endswith(("_paper", "_modern")))
+METHODS = sorted(path for path in CONFIGS.glob("*.yaml") if path not in RECIPES)
+RESNET = ("--config_name", "resnet", "--config_overrides")
+RESNET = (*RESNET, "depths=[1,1],hidden_sizes=[8,16],embedding_size=8,layer_type=basic")
+VIT = ("--config_name", "vit", "--config_overrides")
+VIT = (*VIT, "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32,patch_size=16")
+QUICK = ("--dataloader_num_workers", "0", "--refresh_rate", "1", "--disable_tqdm", "True", "--use_cpu", "True")
+
+
+def launch(*words: str, processes: int = 1, path: Sequence[Path] = ()) -> str:
+    """Run the example through accelerate, and return what it printed."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    environment = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path))),
+        "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    words = ("examples/run_image_classification.py", *words)
+    result = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def here(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
+    """Run the example in this process, and return its metrics."""
+    monkeypatch.setattr(sys, "argv", ["run_image_classification.py", *words])
+    return example.main()
+
+
+# ---- images and files of all kinds ----
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The image as a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def odd_images() -> dict[str, bytes]:
+    """A red image, 40 wide and 20 high where it matters, as it comes in real collections."""
+    red = Image.new("RGB", (40, 20), (255, 0, 0))
+    red.paste((0, 0, 0), (0, 0, 10, 20))  # black on the left
+    turned = red.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    deep = Image.fromarray(np.array(red.convert("L"), dtype=np.uint16) * 257)
+    return {
+        "rgb": encoded(red, "PNG"),
+        "grey": encoded(red.convert("L"), "JPEG", quality=95),
+        "cmyk": encoded(red.convert("CMYK"), "JPEG", quality=95),
+        "palette": encoded(red.convert("P"), "PNG"),
+        "alpha": encoded(red.convert("RGBA"), "PNG"),
+        "16 bits": encoded(deep, "PNG"),
+        "turned": encoded(turned, "JPEG", quality=95, exif=exif),
+    }
+
+
+def imagenet_stand_in(folder: Path) -> tuple[str, str]:
+    """Shards with ImageNet-1k's schema, odd sizes and odd files; patterns of the training and the validation files."""
+    names = [f"class {i}" for i in range(1000)]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    rng, odd = np.random.default_rng(0), list(odd_images().values())
+    for shard in ("train-0", "train-1", "validation-0"):
+        files = list(odd)
+        for _ in range(9):
+            sides = rng.integers(20, 90, 2)
+            files.append(encoded(Image.fromarray(rng.integers(0, 256, (*sides, 3), dtype=np.uint8)), "JPEG"))
+        rows = {"image": [{"bytes": file, "path": None} for file in files], "label": list(rng.integers(0, 1000, 16))}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{shard}.parquet")
+    return str(folder / "train-*.parquet"), str(folder / "validation-*.parquet")
+
+
+def cifar_file(path: Path, count: int, metadata: bool, label: str = "label") -> str:
+    """A parquet file with CIFAR's schema, with or without what `datasets` writes about its features."""
+    rng = np.random.default_rng(count)
+    labels = np.arange(count) % 10
+    images = [encoded(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)), "PNG") for _ in labels]
+    rows = {"img": [{"bytes": image, "path": None} for image in images], label: labels.tolist()}
+    if metadata:
+        features = Features({"img": ImageFeature(), label: ClassLabel(names=[f"class {i}" for i in range(10)])})
+        Dataset.from_dict(rows, features=features).to_parquet(path)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table(rows), path)
+    return str(path)
+
+
+def test_odd_images_become_upright_rgb() -> None:
+    for kind, file in odd_images().items():
+        for form in (file, {"bytes": file, "path": None}, Image.open(io.BytesIO(file))):
+            image = to_image(form)
+            assert (image.mode, image.size) == ("RGB", (40, 20)), kind
+            pixels = np.array(image)
+            assert pixels[10, 3].max() < 30, kind
+            grey = kind in ("grey", "16 bits")
+            assert np.abs(pixels[10, 30] - np.array([76, 76, 76] if grey else [254, 0, 0])).max() < 30, (
+                kind,
+                pixels[10, 30],
+            )
+
+
+def test_arrays_become_images(tmp_path: Path) -> None:
+    colours = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
+    for form in (colours.reshape(-1), colours, colours.transpose(1, 2, 0), colours.tolist()):
+        assert np.array_equal(np.array(to_image(form)).transpose(2, 0, 1), colours)
+    assert np.array_equal(np.array(to_image(colours[0].reshape(-1)))[..., 1], colours[0])
+    with pytest.raises(ValueError, match="neither one nor three channels"):
+        to_image(np.zeros(7, dtype=np.uint8))
+    (tmp_path / "image.png").write_bytes(odd_images()["rgb"])
+    assert to_image({"bytes": None, "path": str(tmp_path / "image.png")}).size == (40, 20)
+
+
+# ---- augmentation ----
+
+
+@pytest.mark.parametrize("augmentation", ["crop", "shift", "none"])
+def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path: Path, augmentation: str) -> None:
+    file = cifar_file(tmp_path / "data.parquet", 20, metadata=True)
+    args = DataArguments(train_file=file, validation_file=file, augmentation=augmentation)
+    task = load_task(args, str(tmp_path))
+
+    def images(workers: int, epoch: int, seed: int = 0, split: str = "train") -> torch.Tensor:
+        data = prepare(task, args, Pixels(32, 32), seed)[split]
+        loader = torch.utils.data.DataLoader(data, batch_size=8, collate_fn=collate, num_workers=workers)
+        data.set_epoch(epoch)
+        return torch.cat([batch["pixel_values"] for batch in loader])
+
+    first = images(0, 0)
+    assert first.shape == (20, 3, 32, 32) and first.dtype == torch.float32
+    assert torch.equal(first, images(2, 0))
+    random = augmentation != "none"
+    assert torch.equal(first, images(0, 1)) != random
+    assert torch.equal(images(0, 1), images(0, 0, seed=1)) != random
+    plain = images(0, 0, split="validation")
+    assert torch.equal(plain, images(2, 5, seed=3, split="validation")) and torch.equal(first, plain) != random
+
+
+def test_augmented_images_stay_in_bounds() -> None:
+    image = to_image(odd_images()["rgb"])
+    torch.manual_seed(0)
+    for _ in range(50):
+        assert image_data.random_resized_crop(image, 8).size == (8, 8)
+    square = image_data.center_crop(image, 20, 16)
+    assert square.size == (16, 16) and np.array(square).min() >= 0
+    moved = {np.array(image_data.random_shift(square, 2)).tobytes() for _ in range(200)}
+    assert len(moved) <= 25
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "size", "resize"),
+    [
+        ("vit.image_processing_pil_vit.ViTImageProcessorPil", {}, 224, 224),
+        ("convnext.image_processing_pil_convnext.ConvNextImageProcessorPil", {}, 384, 384),
+        ("convnext.image_processing_pil_convnext.ConvNextImageProcessorPil",
+         {"size": {"shortest_edge": 224}, "crop_pct": 0.875}, 224, 256),
+        ("mobilenet_v2.image_processing_pil_mobilenet_v2.MobileNetV2ImageProcessorPil", {}, 224, 256),
+    ],
+)  # fmt: skip
+def test_pixels_agree_with_the_image_processor(kind: str, options: dict[str, Any], size: int, resize: int) -> None:
+    import importlib
+
+    module, _, name = kind.rpartition(".")
+    processor = getattr(importlib.import_module(f"transformers.models.{module}"), name)(**options)
+    pixels = Pixels.of_processor(processor)
+    assert (pixels.size, pixels.resize) == (size, resize)
+    gradient = np.linspace(0, 255, 300 * 300 * 3).reshape(300, 300, 3).astype(np.uint8)
+    image = Image.fromarray(gradient)
+    wanted = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+    assert (image_data.Transform(pixels)(image) - wanted).abs().max() < 0.05
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ResNetConfig(depths=[1, 1], hidden_sizes=[8, 16], embedding_size=8), MobileNetV2Config(depth_multiplier=0.1)],
+)
+def test_small_image_models_keep_the_resolution(tmp_path: Path, config: Any) -> None:
+    config = small_image_config(config)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(AutoModelForImageClassification.from_config(config).eval())
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    images = torch.randn(2, 3, 32, 32)
+    output = models[0](images, output_hidden_states=True)
+    assert output.hidden_states[0].shape[-1] == 32
+    models[0].save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert type(again) is type(models[0]) and torch.equal(again(images).logits, output.logits)
+
+
+def test_small_image_stem_is_for_two_models() -> None:
+    with pytest.raises(ValueError, match="resnet and mobilenet_v2, not vit"):
+        small_image_config(ViTConfig())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_files(path: Path) -> None:
+    """Each file alone is a whole run, and its model can be built."""
+    model_args, data_args, args, stompp = example.parse([str(path)])
+    dataset, rest = path.stem.split("_", 1)
+    model, recipe = rest.rsplit("_", 1)
+    assert args.output_dir == f"runs/{path.stem}" and args.do_train and args.do_eval
+    assert (args.per_device_train_batch_size, data_args.source, model_args.method) == (256, "hub", "stompp")
+    if recipe == "paper":
+        sgd = (args.optim, args.optim_args, args.learning_rate, args.lr_scheduler_type, args.weight_decay)
+        assert sgd == ("sgd", "momentum=0.9", 0.1, "constant", 0.0)
+        assert stompp == StoMPPConfig.paper()
+    else:
+        assert (args.optim, args.lr_scheduler_type, args.label_smoothing_factor) == ("adamw_torch", "cosine", 0.1)
+        assert stompp.weight_scale == "channel"
+    small = dataset == "cifar10"
+    config = load_config(model_args, [str(i) for i in range(10 if small else 1000)])
+    assert config.model_type.startswith("small_image_") == small
+    assert (config.num_labels, data_args.image_size) == ((10, 32) if small else (1000, 224))
+    with torch.device("meta"):
+        network = AutoModelForImageClassification.from_config(config)
+    millions = {"resnet18": 11.2, "resnet34": 21.3, "resnet50": 23.5, "mobilenet_v2": 2.2}[model]
+    backbone = sum(p.numel() for name, p in network.named_parameters() if "classifier" not in name)
+    assert backbone == pytest.approx(millions * 1e6, rel=0.02)
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_method_files_come_after_a_recipe(path: Path) -> None:
+    model_args, _, _, stompp = example.parse([str(RECIPES[0]), str(path)])
+    options = yaml.safe_load(path.read_text())
+    assert model_args.method == options["method"]
+    for name in ("binarize", "frozen_gradient"):
+        assert getattr(stompp, name) == options.get(name, getattr(stompp, name))
+    if path.stem != "full_precision":
+        assert stompp.binary_activations == path.stem.startswith("bnn")
+
+
+def test_what_comes_later_wins(tmp_path: Path) -> None:
+    (tmp_path / "more.json").write_text(
+        '{"seed": 7, "learning_rate": 0.5, "target_modules": ["a", "b"], "run_name": null}'
+    )
+    recipe = str(CONFIGS / "cifar10_resnet18_paper.yaml")
+    _, _, args, stompp = example.parse([recipe, str(tmp_path / "more.json"), "--learning_rate=0.2", "--end", "0.5"])
+    assert (args.seed, args.learning_rate, args.optim, stompp.end) == (7, 0.2, "sgd", 0.5)
+    assert stompp.target_modules == ["a", "b"] and stompp.weight_scale == "none"
+    assert example.parse([recipe, "--preset", "default"])[3] == StoMPPConfig()
+
+
+def test_options_that_make_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no depht"):
+        load_config(ModelArguments(config_name="resnet", config_overrides="depht=[1]"), ["a", "b"])
+    with pytest.raises(ValueError, match="training from scratch"):
+        ModelArguments(model_name_or_path="some", small_image_stem=True)
+    with pytest.raises(ValueError, match="folders"):
+        DataArguments(train_file="a", train_dir="b")
+    with pytest.raises(ValueError, match="--streaming needs"):
+        DataArguments(streaming=True)
+    file = cifar_file(tmp_path / "data.parquet", 4, metadata=False)
+    with pytest.raises(ValueError, match="add --num_labels"):
+        load_task(DataArguments(train_file=file, streaming=True), str(tmp_path))
+
+
+# ---- data sets ----
+
+
+def test_columns_and_labels_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With features and without, whole and streamed, CIFAR-100's two columns, labels that are words, pixel columns."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds for each shuffled stream
+    cache = str(tmp_path / "cache")
+    for metadata in (True, False):
+        file = cifar_file(tmp_path / f"{metadata}.parquet", 20, metadata, "fine_label")
+        task = load_task(DataArguments(train_file=file, max_train_samples=12, train_val_split=0.25), cache)
+        assert (task.image, task.label, len(task.labels)) == ("img", "fine_label", 10)
+        assert {name: len(rows) for name, rows in task.data.items()} == {"train": 12, "validation": 5}
+        args = DataArguments(train_file=file, validation_file=file, streaming=True, num_labels=10, max_eval_samples=3)
+        task = load_task(args, cache)
+        data = prepare(task, args, Pixels(32, 32), 0)
+        assert [len(list(data[split])) for split in ("train", "validation")] == [20, 3]
+        assert sorted(example["labels"] for example in data["train"]) == sorted([*range(10)] * 2)
+    pixels = {"pixels": np.zeros((4, 48), dtype=np.uint8).tolist(), "label": ["b", "a", "b", "c"]}
+    pyarrow.parquet.write_table(pyarrow.table(pixels), tmp_path / "flat.parquet")
+    args = DataArguments(train_file=str(tmp_path / "flat.parquet"), validation_file=str(tmp_path / "flat.parquet"))
+    task = load_task(args, cache)
+    batch = collate([*prepare(task, args, Pixels(4, 4), 0)["validation"]])
+    assert task.labels == ["a", "b", "c"] and batch["labels"].tolist() == [1, 0, 1, 2]
+    assert batch["pixel_values"].shape == (4, 3, 4, 4)
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for index, file in enumerate(odd_images().values()):
+            (tmp_path / "train" / label / f"{index}.png").write_bytes(file)
+    args = DataArguments(train_dir=str(tmp_path / "train"), train_val_split=0.5)
+    task = load_task(args, str(tmp_path / "cache"))
+    assert task.labels == ["cat", "dog"]
+    assert collate([*prepare(task, args, Pixels(8, 8), 0)["train"]])["pixel_values"].shape == (7, 3, 8, 8)
+
+
+def test_digits() -> None:
+    task = load_task(DataArguments())
+    assert (len(task.data["train"]), len(task.data["validation"]), task.labels) == (1347, 450, [*"0123456789"])
+    flat = [{bytes(np.array(row, dtype=np.uint8)) for row in task.data[split]["image"]} for split in task.data]
+    assert len(flat[0] & flat[1]) == 0
+
+
+def test_accuracy_through_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
+    import evaluate
+
+    class Metric:
+        def compute(self, predictions: Any, references: Any) -> dict[str, float]:
+            return {"accuracy": 0.25}
+
+    hub = DataArguments(dataset_name="some/data")
+    monkeypatch.setattr(evaluate, "load", lambda name: Metric())
+    assert example.accuracy_function(hub)([0], [0]) == 0.25
+
+    def unreachable(name: str) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(evaluate, "load", unreachable)
+    assert example.accuracy_function(hub)([0, 1], [0, 0]) == 0.5
+
+
+# ---- runs ----
+
+
+def test_embedded_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here(monkeypatch, *("--output_dir", str(tmp_path), "--max_steps", "12", "--config_overrides", RESNET[-1], *QUICK))
+    printed = capsys.readouterr().out
+    for method, layers in zip(example.METHODS, ("0 of 4", *["4 of 4"] * 3), strict=True):
+        assert any(line.startswith(f"{method} ") and f" {layers} " in line for line in printed.splitlines()), printed
+    assert "logits equal" in printed
+    assert json.loads((tmp_path / "comparison.json").read_text()).keys() == example.METHODS.keys()
+    assert "stompp" in (tmp_path / "stompp_ste" / "README.md").read_text()
+    AutoImageProcessor.from_pretrained(tmp_path / "stompp_ste")
+
+
+def test_cifar_recipe_with_another_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [cifar_file(tmp_path / f"{count}.parquet", count, metadata=False) for count in (40, 20)]
+    metrics = here(
+        monkeypatch, *(str(CONFIGS / name) for name in ("cifar10_resnet18_paper.yaml", "bwn_vanilla_ste.yaml")),
+        *("--train_file", files[0], "--validation_file", files[1], "--output_dir", str(tmp_path / "run")),
+        *("--per_device_train_batch_size", "8", "--num_train_epochs", "1", "--cache_dir", str(tmp_path)),
+        *(*RESNET, *QUICK),
+    )  # fmt: skip
+    assert 0 <= metrics["eval_accuracy"] <= 1 and metrics["train_samples"] == 40
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    options = get_plan(model).config
+    assert (options.binarize, options.weight_scale, options.end) == ("weights", "none", 0.0)
+    assert model.config.model_type == "small_image_resnet" and model.config.id2label[9] == "9"
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_imagenet_recipe_on_a_stand_in(tmp_path: Path, streaming: bool) -> None:
+    """The shipped file for 20 steps: streamed in one process, and in two."""
+    train, validation = imagenet_stand_in(tmp_path)
+    printed = launch(
+        str(CONFIGS / "imagenet_resnet50_paper.yaml"),
+        *("--train_file", train, "--validation_file", validation, "--cache_dir", str(tmp_path / "cache")),
+        *("--max_steps", "20", "--per_device_train_batch_size", "1" if streaming else "4", "--image_size", "64"),
+        *("--output_dir", str(tmp_path / "run"), "--eval_strategy", "no", "--save_strategy", "no"),
+        *("--streaming", str(streaming), *(RESNET if streaming else VIT), *QUICK),
+        processes=1 if streaming else 2,
+    )
+    assert "fully binary (weights and activations)" in printed
+    config = AutoConfig.from_pretrained(tmp_path / "run")
+    assert len(config.id2label) == 1000 and config.id2label[999] == "class 999"
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert 0 <= results["eval_accuracy"] <= 1
+
+
+def test_fine_tuning_a_checkpoint_and_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a tiny ViT with its image processor; resumed in mid-epoch, augmentation included, it ends the same."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    start, out = tmp_path / "start", tmp_path / "run"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=10)).save_pretrained(start)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(start)
+    file = cifar_file(tmp_path / "data.parquet", 24, metadata=True)
+    words = [
+        *(
+            "--model_name_or_path",
+            str(start),
+            "--train_file",
+            file,
+            "--validation_file",
+            file,
+            "--do_train",
+            "--do_eval",
+        ),
+        *(
+            "--output_dir",
+            str(out),
+            "--per_device_train_batch_size",
+            "4",
+            "--num_train_epochs",
+            "2",
+            "--save_steps",
+            "9",
+        ),
+        *("--cache_dir", str(tmp_path), "--frozen_gradient", "zero", "--label_smoothing_factor", "0.1", *QUICK),
+    ]
+    whole = here(monkeypatch, *words)
+    weights = AutoModelForImageClassification.from_pretrained(out).state_dict()
+    (out / "checkpoint-12").rename(tmp_path / "later")
+    again = here(monkeypatch, *words, "--resume_from_checkpoint", "True")
+    assert whole["eval_loss"] == again["eval_loss"]
+    resumed = AutoModelForImageClassification.from_pretrained(out)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in resumed.state_dict().items())
+    assert resumed.config.id2label[3] == "class 3" and resumed.config.image_size == 16
+
+
+def test_accumulated_batches_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal batches give the gradient of one of them: Trainer must not think that the model divides the loss."""
+    rows = {"image": [odd_images()["rgb"]] * 64, "label": [0] * 64}
+    file = str(tmp_path / "data.parquet")
+    pyarrow.parquet.write_table(pyarrow.table(rows), file)
+    norms = []
+    for size, times in ((16, 1), (16, 4)):
+        here(
+            monkeypatch, *RESNET, "--train_file", file, "--validation_file", file, "--do_train", "--image_size", "32",
+            *("--method", "full_precision", "--max_steps", "1", "--logging_steps", "1", "--cache_dir", str(tmp_path)),
+            *("--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(times)),
+            *("--num_labels", "2", "--augmentation", "none"),
+            *("--output_dir", str(tmp_path / "run"), *QUICK),
+        )  # fmt: skip
+        history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+        norms.append(history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.01)  # 4 times as large, if it did
+
+
+def test_stages_are_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here(
+        monkeypatch, "--output_dir", str(tmp_path), "--method", "stompp", "--max_steps", "12",
+        *("--evaluate_stages", "True", "--config_overrides", RESNET[-1], *QUICK),
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    for frozen in range(1, 5):
+        assert f"{frozen} of 4 stages frozen, accuracy" in printed
+
+
+@pytest.mark.timm
+def test_timm_checkpoint(tmp_path: Path) -> None:
+    """A local checkpoint in timm's layout, through transformers' wrapper, with torchvision's augmentation."""
+    timm = pytest.importorskip("timm")
+    from safetensors.torch import save_file
+
+    assert image_data.torchvision_transforms() is not None
+    model = timm.create_model("resnet18", num_classes=1000)
+    start = tmp_path / "timm_resnet18"  # the name is how transformers knows timm's layout
+    start.mkdir()
+    cfg = {"input_size": [3, 64, 64], "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    config = {"architecture": "resnet18", "num_classes": 1000, "num_features": 512, "pretrained_cfg": cfg}
+    (start / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), start / "model.safetensors", {"format": "pt"})
+    (tmp_path / "sitecustomize.py").write_text("import torchvision_ops")  # in accelerate's processes too
+    train, validation = imagenet_stand_in(tmp_path)
+    printed = launch(
+        *("--model_name_or_path", str(start), "--train_file", train, "--validation_file", validation),
+        *("--do_train", "--do_eval", "--max_steps", "20", "--per_device_train_batch_size", "4"),
+        *("--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "run"), *QUICK),
+        path=[tmp_path, ROOT / "tests"],
+    )
+    assert "fully binary (weights and activations)" in printed
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert type(again).__name__ == "TimmWrapperForImageClassification" and len(again.config.id2label) == 1000
