@@ -15,6 +15,7 @@ EMBEDDING = "<embedding>"
 """Stands in `parents` for any embedding."""
 
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
+_PADDING = torch.ops.aten.constant_pad_nd.default
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
@@ -64,7 +65,9 @@ class DataFlow(TorchDispatchMode):
             left, right = (frozenset(self._reach.get(t, ())) for t in inputs)
             if left and right:
                 self.sums.append((left, right))
-        if not self._inside:
+        if func is _PADDING and (len(args) < 3 or args[2] == 0):  # padding with 0 commutes with what maps 0 to 0
+            self._tags[result] = self._tags.get(args[0], frozenset())
+        elif not self._inside:
             for tensor in inputs:
                 self.elsewhere |= self._tags.get(tensor, frozenset())
                 if self._rewritten and tensor not in self._tags and tensor.layout == torch.strided:
@@ -133,7 +136,8 @@ class DataFlow(TorchDispatchMode):
             if type(module) in BYPASSED:
                 passed = frozenset([name])
                 self._kinds[name] = type(module)
-                self.widths.setdefault(name, set()).add((output.dim(), output.shape[1], output.shape[-1]))
+                second, last = (output.shape[index] if output.dim() > 1 else 0 for index in (1, -1))
+                self.widths.setdefault(name, set()).add((output.dim(), second, last))
                 if getattr(module, "inplace", False):
                     self._rewritten[output.untyped_storage().data_ptr()] = (name, output)
             elif type(module) in PAUSED and bool(getattr(module, "p", False)):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate
 from stompp_hf.errors import NotCalibratedError
+from stompp_hf.modules import BinaryConv1d
+from stompp_hf.modules.calibration import Observer
 from stompp_hf.plan import binary_layers
 
 VANILLA = {"start": 0.0, "end": 0.0}
@@ -256,3 +258,14 @@ def test_committed_without_batches_raises_and_undoes():
         model(batch(0))
     assert {layer.stage_state for layer in model.layers} == {"pending"}
     assert torch.isfinite(model(batch(0))).all()
+
+
+def test_padding_mask_of_a_one_dimensional_convolution() -> None:
+    """Positions, and not channels, are compared with the mask, even where there are as many of both."""
+    layer = BinaryConv1d.convert(nn.Conv1d(4, 4, 1, bias=False), StoMPPConfig(weight_scale="tensor"))
+    x, mask = torch.ones(2, 4, 4), torch.ones(2, 4)
+    x[0, :, 2:], mask[0, 2:] = 9.0, 0.0
+    layer.observer = Observer()
+    layer.observer.masks = [mask]
+    layer(x)
+    assert layer.observer.rows[0].shape == (6, 4) and layer.observer.rows[0].max() == 1.0

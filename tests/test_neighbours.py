@@ -161,12 +161,19 @@ RARE: dict[str, tuple[Use, dict[str, Any], dict[str, Callable[[], nn.Module]]]] 
 
 
 @pytest.mark.parametrize("name", RARE)
-def test_rare_paths(name: str, request: pytest.FixtureRequest) -> None:
+def test_rare_paths(name: str) -> None:
     use, options, parts = RARE[name]
-    if name == "on-a-vector":
-        request.applymarker(pytest.mark.xfail(strict=True, raises=IndexError, reason="the probe wants two dimensions"))
     model, plain = pair(use, options, **parts)
     assert changes(model) == ({}, {}) and not get_plan(model).shifted
+    assert_same(model, plain)
+
+
+@every_kind
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_padding_with_zero_commutes(kind: type, value: float) -> None:
+    """As MobileNetV2 pads in TensorFlow's way: a function stands between the activation and its reader."""
+    model, plain = pair(lambda m, u, h: m.last(m.a(F.pad(h, (0, 1, 0, 1), value=value))), act=kind)
+    assert changes(model)[0] == ({"act": "absorbed"} if value == 0.0 else {})
     assert_same(model, plain)
 
 

@@ -134,7 +134,7 @@ class BinaryLayer(LayerState):
         observer = self.observer
         if observer is not None and self.training:
             seen = self._activated(x)
-            observer.see(seen, self.product.rows(seen))
+            observer.see(self.product.rows(seen), self.product.places(seen))
             if not self.activation_ready and self.frozen_share > 0.0 and observer.rows:
                 # Committed before any step of a window: the first call decides, so that later layers see what is so.
                 self.calibrate_activation(observer.rows[0])

@@ -33,21 +33,21 @@ class Observer:
         self.rows: list[Tensor] = []
         self.masks: list[Tensor] = []
 
-    def see(self, x: Tensor, rows: Tensor) -> None:
-        """Keep (at most MAX_ROWS, evenly thinned) rows of a call's input x, without padded positions if known."""
+    def see(self, rows: Tensor, places: torch.Size) -> None:
+        """Keep (at most MAX_ROWS, evenly thinned) rows of a call's input, without padded positions if known."""
         # Activation checkpointing runs the layer again inside the backward pass: the same data, seen already.
         if torch._C._current_graph_task_id() != -1:
             return
         with torch.no_grad():
             rows = rows.detach()
             for mask in self.masks:
-                if tuple(mask.shape) == tuple(x.shape[:-1]):
+                if tuple(mask.shape) == tuple(places):
                     rows = rows[mask.reshape(-1).to(rows.device).bool()]
                     break
             stride = -(-max(1, rows.shape[0]) // MAX_ROWS)
             while math.gcd(stride, rows.shape[0]) > 1 < stride:
                 stride += 1  # a stride that divides an image's width would look at one column only
-            exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+            exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
             self.rows.append(rows[::stride].to(exact, copy=True))
 
 

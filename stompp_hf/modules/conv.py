@@ -96,6 +96,10 @@ class ConvProduct:
         channels = x.dim() - len(self.stride) - 1
         return x.movedim(channels, -1).reshape(-1, x.shape[channels])
 
+    def places(self, x: Tensor) -> torch.Size:
+        channels = x.dim() - len(self.stride) - 1
+        return x.shape[:channels] + x.shape[channels + 1 :]
+
     def channel_sums(self, z: Tensor) -> Tensor:
         channels = z.dim() - len(self.stride) - 1
         return z.sum([dim for dim in range(z.dim()) if dim != channels])

@@ -33,6 +33,9 @@ class Product(Protocol):
     def rows(self, x: Tensor) -> Tensor:
         """x as (positions, features)."""
 
+    def places(self, x: Tensor) -> torch.Size:
+        """Shape of the positions: that of x without its features."""
+
     def per_channel(self, values: Tensor, z: Tensor) -> Tensor:
         """`values`, one an output channel (or a single one), in a shape that broadcasts over z."""
 
@@ -72,6 +75,9 @@ class LinearProduct:
 
     def rows(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
+
+    def places(self, x: Tensor) -> torch.Size:
+        return x.shape[:-1]
 
     def channel_sums(self, z: Tensor) -> Tensor:
         return z.reshape(-1, z.shape[-1]).sum(0)
