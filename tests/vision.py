@@ -72,19 +72,19 @@ def _regnet(kind: str, layers: int, absorbed: int) -> Case:
     return Case(IMAGES, lambda: hf.RegNetConfig(**_REGNET, layer_type=kind), layers, 4, left, absorbed)
 
 
-def _mobilenet(tf_padding: bool, absorbed: int) -> Case:
+def _mobilenet(tf_padding: bool) -> Case:
     stem = [f"mobilenet_v2.conv_stem.{name}.convolution" for name in ("first_conv", "conv_3x3", "reduce_1x1")]
     left = {**dict.fromkeys(stem, "first layer"), "mobilenet_v2.conv_1x1.convolution": "head", "classifier": "head"}
-    # 16 inverted residuals of three convolutions
-    return Case(IMAGES, lambda: hf.MobileNetV2Config(**_MOBILE, tf_padding=tf_padding), 16 * 3, 16, left, absorbed)
+    # 16 inverted residuals of three convolutions, with a ReLU6 between them; F.pad may stand behind it
+    return Case(IMAGES, lambda: hf.MobileNetV2Config(**_MOBILE, tf_padding=tf_padding), 16 * 3, 16, left, 16 * 2)
 
 
 CASES: dict[str, Case] = {
     # two convolutions a block, the first one's ReLU feeds the second alone
     "resnet": _resnet("basic", [8, 16], 4 * 2, [1], 4),
     "resnet-bottleneck": _resnet("bottleneck", [16, 32], 4 * 3, [0, 1], 4 * 2),
-    "mobilenet_v2": _mobilenet(True, 0),  # F.pad stands between each ReLU6 and its reader
-    "mobilenet_v2-torch": _mobilenet(False, 16 * 2),
+    "mobilenet_v2": _mobilenet(True),
+    "mobilenet_v2-torch": _mobilenet(False),
     "convnextv2": Case(
         IMAGES,
         lambda: hf.ConvNextV2Config(
