@@ -175,7 +175,10 @@ class DataFlow(TorchDispatchMode):
 
 
 def _plain(outputs: Any) -> Any:
-    return dict(outputs) if hasattr(outputs, "keys") else outputs
+    """A model's outputs as what tree_leaves looks into: mappings, and the attributes of any other object."""
+    if hasattr(outputs, "keys"):
+        return dict(outputs)
+    return vars(outputs) if hasattr(outputs, "__dict__") and not isinstance(outputs, Tensor) else outputs
 
 
 def shortcuts(flow: DataFlow, ancestors: dict[str, set[str]], pointwise: Iterable[str]) -> set[str]:

@@ -55,12 +55,14 @@ def _reasons_in_itself(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str
                 candidates[name] = module
             else:
                 left[name] = reason
-        elif isinstance(module, (*WEIGHTED, *BINARY_CLASSES)):
+        elif isinstance(module, (*WEIGHTED, *BINARY_CLASSES, nn.modules.conv._ConvTransposeNd)):
             kind = type(module).__name__
+            if kind in {cls.__name__ for cls in BINARY_CLASSES}:  # a namesake of another package
+                kind = f"{type(module).__module__}.{kind}"
             known = ", ".join(cls.__name__ for cls in BINARY_CLASSES)
             left[name] = f"{kind} has no binary class (exact types only: {known})"
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and parameter.shape[0] > 1 and not isinstance(module, (*WEIGHTED, _PARAMETRIZED)):
+            if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, (*WEIGHTED, _PARAMETRIZED)):
                 left[f"{name}.{key}"] = f"a 3-D parameter of {parameter.numel():,} entries (fused experts?)"
     return candidates, left
 
