@@ -7,8 +7,7 @@ from torch import nn
 from .config import StoMPPConfig
 from .dataflow import DataFlow
 from .modules.activations import BYPASSED, PAUSED
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from .structure import CONVOLUTIONS
 
 
 @dataclass

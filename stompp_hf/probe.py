@@ -19,11 +19,9 @@ logger = logging.getLogger(__name__)
 class Trace:
     """What the probe saw. Times count the calls of hooked modules, from 0."""
 
+    flow: DataFlow
     first_call: dict[str, int] = field(default_factory=dict)
-    last_call: dict[str, int] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
     producers: dict[str, str] = field(default_factory=dict)
-    flow: DataFlow | None = None
 
     def order(self) -> list[str]:
         """Names by first call."""
@@ -121,7 +119,7 @@ def probe(model: nn.Module, candidates: dict[str, nn.Module], example_inputs: An
     if inputs is None:
         logger.warning("no probe of %s: %s", type(model).__name__, _ADVICE)
         return None
-    trace, clock = Trace(), 0
+    trace, clock = Trace(DataFlow(candidates)), 0
     names = {id(module): name for name, module in candidates.items()}
     made: dict[tuple[int, torch.Size], tuple[str, torch.Tensor]] = {}  # keeps tensors alive: an address is not reused
 
@@ -132,8 +130,6 @@ def probe(model: nn.Module, candidates: dict[str, nn.Module], example_inputs: An
         nonlocal clock
         name = names[id(module)]
         trace.first_call.setdefault(name, clock)
-        trace.last_call[name] = clock
-        trace.calls[name] = trace.calls.get(name, 0) + 1
         clock += 1
         if args and isinstance(args[0], torch.Tensor):
             source = made.get(tensor_key(args[0]))
@@ -149,11 +145,10 @@ def probe(model: nn.Module, candidates: dict[str, nn.Module], example_inputs: An
 
     handles = [module.register_forward_pre_hook(before) for module in candidates.values()]
     handles += [module.register_forward_hook(after) for module in model.modules() if not list(module.children())]
-    trace.flow = flow = DataFlow(candidates)
-    handles += flow.watch(model)
+    handles += trace.flow.watch(model)
     try:
-        with undisturbed(model), flow:
-            flow.close(run(model, inputs))
+        with undisturbed(model), trace.flow:
+            trace.flow.close(run(model, inputs))
     except Exception as error:
         if example_inputs is not None:
             raise

@@ -161,7 +161,7 @@ def _staged(model: nn.Module, names: list[str], trace: Trace | None, config: Sto
         entry = Entry(name, stage, label, position=called.index(name))
         if trace is not None:
             entry.producer = trace.producers.get(name) or None
-            entry.shape = list(trace.flow.shapes.get(name, ())) or None if trace.flow else None
+            entry.shape = list(trace.flow.shapes.get(name, ())) or None
         entries.append(entry)
     return sorted(entries, key=lambda entry: entry.stage)
 
@@ -203,7 +203,7 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
             advice = "Pass example_inputs that reach the layers."
         kind = type(model).__name__
         raise NothingToBinarizeError(f"No layer of {kind} is left to binarize. {_why_not(left)} {advice}")
-    near = neighbours(model, kept, trace.flow, config) if trace is not None and trace.flow is not None else Neighbours()
+    near = Neighbours() if trace is None else neighbours(model, kept, trace.flow, config)
     entries = _staged(model, _ordered(kept, config), trace, config)
     for entry in entries:
         entry.absorbed = near.absorbing.get(entry.name)

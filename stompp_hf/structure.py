@@ -8,8 +8,8 @@ from .config import StoMPPConfig
 from .dataflow import shortcuts
 from .probe import Trace
 
-WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WEIGHTED = (nn.Linear, *CONVOLUTIONS)
 _DOWNSAMPLING = ("shortcut", "downsample", "downsampling", "downsampling_layer")
 
 
@@ -46,19 +46,23 @@ def block_of(model: nn.Module, name: str) -> str | None:
 
 def real_by_place(model: nn.Module, names: list[str], trace: Trace | None, config: StoMPPConfig) -> dict[str, str]:
     """The layers that stay real because of where they stand, with the reason: first ones, heads, down-sampling."""
-    reasons: dict[str, str] = {}
-    if config.downsampling == "keep":
-        reasons |= _downsampling(model, names, trace)
+    ancestors = None if trace is None else trace.flow.ancestors()
     blocks = {name for name in names if block_of(model, name) is not None}
-    if trace is not None and trace.flow is not None:
-        return {**_by_flow(names, blocks, trace.flow.ancestors(), config), **reasons}
-    for name in names:
-        index = names.index(name)
-        if blocks:
-            first, last = (names.index(other) for other in sorted(blocks, key=names.index)[:: max(1, len(blocks) - 1)])
-            before, after = index < first, index > last
-        else:
-            before, after = index == 0, index == len(names) - 1
+    if ancestors is None:
+        reasons = _by_registration(names, blocks, config)
+    else:
+        reasons = _by_flow(names, blocks, ancestors, config)
+    if config.downsampling == "keep":
+        reasons |= _downsampling(model, names, trace, ancestors or {})
+    return reasons
+
+
+def _by_registration(names: list[str], blocks: set[str], config: StoMPPConfig) -> dict[str, str]:
+    """Without a probe: what is registered before the first block or after the last, or first or last of all."""
+    inner = [index for index, name in enumerate(names) if name in blocks] or range(1, len(names) - 1)
+    reasons: dict[str, str] = {}
+    for index, name in enumerate(names):
+        before, after = index < min(inner, default=1), index > max(inner, default=len(names) - 2)
         if reason := _reason(before, after, bool(blocks), config):
             reasons[name] = reason
     return reasons
@@ -91,17 +95,19 @@ def _reason(before: bool, after: bool, blocks: bool, config: StoMPPConfig) -> st
     return None
 
 
-def _downsampling(model: nn.Module, names: list[str], trace: Trace | None) -> dict[str, str]:
+def _downsampling(
+    model: nn.Module, names: list[str], trace: Trace | None, ancestors: dict[str, set[str]]
+) -> dict[str, str]:
     reasons = {}
     for name in names:
         if any(part in _DOWNSAMPLING for part in name.split(".")):
             reasons[name] = "down-sampling or shortcut layer, by its name"
-    if trace is not None and trace.flow is not None:
+    if trace is not None:
         pointwise = [name for name in names if _is_pointwise(model.get_submodule(name))]
-        for name in shortcuts(trace.flow, trace.flow.ancestors(), pointwise):
+        for name in shortcuts(trace.flow, ancestors, pointwise):
             reasons.setdefault(name, "shortcut: it leads around other layers")
     return reasons
 
 
 def _is_pointwise(module: Any) -> bool:
-    return isinstance(module, _CONVOLUTIONS) and set(module.kernel_size) == {1}
+    return isinstance(module, CONVOLUTIONS) and set(module.kernel_size) == {1}

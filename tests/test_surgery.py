@@ -331,3 +331,19 @@ def test_report_counts() -> None:
     assert lines[3] == "  dropouts that stop once a layer they feed freezes: bert.embeddings.dropout"
     assert len(lines) == 6 and all(line.startswith("  left real: ") for line in lines[4:])
     assert any(line.startswith("  left real: classifier: head") for line in lines)
+
+
+class OneBlock(nn.Module):
+    """A stem, a single block and a head; it has no config, so no inputs can be made for a probe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)]), nn.Linear(4, 2)
+
+
+def test_one_block_without_a_probe(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "stompp_hf"):
+        plan = get_plan(binarize_model(OneBlock()))
+    assert "no probe of OneBlock" in caplog.text
+    assert [entry.name for entry in plan.entries] == ["blocks.0"]
+    assert plan.left["stem"].startswith("first layer") and plan.left["head"].startswith("head")
