@@ -4,14 +4,17 @@ Every number of binary layers and every name in `left` is written by hand from t
 library. Dropout stays at each architecture's default, so that the state of the random generator matters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from stompp_hf import Progression, StoMPPConfig
+from stompp_hf import BinaryConv1D, BinaryLayer, Progression, StoMPPConfig
+from stompp_hf.modules import OWN_TENSORS
 
 VOCAB, BATCH, LENGTH, LABELS = 100, 4, 8, 3
 QUICK = {"end": 0.8, "refresh_rate": 2, "check_every": 4}
@@ -105,18 +108,46 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+def scores(outputs: Any) -> Tensor:
+    """The logits among a model's outputs, or the similarities of images and texts."""
+    return outputs.logits if "logits" in outputs else outputs.logits_per_image
+
+
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits in eval mode; the mode is put back."""
+    """Scores in eval mode; the mode is put back."""
     training = model.training
     model.eval()
     with torch.no_grad():
-        result = model(**batch).logits
+        result = scores(model(**batch))
     model.train(training)
     return result
 
 
+def plain_names(names: Iterable[str]) -> list[str]:
+    """Names without those that conversion adds."""
+    return [name for name in names if name.rpartition(".")[2] not in OWN_TENSORS]
+
+
+def first_calls(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
+    """Names of all modules in the order of their first call, seen by a hook on every module there is."""
+    names = {id(module): name for name, module in model.named_modules()}
+    seen: dict[str, None] = {}
+    with register_module_forward_pre_hook(lambda module, args: seen.setdefault(names.get(id(module), "loss"))):
+        logits(model, batch)
+    return list(seen)
+
+
+def assert_binary(layer: BinaryLayer) -> None:
+    """Each output channel of the layer's weight has the values s and -s and no other, with the latent's signs."""
+    weight, latents, scale = layer.binary_weight(), layer.weight.detach(), layer.weight_scale.detach()
+    if isinstance(layer, BinaryConv1D):  # stored as (in, out)
+        weight, latents = weight.t(), latents.t()
+    for row, s, latent in zip(weight.flatten(1), scale.expand(len(weight)), latents.flatten(1), strict=True):
+        assert s != 0 and torch.equal(row, torch.where(latent >= 0, s, -s))
+
+
 def train(
-    model: nn.Module, case: Case, first: int, last: int, total: int, lr: float = 1e-3, seed: int = 0
+    model: nn.Module, case: Any, first: int, last: int, total: int, lr: float = 1e-3, seed: int = 0
 ) -> list[float]:
     """Steps [first, last) of a run of `total`, each on its own batch and random state, and the state after them."""
     model.train()
@@ -125,7 +156,7 @@ def train(
     progression.attach(optimizer)
     losses = []
     for step in range(first, last):
-        torch.manual_seed(1000 * seed + step)
+        hf.set_seed(1000 * seed + step)  # masked time steps are drawn by numpy
         progression.step(step)
         loss = model(**case.batch(step)).loss
         loss.backward()

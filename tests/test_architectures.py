@@ -2,36 +2,19 @@
 
 import logging
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from models import CASES, Case, logits, quick, same_tensors, train
+from models import CASES, Case, assert_binary, first_calls, logits, plain_names, quick, same_tensors, train
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from stompp_hf import BinaryConv1D, BinaryLayer, Progression, binarize_model, get_plan
 from stompp_hf.errors import NothingToBinarizeError
-from stompp_hf.modules import OWN_TENSORS
 from stompp_hf.plan import binary_layers
 
 STEPS, MIDDLE = 12, 5
 every_architecture = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-def plain_names(names: Iterable[str]) -> list[str]:
-    """Names without those that conversion adds."""
-    return [name for name in names if name.rpartition(".")[2] not in OWN_TENSORS]
-
-
-def first_calls(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[str]:
-    """Names of all modules in the order of their first call, seen by a hook on every module there is."""
-    names = {id(module): name for name, module in model.named_modules()}
-    seen: dict[str, None] = {}
-    with register_module_forward_pre_hook(lambda module, args: seen.setdefault(names.get(id(module), "loss"))):
-        logits(model, batch)
-    return list(seen)
 
 
 @every_architecture
@@ -104,19 +87,6 @@ def test_two_steps_in_each_regime(case: Case, regime: str) -> None:
     assert any(layer.stage_state != "pending" for layer in binary_layers(model).values())
     moved = [name for name, layer in binary_layers(model).items() if not torch.equal(layer.weight, before[name])]
     assert moved == list(before)  # every latent of every layer was reached: nothing was fully frozen yet
-
-
-def assert_binary(layer: BinaryLayer) -> None:
-    """Each output channel of the layer's weight has the values s and -s and no other, with the latent's signs."""
-    weight, scale = layer.binary_weight(), layer.weight_scale.detach()
-    if isinstance(layer, BinaryConv1D):
-        weight, latent = weight.t(), layer.weight.detach().t()
-    else:
-        latent = layer.weight.detach()
-    assert scale.shape == (weight.shape[0],) and bool((scale != 0).all())
-    for row, s, signs in zip(weight, scale, latent >= 0, strict=True):
-        assert set(row.tolist()) <= {s.item(), -s.item()}
-        assert torch.equal(row == s, signs)
 
 
 @every_architecture

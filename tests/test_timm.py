@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torchvision_ops  # noqa: F401  # before timm
-from models import quick, same_tensors
+from models import assert_binary, quick, same_tensors
 from reference import Geometry
 from safetensors.torch import save_file
 from test_conv import REGIMES, Conv, build, check
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from stompp_hf import BinaryLayer, Progression, binarize_model, get_plan, restore_model
+from stompp_hf import Progression, binarize_model, get_plan, restore_model
 from stompp_hf.errors import NothingToBinarizeError
 from stompp_hf.plan import binary_layers
 
@@ -96,13 +96,6 @@ def train(model: nn.Module, first: int, last: int, total: int = STEPS) -> list[f
     return losses
 
 
-def assert_binary(layer: BinaryLayer) -> None:
-    """Each output channel of the layer's weight has the values s and -s and no other, with the latent's signs."""
-    assert layer.stage_state == "frozen"
-    for row, s, latent in zip(layer.binary_weight(), layer.weight_scale, layer.weight, strict=True):
-        assert s != 0 and torch.equal(row, torch.where(latent >= 0, s, -s))
-
-
 def outputs(model: nn.Module, seed: int = 50) -> Tensor:
     """In evaluation mode."""
     with torch.no_grad():
@@ -141,6 +134,7 @@ def test_models_as_they_are(name: str, case: Case, timm: Any) -> None:
     model = binarize_model(create(), quick(end=1.0), batch(0))
     assert all(math.isfinite(loss) for loss in train(model, 0, STEPS))
     for layer in binary_layers(model).values():
+        assert layer.stage_state == "frozen"
         assert_binary(layer)
     assert torch.isfinite(outputs(model)).all()
     restore_model(model)
@@ -261,4 +255,5 @@ def test_wrapped_models(begin: Callable[..., Any], name: str, timm: Any, tmp_pat
     assert train(reload, 3, STEPS) == train(model, 3, STEPS) and all(map(math.isfinite, losses))
     assert same_tensors(reload.state_dict(), model.state_dict()) == []
     for layer in binary_layers(reload).values():
+        assert layer.stage_state == "frozen"
         assert_binary(layer)

@@ -1,66 +1,22 @@
 """What must hold for every vision, speech and image-text architecture: as test_architectures.py, for convolutions."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from models import quick, same_tensors
+from models import assert_binary, first_calls, logits, plain_names, quick, same_tensors, scores, train
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CLIPModel, set_seed
-from vision import CASES, Case, logits, scores
+from vision import CASES, Case
 
 from stompp_hf import BinaryLayer, Progression, StoMPPConfig, binarize_model, get_plan
-from stompp_hf.modules import OWN_TENSORS
 from stompp_hf.modules.activations import Bypassed, Paused
 from stompp_hf.plan import binary_layers
 
 STEPS, MIDDLE = 8, 3
 RESNETS = ("resnet", "resnet-bottleneck")
 every_architecture = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-def plain_names(names: Iterable[str]) -> list[str]:
-    """Names without those that conversion adds."""
-    return [name for name in names if name.rpartition(".")[2] not in OWN_TENSORS]
-
-
-def first_calls(model: nn.Module, case: Case) -> list[str]:
-    """Names of all modules in the order of their first call, seen by a hook on every module there is."""
-    names = {id(module): name for name, module in model.named_modules()}
-    seen: dict[str, None] = {}
-    with register_module_forward_pre_hook(lambda module, args: seen.setdefault(names.get(id(module), "loss"))):
-        logits(model, case.batch())
-    return list(seen)
-
-
-def train(model: nn.Module, case: Case, first: int, last: int, total: int = STEPS) -> list[float]:
-    """Steps [first, last) of a run of `total`, each on its own batch and random state, and the state after them."""
-    model.train()
-    progression = Progression(model, total)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    progression.attach(optimizer)
-    losses = []
-    for step in range(first, last):
-        set_seed(step)
-        progression.step(step)
-        loss = model(**case.batch(step)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    progression.step(last)
-    progression.detach()
-    return losses
-
-
-def assert_binary(layer: BinaryLayer) -> None:
-    """Each output channel of the layer's weight has the values s and -s and no other, with the latent's signs."""
-    weight, scale = layer.binary_weight(), layer.weight_scale.detach()
-    for row, s, latent in zip(weight.flatten(1), scale.expand(len(weight)), layer.weight.flatten(1), strict=True):
-        assert s != 0 and torch.equal(row, torch.where(latent >= 0, s, -s))
 
 
 # ---- invariant 1: nothing changes at the start ----
@@ -103,7 +59,8 @@ def test_nothing_changes_at_the_start(case: Case) -> None:
 @every_architecture
 def test_layers_stages_and_reasons(case: Case) -> None:
     plain = case.build()
-    order, kinds = first_calls(plain, case), {name: type(module).__name__ for name, module in plain.named_modules()}
+    order = first_calls(plain, case.batch())
+    kinds = {name: type(module).__name__ for name, module in plain.named_modules()}
     model = binarize_model(case.build())
     plan = get_plan(model)
     names = [entry.name for entry in plan.entries]
@@ -162,7 +119,7 @@ def test_two_steps_reach_every_layer(case: Case, regime: str) -> None:
 @every_architecture
 def test_training_to_the_end_and_saving_on_the_way(case: Case, tmp_path: Path) -> None:
     model, batch = binarize_model(case.build(), quick()), case.batch(77)
-    losses = train(model, case, 0, MIDDLE)
+    losses = train(model, case, 0, MIDDLE, STEPS)
     assert "transition" in {layer.stage_state for layer in binary_layers(model).values()}
 
     middle = logits(model, batch)
@@ -170,8 +127,8 @@ def test_training_to_the_end_and_saving_on_the_way(case: Case, tmp_path: Path) -
     reload = case.auto.from_pretrained(tmp_path / "middle")
     assert type(reload) is type(model) and torch.equal(logits(reload, batch), middle)
     assert get_plan(reload) == get_plan(model) and same_tensors(reload.state_dict(), model.state_dict()) == []
-    losses += train(model, case, MIDDLE, STEPS)
-    assert train(reload, case, MIDDLE, STEPS) == losses[MIDDLE:]
+    losses += train(model, case, MIDDLE, STEPS, STEPS)
+    assert train(reload, case, MIDDLE, STEPS, STEPS) == losses[MIDDLE:]
     assert same_tensors(reload.state_dict(), model.state_dict()) == []
 
     assert all(math.isfinite(loss) for loss in losses) and Progression(model, STEPS).is_complete()
@@ -198,7 +155,7 @@ def test_dropped_relus(name: str, tmp_path: Path) -> None:
     for relu in gone:
         plain.get_submodule(relu).forward = lambda x: x
     assert torch.equal(logits(model, case.batch()), logits(plain, case.batch()))
-    assert all(math.isfinite(loss) for loss in train(model, case, 0, STEPS))
+    assert all(math.isfinite(loss) for loss in train(model, case, 0, STEPS, STEPS))
     assert all(layer.activation_offset == 0 for layer in binary_layers(model).values())  # two-sided inputs everywhere
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(case.auto.from_pretrained(tmp_path), case.batch()), logits(model, case.batch()))
@@ -213,7 +170,7 @@ def test_the_papers_rule(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records  # no input has one sign only: the ReLUs are gone
     names = [name for name, _ in model.named_parameters()]
     assert plain_names(names) == names  # nothing learnable was added
-    assert all(math.isfinite(loss) for loss in train(model, case, 0, STEPS))
+    assert all(math.isfinite(loss) for loss in train(model, case, 0, STEPS, STEPS))
     for layer in binary_layers(model).values():
         assert layer.stage_state == "frozen" and set(layer.binary_weight().unique().tolist()) == {-1.0, 1.0}
 

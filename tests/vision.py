@@ -158,21 +158,6 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Logits, or similarities of images and texts, in eval mode; the mode is put back."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        result = scores(model(**batch))
-    model.train(training)
-    return result
-
-
-def scores(outputs: Any) -> Tensor:
-    """The logits among a model's outputs."""
-    return outputs.logits if "logits" in outputs else outputs.logits_per_image
-
-
 # ---- a small net of our own ----
 
 
