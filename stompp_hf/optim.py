@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modules import OWN_TENSORS
+from .modules import BinaryLayer
 from .modules.activations import RPReLU
-from .plan import binary_layers, planned_model
+from .plan import members, planned_model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
@@ -25,9 +25,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = N
         NotBinarizedError: the model has no binary layers.
     """
     own: set[int] = set()
-    for layer in binary_layers(planned_model(model)).values():
-        own.add(id(layer.weight))
-        own.update(id(getattr(layer, name)) for name in OWN_TENSORS)
+    for member in members(planned_model(model)).values():
+        own.update(id(tensor) for tensor in member.own_tensors().values())
+        if isinstance(member, BinaryLayer):
+            own.add(id(member.weight))
     own.update(id(p) for module in model.modules() if isinstance(module, RPReLU) for p in module.parameters())
     norms = {
         id(parameter)

@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import StoMPPConfig
 from .errors import CheckpointError, NotBinarizedError
-from .modules import BinaryLayer
+from .modules import BinaryLayer, Member
 
 FORMAT_VERSION = 1
 _ATTRIBUTE = "stompp_plan"
@@ -137,16 +137,21 @@ def get_plan(model: nn.Module) -> Plan:
     return plan
 
 
-def binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:
-    """The binary layers of a model by name, in the order in which they freeze."""
+def members(model: nn.Module) -> dict[str, Member]:
+    """Everything that freezes, by name, in the order in which it does: layers, embeddings, attention products."""
     root = planned_model(model)
-    found: dict[str, BinaryLayer] = {}
+    found: dict[str, Member] = {}
     for entry in get_plan(root).entries:
         module = root.get_submodule(entry.name)
-        if not isinstance(module, BinaryLayer):
+        if not isinstance(module, Member):
             raise NotBinarizedError(
                 f"{entry.name} should be a binary layer and is a {type(module).__name__}: it was replaced after "
                 "binarize_model. Binarize last, or restore_model(model) and binarize again."
             )
         found[entry.name] = module
     return found
+
+
+def binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:
+    """The members that have a binary weight, by name, in the order in which they freeze."""
+    return {name: member for name, member in members(model).items() if isinstance(member, BinaryLayer)}

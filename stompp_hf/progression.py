@@ -13,9 +13,9 @@ from .config import StoMPPConfig
 from .errors import CheckpointError, ConfigError, NonFiniteError
 from .hold import hold_frozen
 from .masks import SoftRefreshMask
-from .modules import FROZEN, PENDING, TRANSITION, BinaryLayer
+from .modules import FROZEN, PENDING, TRANSITION, BinaryLayer, Member
 from .modules.calibration import Observer, padding_masks
-from .plan import Plan, binary_layers, planned_model
+from .plan import Plan, members, planned_model
 from .probe import run, undisturbed
 from .schedules import frozen_fraction
 
@@ -101,7 +101,7 @@ class Progression:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(f"Progression: total_steps={total_steps!r} must be a positive number of optimizer steps.")
         self.model = planned_model(model)
-        self.layers: dict[str, BinaryLayer] = binary_layers(self.model)
+        self.layers: dict[str, Member] = members(self.model)
         self.plan: Plan = self.model.stompp_plan  # type: ignore[assignment]
         self.total_steps = self._settle_total(total_steps, rescale)
         self.windows = windows(self.plan, self.total_steps)
@@ -120,6 +120,9 @@ class Progression:
     def config(self) -> StoMPPConfig:
         """The configuration that the model was binarized with."""
         return self.plan.config
+
+    def _weighted(self) -> dict[str, BinaryLayer]:
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, BinaryLayer)}
 
     def _settle_total(self, asked: int, rescale: bool) -> int:
         layer = next(iter(self.layers.values()))
@@ -215,7 +218,7 @@ class Progression:
         self._observe(step)
         self._arm_checks(step)
 
-    def _draw(self, name: str, layer: BinaryLayer, step: int, p: float) -> None:
+    def _draw(self, name: str, layer: Member, step: int, p: float) -> None:
         for attribute, shape in layer.masked_tensors().items():
             key = f"{name}.{attribute}"
             if key not in self._masks:
@@ -225,7 +228,7 @@ class Progression:
                 self._masks[key] = SoftRefreshMask(shape.numel(), self.config.mask_seed, label, rate)
             mask = getattr(layer, attribute)
             if mask is None:
-                mask = torch.zeros(shape, dtype=layer.weight.dtype, device=layer.weight.device)
+                mask = torch.zeros(shape, dtype=layer.like.dtype, device=layer.like.device)
                 setattr(layer, attribute, mask)
             self._masks[key].fill(mask, step, p)
 
@@ -252,7 +255,7 @@ class Progression:
     def _take_observed(self, step: int) -> None:
         for layer in self.layers.values():
             if layer.observer is not None and layer.observer.rows and step != self.current_step:
-                layer.calibrate_activation(torch.cat(layer.observer.rows))
+                layer.calibrate_observed(layer.observer)
                 layer.observer = None
         if all(layer.observer is None for layer in self.layers.values()):
             self._drop_handles()
@@ -275,7 +278,7 @@ class Progression:
             ConfigError: the optimizer has no step hooks.
         """
         if self.config.frozen_gradient == "zero" and self.config.binarize != "nothing":
-            self._holds += hold_frozen(optimizer, list(self.layers.values()))
+            self._holds += hold_frozen(optimizer, list(self._weighted().values()))
 
     def detach(self) -> None:
         """Let go of the optimizers, and remove the hooks and observers that this object put on the model."""
@@ -289,7 +292,7 @@ class Progression:
 
     def check_latents(self) -> None:
         """Raise NonFiniteError if a latent weight is NaN or infinite."""
-        for name, layer in self.layers.items():
+        for name, layer in self._weighted().items():
             if not bool(torch.isfinite(layer.weight.detach()).all()):
                 raise NonFiniteError(
                     f"the latent weight of {name} is not finite (step {self.current_step}). Lower the learning rate, "
@@ -360,7 +363,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
     root = planned_model(model)
     due = [
         (layer, Observer())
-        for layer in binary_layers(root).values()
+        for layer in members(root).values()
         if layer.stage_state != PENDING and layer.needs_activation_values and not layer.activation_ready
     ]
     norms = [m for m in root.modules() if batch_norm and isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -377,5 +380,5 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
     for layer, observer in due:
         layer.observer = None
         if observer.rows:
-            layer.calibrate_activation(torch.cat(observer.rows))
+            layer.calibrate_observed(observer)
     return model

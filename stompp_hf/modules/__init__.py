@@ -4,6 +4,7 @@ from .base import FROZEN, PENDING, TRANSITION, BinaryLayer
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .linear import BinaryLinear
+from .member import Member
 from .registry import BINARY_CLASSES, binary_class_of, register
 from .state import OWN_TENSORS
 
@@ -19,6 +20,7 @@ __all__ = [
     "BinaryConv3d",
     "BinaryLayer",
     "BinaryLinear",
+    "Member",
     "binary_class_of",
     "register",
 ]

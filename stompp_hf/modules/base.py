@@ -16,10 +16,9 @@ from ..errors import NotCalibratedError, ShapeError
 from ..functional import hard, mix_activation, mix_weight
 from .activations import ABSORBABLE, gate
 from .frozen import frozen_product
+from .member import FROZEN, PENDING, TRANSITION
 from .product import Product
 from .state import OWN_TENSORS, LayerState
-
-PENDING, TRANSITION, FROZEN = "pending", "transition", "frozen"
 
 _OWN_ATTRIBUTES = (
     *("stompp_config", "input_producer", "absorbed", "sample_shape"),
@@ -85,18 +84,12 @@ class BinaryLayer(LayerState):
         else:
             for name in ("activation_scale", "activation_threshold", "activation_low", "activation_high"):
                 layer._own(name, None)
-        layer._own("stompp_state", torch.zeros(6, dtype=torch.int64, device=weight.device))
-
-        layer.stompp_config, layer.input_producer = config, producer
+        layer._begin(config, weight.device)
+        layer.input_producer = producer
         layer.absorbed, layer.sample_shape = absorbed, None if sample_shape is None else tuple(sample_shape)
-        layer.stage_state, layer.frozen_share = PENDING, 0.0
-        layer.weight_mask = layer.activation_mask = layer.observer = None
-        layer.weight_ready = layer.activation_ready = False
-        layer.activation_offset = 0.0
         layer.weight_edge, layer.input_edges = config.weight_clip, (None, None)
         if config.binary_activations and config.activation_clip is not None:
             layer.input_edges = (-config.activation_clip, config.activation_clip)
-        layer.total_steps = layer.step = layer.fingerprint = 0
         _rebind_forward(layer)
         return layer
 
@@ -111,12 +104,6 @@ class BinaryLayer(LayerState):
         return layer
 
     # ---- state, set by Progression ----
-
-    def enter(self, state: str, frozen_share: float) -> None:
-        """Set the state; outside a transition the masks are dropped."""
-        self.stage_state, self.frozen_share = state, frozen_share
-        if state != TRANSITION:
-            self.weight_mask = self.activation_mask = None
 
     def masked_tensors(self) -> dict[str, torch.Size]:
         """Shapes of the masks that a transition needs, by the attribute that holds them."""
@@ -243,14 +230,6 @@ class BinaryLayer(LayerState):
     def binary_weight(self) -> Tensor:
         """The weight of the layer once frozen: s * sign(w), shape and dtype of the latent weight, no gradient."""
         return (hard(self.weight.detach()) * self._weight_shaped(self.weight_scale.detach())).contiguous()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
-        for name in ("weight_mask", "activation_mask"):
-            mask = getattr(self, name, None)
-            if mask is not None:  # masks are no buffers: nothing saves or broadcasts them, so they move by hand
-                setattr(self, name, fn(mask))
-        return result
 
     def extra_repr(self) -> str:
         return f"{self.plain_class.extra_repr(self)}, {self.stompp_config.binarize}, {self.stage_state}"

@@ -26,25 +26,42 @@ def padding_masks(kwargs: dict[str, object]) -> list[Tensor]:
     return [mask for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
 
 
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing, on data that was seen already."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 class Observer:
     """Rows of what entered one layer, one row a position, features last."""
 
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
         self.masks: list[Tensor] = []
+        self._others: dict[str, Observer] = {}
 
-    def see(self, rows: Tensor, places: torch.Size) -> None:
-        """Keep (at most MAX_ROWS, evenly thinned) rows of a call's input, without padded positions if known."""
-        # Activation checkpointing runs the layer again inside the backward pass: the same data, seen already.
-        if torch._C._current_graph_task_id() != -1:
+    def at(self, place: str) -> "Observer":
+        """The observer of another tensor of the same module; it knows the same masks."""
+        other = self._others.setdefault(place, Observer())
+        other.masks = self.masks
+        return other
+
+    def visible(self, places: torch.Size) -> Tensor | None:
+        """The positions that are not padding, as a boolean tensor of shape `places`; None if nothing says."""
+        for mask in self.masks:
+            if tuple(mask.shape) == tuple(places):
+                return mask.bool()
+        return None
+
+    def see(self, rows: Tensor, places: torch.Size, limit: int = MAX_ROWS) -> None:
+        """Keep (at most `limit`, evenly thinned) rows of a call's input, without padded positions if known."""
+        if recomputing():
             return
         with torch.no_grad():
             rows = rows.detach()
-            for mask in self.masks:
-                if tuple(mask.shape) == tuple(places):
-                    rows = rows[mask.reshape(-1).to(rows.device).bool()]
-                    break
-            stride = -(-max(1, rows.shape[0]) // MAX_ROWS)
+            visible = self.visible(places)
+            if visible is not None:
+                rows = rows[visible.reshape(-1).to(rows.device)]
+            stride = -(-max(1, rows.shape[0]) // limit)
             while math.gcd(stride, rows.shape[0]) > 1 < stride:
                 stride += 1  # a stride that divides an image's width would look at one column only
             exact = torch.float64 if rows.dtype == torch.float64 else torch.float32

@@ -1,14 +1,12 @@
-"""LayerState: the tensors that a binary layer owns beside its weight, their starting values, and how they are saved."""
+"""LayerState: the tensors that a binary layer owns beside its weight, and their starting values."""
 
-import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import StoMPPConfig
 from .calibration import ActivationValues, Observer, activation_values
+from .member import Member
 from .product import Product
 
 OWN_TENSORS = (
@@ -25,14 +23,19 @@ OWN_TENSORS = (
 WEIGHT_CLIP_MARGIN = 1.5
 """Clip of unfrozen weights where none is set, in units of max |w|: latents have room to grow while they are real."""
 
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
+
+def finite_edge(buffer: Tensor | None) -> float | None:
+    """A clip's edge as a number; None where nothing is clipped."""
+    value = float("inf") if buffer is None else float(buffer)
+    return value if abs(value) < float("inf") else None
 
 
-class LayerState(_Module):
+class LayerState(Member):
     """What a binary layer keeps: its own tensors, mirrors of them in Python, and its place in the progression."""
+
+    own_names = OWN_TENSORS
+    mask_names = ("weight_mask", "activation_mask")
+    mirror_names = ("weight_ready", "activation_ready", "activation_offset", "weight_edge", "input_edges")
 
     weight: Tensor
     bias: Any  # a parameter or None; plain classes declare it in different ways
@@ -42,36 +45,19 @@ class LayerState(_Module):
     activation_threshold: Tensor | None
     activation_low: Tensor | None
     activation_high: Tensor | None
-    stompp_state: Tensor
 
-    stompp_config: StoMPPConfig
     product: Product
     input_producer: str | None
     absorbed: str | None
     sample_shape: tuple[int, ...] | None
-    stage_state: str
     weight_mask: Tensor | None
     activation_mask: Tensor | None
-    observer: Observer | None
-    frozen_share: float
-
-    # Mirrors in Python of what the buffers save: forward must not wait for a device to read a flag or a clip.
     weight_edge: float | None
     input_edges: tuple[float | None, float | None]
-    weight_ready: bool
-    activation_ready: bool
-    activation_offset: float
-    total_steps: int
-    step: int
-    fingerprint: int
 
-    def _own(self, name: str, value: Tensor | None, learnable: bool = False) -> None:
-        if learnable and value is not None:
-            parameter = nn.Parameter(value, requires_grad=True)
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
-            self.register_parameter(name, parameter)
-        else:
-            self.register_buffer(name, value)
+    @property
+    def like(self) -> Tensor:
+        return self.weight
 
     # ---- starting values ----
 
@@ -109,6 +95,9 @@ class LayerState(_Module):
         self._set_activation(values)
         self.activation_ready = True
 
+    def calibrate_observed(self, observer: Observer) -> None:
+        self.calibrate_activation(torch.cat(observer.rows))
+
     def _set_activation(self, values: ActivationValues) -> None:
         config = self.stompp_config
         with torch.no_grad():
@@ -123,76 +112,10 @@ class LayerState(_Module):
         self._read_edges()
 
     def _read_edges(self) -> None:
-        def number(buffer: Tensor | None) -> float | None:
-            value = float("inf") if buffer is None else float(buffer)
-            return value if abs(value) < float("inf") else None
-
-        self.weight_edge = number(self.weight_clip)
-        self.input_edges = number(self.activation_low), number(self.activation_high)
+        self.weight_edge = finite_edge(self.weight_clip)
+        self.input_edges = finite_edge(self.activation_low), finite_edge(self.activation_high)
 
     def _weight_shaped(self, per_channel: Tensor) -> Tensor:
         shape = [1] * self.weight.dim()
         shape[self.product.channel_dim] = -1
         return per_channel.reshape(shape)
-
-    # ---- saving ----
-
-    def write_state(self) -> None:
-        """Put the Python mirrors into the buffer that is saved."""
-        values = [
-            *(int(self.weight_ready), int(self.activation_ready), int(self.activation_offset)),
-            *(self.total_steps, self.step, self.fingerprint),
-        ]
-        if not self.stompp_state.is_meta:
-            self.stompp_state.copy_(torch.tensor(values, dtype=torch.int64))
-
-    def read_state(self) -> None:
-        """Put the saved buffer into the Python mirrors (after loading)."""
-        if self.stompp_state.is_meta:
-            return
-        weight, activation, offset, total, step, fingerprint = self.stompp_state.tolist()
-        self.weight_ready, self.activation_ready = bool(weight), bool(activation)
-        self.activation_offset = float(offset)
-        self._read_edges()
-        self.total_steps, self.step, self.fingerprint = total, step, fingerprint
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.write_state()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        found = [name for name in OWN_TENSORS if prefix + name in state_dict]
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if found:
-            self.read_state()
-        else:  # a checkpoint of the plain model: our own tensors keep their values, and their absence is no error
-            own = {prefix + name for name in OWN_TENSORS}
-            missing_keys[:] = [key for key in missing_keys if key not in own]
-
-    @contextlib.contextmanager
-    def values_kept(self) -> Iterator[None]:
-        """Restore calibrated values, flags and state on leaving the block."""
-        tensors = {n: getattr(self, n).detach().clone() for n in OWN_TENSORS if getattr(self, n) is not None}
-        flags = (self.weight_ready, self.activation_ready, self.activation_offset)
-        edges = (self.weight_edge, self.input_edges)
-        place = (self.stage_state, self.frozen_share, self.weight_mask, self.activation_mask, self.observer)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in tensors.items():
-                    getattr(self, name).copy_(value)
-            self.weight_ready, self.activation_ready, self.activation_offset = flags
-            self.weight_edge, self.input_edges = edges
-            self.stage_state, self.frozen_share, self.weight_mask, self.activation_mask, self.observer = place
