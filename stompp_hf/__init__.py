@@ -3,7 +3,16 @@
 from .callback import StoMPPTrainerCallback
 from .config import StoMPPConfig
 from .errors import StoMPPError
-from .modules import BinaryConv1D, BinaryConv1d, BinaryConv2d, BinaryConv3d, BinaryLayer, BinaryLinear
+from .modules import (
+    BinaryAttention,
+    BinaryConv1D,
+    BinaryConv1d,
+    BinaryConv2d,
+    BinaryConv3d,
+    BinaryEmbedding,
+    BinaryLayer,
+    BinaryLinear,
+)
 from .optim import create_optimizer, parameter_groups
 from .plan import get_plan
 from .progression import Progression, calibrate
@@ -14,10 +23,12 @@ from .surgery import binarize_model, report, restore_model
 __version__ = "0.1.0"
 
 __all__ = [
+    "BinaryAttention",
     "BinaryConv1D",
     "BinaryConv1d",
     "BinaryConv2d",
     "BinaryConv3d",
+    "BinaryEmbedding",
     "BinaryLayer",
     "BinaryLinear",
     "Progression",

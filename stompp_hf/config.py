@@ -95,6 +95,14 @@ class StoMPPConfig:
     first_layer: Literal["keep", "binarize"] = _option("keep", "Layers that run before the first repeated block.")
     head: Literal["keep", "binarize"] = _option("keep", "Layers that run after the last repeated block.")
     downsampling: Literal["keep", "binarize"] = _option("keep", "Down-sampling layers and convolutions of shortcuts.")
+    attention: Literal["keep", "binarize"] = _option(
+        "keep",
+        "The products inside attention: keep them real, or binarize queries, keys and values to {-a, a} and the "
+        "probabilities to {0, 2a}, in modules that go through transformers' AttentionInterface.",
+    )
+    embeddings: Literal["keep", "binarize"] = _option(
+        "keep", "The model's word embedding: keep it real, or binarize its rows (weight_scale=channel: a scale a row)."
+    )
     keep_dtype: bool = _option(False, "Keep half-precision latent weights (small updates vanish) instead of float32.")
     check_every: int = _option(100, "Look for non-finite activations every this many steps; 0 never looks.")
     mask_seed: int = _option(0, "Seed of the masks, apart from the seed of the run.")
@@ -148,6 +156,10 @@ class StoMPPConfig:
             )
         if self.activation_mask == "element" and self.conv_padding == "one":
             self._refuse("conv_padding", "has no mask around it; use activation_mask='feature' with it")
+        if self.attention == "binarize" and self.binarize == "weights":
+            self._refuse("attention", "has no weights; use binarize='weights_and_activations' with it")
+        if self.attention == "binarize" and self.activation_mask == "element":
+            self._refuse("attention", "has no fixed number of elements; use activation_mask='feature' with it")
         if self.activation_levels == "auto" and "none" in (self.activation_scale, self.activation_threshold):
             self._refuse(
                 "activation_levels",

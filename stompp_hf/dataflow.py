@@ -155,7 +155,7 @@ class DataFlow(TorchDispatchMode):
 
     def close(self, outputs: Any) -> None:
         """Note which activations are among the model's own outputs."""
-        for tensor in tree_leaves(_plain(outputs)):
+        for tensor in tree_leaves(plain_outputs(outputs)):
             if isinstance(tensor, Tensor):
                 self.elsewhere |= self._tags.get(tensor, frozenset())
 
@@ -174,7 +174,7 @@ class DataFlow(TorchDispatchMode):
         return result
 
 
-def _plain(outputs: Any) -> Any:
+def plain_outputs(outputs: Any) -> Any:
     """A model's outputs as what tree_leaves looks into: mappings, and the attributes of any other object."""
     if hasattr(outputs, "keys"):
         return dict(outputs)

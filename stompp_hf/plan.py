@@ -17,10 +17,11 @@ _ATTRIBUTE = "stompp_plan"
 
 @dataclass
 class Entry:
-    """One binary layer: its name, its place in the progression and in execution order, and what enters it.
+    """One member: its name, its place in the progression and in execution order, and what enters it.
 
     producer: class name of the module whose output enters it; absorbed: the activation it computes itself;
-    position: its place in execution order; shape: one sample of its input in the probe.
+    position: its place in execution order; shape: one sample of its input in the probe, or, for attention, [heads, key
+    heads, head size, value size]; kind: "layer", "embedding", or "attention" (a child of the module named before it).
     """
 
     name: str
@@ -30,13 +31,14 @@ class Entry:
     absorbed: str | None = None
     position: int = 0
     shape: list[int] | None = None
+    kind: str = "layer"
 
 
 @dataclass
 class Plan:
-    """The binary layers of a model in the order in which they freeze, and what was left real and why.
+    """What becomes binary in a model, in the order in which it freezes, and what was left real and why.
 
-    bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, and shifted: ReLUs that became RPReLUs,
+    attention: the implementation that binary attention stands for ("sdpa" or "eager"), if there is any; bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, and shifted: ReLUs that became RPReLUs,
     with the binary layers that read them.
     """
 
@@ -46,6 +48,11 @@ class Plan:
     bypassed: dict[str, str] = field(default_factory=dict)
     paused: dict[str, list[str]] = field(default_factory=dict)
     shifted: dict[str, list[str]] = field(default_factory=dict)
+    attention: str | None = None
+
+    def of_kind(self, kind: str) -> list[str]:
+        """Names of the entries of one kind, in the order in which they freeze."""
+        return [entry.name for entry in self.entries if entry.kind == kind]
 
     @property
     def stage_count(self) -> int:
@@ -82,6 +89,7 @@ class Plan:
             "bypassed": dict(self.bypassed),
             "paused": {name: list(readers) for name, readers in self.paused.items()},
             "shifted": {name: list(readers) for name, readers in self.shifted.items()},
+            "attention": self.attention,
         }
 
     @classmethod
@@ -100,7 +108,7 @@ class Plan:
         try:
             entries = [Entry(**entry) for entry in values["modules"]]
             others = (dict(values.get(name) or {}) for name in ("left", "bypassed", "paused", "shifted"))
-            plan = cls(StoMPPConfig.from_dict(values["config"]), entries, *others)
+            plan = cls(StoMPPConfig.from_dict(values["config"]), entries, *others, values.get("attention"))
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"quantization_config is damaged ({error!r}); save the model again.") from error
         if not entries or sorted({entry.stage for entry in entries}) != list(range(plan.stage_count)):

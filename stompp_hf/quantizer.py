@@ -14,7 +14,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from .errors import CheckpointError
-from .modules import OWN_TENSORS, BinaryLayer, binary_class_of
+from .modules import BinaryEmbedding, binary_class_of
+from .plan import Entry, members
 from .progression import Progression
 from .quantization_config import METHOD, StoMPPQuantizationConfig
 from .surgery import convert
@@ -41,7 +42,7 @@ class StoMPPQuantizer(HfQuantizer):
         prefix = model.base_model_prefix
         modules = dict(model.named_modules())
         for entry in plan.entries:
-            entry.name = _layer_in(model, modules, entry.name, prefix)
+            entry.name = _entry_in(model, modules, entry, prefix)
         # What stood before layers that this class of model lacks is lacking with them.
         plan.bypassed = {new: how for name, how in plan.bypassed.items() if (new := _name_in(modules, name, prefix))}
         for changed in ("paused", "shifted"):
@@ -56,11 +57,10 @@ class StoMPPQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if isinstance(kwargs.get("device_map"), dict) and "disk" in kwargs["device_map"].values():
             logger.warning("layers of this model are offloaded to disk; it can run, and cannot be trained.")
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, BinaryLayer)}
+        layers = members(model)
         for name, layer in layers.items():
-            for own in OWN_TENSORS:
-                tensor = getattr(layer, own)
-                if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
+            for own, tensor in layer.own_tensors().items():
+                if not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(
                         f"{name}.{own} is missing in the checkpoint, although its config.json says that the layer is "
                         "binary: the weights were saved without it, or the file is not the one that belongs here."
@@ -122,6 +122,19 @@ def _layer_in(model: PreTrainedModel, modules: dict[str, Any], name: str, prefix
             "another type: load it with the class that it was saved from, or one that contains it."
         )
     return found
+
+
+def _entry_in(model: PreTrainedModel, modules: dict[str, Any], entry: Entry, prefix: str) -> str:
+    if entry.kind == "layer":
+        return _layer_in(model, modules, entry.name, prefix)
+    name, dot, child = entry.name.rpartition(".") if entry.kind == "attention" else (entry.name, "", "")
+    found = _name_in(modules, name, prefix)
+    if found is None or (entry.kind == "embedding" and BinaryEmbedding.unfit(modules[found])):
+        raise CheckpointError(
+            f"the checkpoint says that the {entry.kind} of {name} is binary, and {type(model).__name__} has no such "
+            "module, or one of another type: load it with the class that it was saved from, or one that contains it."
+        )
+    return f"{found}{dot}{child}"
 
 
 def _register() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .attention_interface import CHILD
+from .beyond_layers import Beyond, find
 from .config import StoMPPConfig
 from .errors import ConfigError, NothingToBinarizeError, PatternError
 from .modules import BINARY_CLASSES, binary_class_of
@@ -37,6 +39,7 @@ class Selection:
     entries: list[Entry]
     left: dict[str, str]
     neighbours: Neighbours
+    attention: str | None = None
 
 
 def _reasons_in_itself(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -99,23 +102,25 @@ def _adapter_reason(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _by_pattern(candidates: list[str], config: StoMPPConfig, left: dict[str, str]) -> list[str]:
+def _pattern_reason(name: str, config: StoMPPConfig) -> str | None:
+    if config.target_modules and not any(matches(name, pattern) for pattern in config.target_modules):
+        return "no pattern of target_modules matches it"
+    if any(matches(name, pattern) for pattern in config.exclude_modules or []):
+        return "a pattern of exclude_modules matches it"
+    return None
+
+
+def _by_pattern(candidates: list[str], beside: list[str], config: StoMPPConfig, left: dict[str, str]) -> list[str]:
     known = f"candidates are {', '.join(candidates[:6])}{', ...' if len(candidates) > 6 else ''}"
     for option, patterns in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
         for pattern in patterns or []:
-            if not any(matches(name, pattern) for name in candidates):
+            if not any(matches(name, pattern) for name in (*candidates, *beside)):
                 real = [f"{name} ({reason})" for name, reason in left.items() if matches(name, pattern)]
                 why = f"it names only layers that cannot be binarized: {', '.join(real[:4])}" if real else known
                 raise PatternError(f"{option}: {pattern!r} matches no layer; {why}.")
-    kept = []
-    for name in candidates:
-        if config.target_modules and not any(matches(name, pattern) for pattern in config.target_modules):
-            left[name] = "no pattern of target_modules matches it"
-        elif any(matches(name, pattern) for pattern in config.exclude_modules or []):
-            left[name] = "a pattern of exclude_modules matches it"
-        else:
-            kept.append(name)
-    return kept
+    reasons = {name: _pattern_reason(name, config) for name in candidates}
+    left.update({name: reason for name, reason in reasons.items() if reason})
+    return [name for name in candidates if not reasons[name]]
 
 
 def _ordered(names: list[str], config: StoMPPConfig) -> list[str]:
@@ -137,7 +142,12 @@ def _ordered(names: list[str], config: StoMPPConfig) -> list[str]:
     return sorted(names, key=lambda name: place[name])
 
 
-def _staged(model: nn.Module, names: list[str], trace: Trace | None, config: StoMPPConfig) -> list[Entry]:
+def _staged(
+    model: nn.Module, names: list[str], trace: Trace | None, beyond: Beyond, config: StoMPPConfig
+) -> list[Entry]:
+    called = beyond.called or (trace.order() if trace else [name for name in names if name != beyond.embedding])
+    blocks = {name: block_of(model, name) for name in called}
+    blocks[str(beyond.embedding)] = next(filter(None, blocks.values()), None)  # an embedding goes with the first block
     if config.order == "global":
         stages = [(0, "all layers")] * len(names)
     elif config.stages.isdigit():
@@ -147,7 +157,7 @@ def _staged(model: nn.Module, names: list[str], trace: Trace | None, config: Sto
         stages = [(index * count // len(names), "") for index in range(len(names))]
         stages = [(stage, f"part {stage + 1} of {count}") for stage, _ in stages]
     else:
-        keys = [(block_of(model, name) or name) if config.stages == "block" else name for name in names]
+        keys = [(blocks[name] or name) if config.stages == "block" else name for name in names]
         numbers: dict[str, int] = {}
         if config.stages == "block":  # a block is one stage even where an explicit order takes its layers apart
             for key in keys:
@@ -156,10 +166,14 @@ def _staged(model: nn.Module, names: list[str], trace: Trace | None, config: Sto
             numbers = {key: index for index, key in enumerate(keys)}
         stages = [(numbers[key], key) for key in keys]
     entries = []
-    called = trace.order() if trace else names
     for name, (stage, label) in zip(names, stages, strict=True):
-        entry = Entry(name, stage, label, position=called.index(name))
-        if trace is not None:
+        if name == beyond.embedding:
+            entry = Entry(name, stage, label, kind="embedding")
+        else:  # after the embedding, if there is one
+            entry = Entry(name, stage, label, position=called.index(name) + (beyond.embedding is not None))
+        if name in beyond.attention:
+            entry.kind, entry.shape = "attention", beyond.attention[name]
+        elif trace is not None:
             entry.producer = trace.producers.get(name) or None
             entry.shape = list(trace.flow.shapes.get(name, ())) or None
         entries.append(entry)
@@ -172,7 +186,7 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
     Raises:
         PatternError: a pattern matches nothing.
         NothingToBinarizeError: no layer is left; the message counts the reasons.
-        ConfigError: more stages than layers, or element masks without a probe.
+        ConfigError: more stages than layers, element masks without a probe, or attention that has no binary form.
     """
     candidates, left = _reasons_in_itself(model)
     if not candidates:
@@ -190,7 +204,17 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
         if bypassed:
             logger.warning("left real because the model never calls them: %s", ", ".join(bypassed))
         names = trace.order()
-    named = _by_pattern(names, config, left)
+
+    def excluded(name: str) -> str | None:
+        outside = name.endswith(CHILD) and block_of(model, name) is None and any(block_of(model, n) for n in names)
+        return _pattern_reason(name, config) or ("it is outside the repeated blocks" if outside else None)
+
+    beyond = find(model, config, names, excluded, example_inputs)
+    more = [*filter(None, [beyond.embedding]), *beyond.attention]
+    named = _by_pattern(names, [*more, *beyond.left], config, left)
+    left.update(beyond.left)
+    for name, reason in beyond.left.items():
+        logger.warning("%s stays real, although it was asked for: %s", name, reason)
     misplaced = real_by_place(model, names, trace, config) if names else {}
     left.update({name: reason for name, reason in misplaced.items() if name in named})
     kept = [name for name in named if name not in misplaced]
@@ -204,7 +228,9 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
         kind = type(model).__name__
         raise NothingToBinarizeError(f"No layer of {kind} is left to binarize. {_why_not(left)} {advice}")
     near = Neighbours() if trace is None else neighbours(model, kept, trace.flow, config)
-    entries = _staged(model, _ordered(kept, config), trace, config)
+    ordered = [name for name in beyond.called if name in kept or name in beyond.attention] or kept
+    ordered = [*filter(None, [beyond.embedding]), *ordered]
+    entries = _staged(model, _ordered(ordered, config), trace, beyond, config)
     for entry in entries:
         entry.absorbed = near.absorbing.get(entry.name)
         if entry.name in near.ungated:  # the ReLU that the probe saw is gone: both signs come through
@@ -215,7 +241,7 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
             "StoMPPConfig: activation_mask='element' needs the sizes of the layers' inputs, and no probe could be run; "
             "pass binarize_model(model, config, example_inputs=...) one small batch."
         )
-    return Selection(entries, left, near)
+    return Selection(entries, left, near, beyond.implementation)
 
 
 def _warn_of_dead_signs(near: Neighbours, entries: list[Entry], config: StoMPPConfig) -> None:

@@ -6,9 +6,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .attention_interface import NAMES, attach, detach_all, switch
 from .config import StoMPPConfig
 from .errors import AlreadyBinarizedError, CheckpointError, ConfigError
-from .modules import BinaryLayer, binary_class_of
+from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, binary_class_of
 from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from .plan import Plan, binary_layers, get_plan, planned_model, set_plan
 from .quantization_config import StoMPPQuantizationConfig
@@ -47,21 +48,28 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
     selection = select(model, config, example_inputs)
     cast_to_float32(model, config)
     near = selection.neighbours
-    plan = Plan(config, selection.entries, selection.left, near.bypassed, near.paused, near.shifted)
+    plan = Plan(
+        config, selection.entries, selection.left, near.bypassed, near.paused, near.shifted, selection.attention
+    )
     convert(model, plan)
     logger.info("%s", report(model))
     return model
 
 
 def convert(model: nn.Module, plan: Plan) -> None:
-    """Convert the layers that a plan names; if one fails, even halfway, restore it and those before it."""
+    """Convert what a plan names; if one fails, even halfway, restore it and those before it."""
     begun: list[nn.Module] = []
     element = plan.config.activation_mask == "element"
     try:
         for entry in plan.entries:
+            if entry.kind == "attention":
+                parent = model.get_submodule(entry.name.rpartition(".")[0])
+                like = next(parent.parameters(), next(model.parameters()))
+                attach(parent, BinaryAttention(plan.config, *(entry.shape or []), like=like))
+                continue
             module = model.get_submodule(entry.name)
             begun.append(module)
-            binary_class = binary_class_of(module)
+            binary_class = BinaryEmbedding if entry.kind == "embedding" else binary_class_of(module)
             if binary_class is None:
                 raise CheckpointError(f"{entry.name} is a {type(module).__name__}, which has no binary class.")
             shape = tuple(entry.shape) if element and entry.shape else None
@@ -79,10 +87,13 @@ def convert(model: nn.Module, plan: Plan) -> None:
             dropout: Any = model.get_submodule(name)
             dropout.readers = [model.get_submodule(reader) for reader in readers]
             dropout.__class__ = PAUSED[type(dropout)]
+        if plan.attention is not None:
+            switch(model, dict.fromkeys(NAMES, NAMES[plan.attention]))
     except BaseException:
         for module in begun:
             if isinstance(module, BinaryLayer):
                 module.restore()
+        detach_all(model)
         _put_back(model)
         raise
     set_plan(model, plan)
@@ -106,6 +117,7 @@ def restore_model(model: Model) -> Model:
     root = planned_model(model)
     for layer in layers.values():
         layer.restore()
+    detach_all(root)
     _put_back(root)
     set_plan(root, None)
     _record(root, None)
@@ -163,6 +175,13 @@ def report(model: nn.Module) -> str:
             lines.append(f"  activations {text}: {', '.join(names)}")
     if plan.shifted:
         lines.append(f"  ReLUs with learnable shifts (RPReLU): {', '.join(plan.shifted)}")
+    if attention := plan.of_kind("attention"):
+        lines.append(
+            f"  attention products in {len(attention)} modules (queries, keys, values in {{-a, a}}, probabilities in "
+            "{0, 2a})"
+        )
+    if embedding := plan.of_kind("embedding"):
+        lines.append(f"  the word embedding: {', '.join(embedding)}")
     if plan.paused:
         lines.append(f"  dropouts that stop once a layer they feed freezes: {', '.join(plan.paused)}")
     lines += [f"  left real: {name}: {reason}" for name, reason in plan.left.items()]

@@ -1,8 +1,10 @@
 """Binary layers, by the plain class that they replace."""
 
+from .attention import BinaryAttention
 from .base import FROZEN, PENDING, TRANSITION, BinaryLayer
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
+from .embedding import BinaryEmbedding
 from .linear import BinaryLinear
 from .member import Member
 from .registry import BINARY_CLASSES, binary_class_of, register
@@ -14,10 +16,12 @@ __all__ = [
     "OWN_TENSORS",
     "PENDING",
     "TRANSITION",
+    "BinaryAttention",
     "BinaryConv1D",
     "BinaryConv1d",
     "BinaryConv2d",
     "BinaryConv3d",
+    "BinaryEmbedding",
     "BinaryLayer",
     "BinaryLinear",
     "Member",

@@ -1,0 +1,198 @@
+"""What becomes binary beyond the layers, where it is asked for: the word embedding and the products of attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .attention_interface import CHILD, NAMES, configs_of, implementations, watched
+from .config import StoMPPConfig
+from .dataflow import plain_outputs
+from .errors import ConfigError
+from .modules.attention import Call, grouped, probabilities
+from .modules.embedding import BinaryEmbedding
+from .probe import example_inputs_of, run, undisturbed
+
+Excluded = Callable[[str], str | None]
+"""Says of a name why it stays real, or None."""
+
+
+@dataclass
+class Beyond:
+    """Names of what becomes binary beyond the layers, and why the rest does not.
+
+    attention: shapes of attention entries, by name; embedding: the word embedding's name; called: the names of layers
+    and attention entries in the order of their first call, where attention was looked at; implementation: what the
+    attention modules use now.
+    """
+
+    attention: dict[str, list[int]] = field(default_factory=dict)
+    embedding: str | None = None
+    called: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    implementation: str | None = None
+
+
+# ---- the word embedding ----
+
+
+def find_embedding(model: nn.Module, beyond: Beyond, excluded: Excluded) -> None:
+    """Note the model's word embedding, or why there is none to binarize."""
+    try:
+        module = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        module = None
+    name = next((name for name, other in model.named_modules() if other is module), None)
+    if module is None or name is None:
+        beyond.left["embeddings"] = f"{type(model).__name__} names no input embedding (get_input_embeddings())"
+        return
+    reason = excluded(name) or BinaryEmbedding.unfit(module)
+    if reason is None:
+        weights = {other: m._parameters.get("weight") for other, m in model.named_modules() if m is not module}
+        tied = [other for other, weight in weights.items() if weight is module._parameters["weight"]]
+        reason = f"its weight is tied to {', '.join(tied)}" if tied else None
+    if reason is None:
+        beyond.embedding = name
+    else:
+        beyond.left[name] = reason
+
+
+# ---- the products of attention ----
+
+
+@dataclass
+class _Seen:
+    """One attention module in the probe."""
+
+    shape: list[int]
+    unlike: bool = False
+
+
+def find_attention(
+    model: nn.Module, layers: list[str], beyond: Beyond, excluded: Excluded, example_inputs: Any = None
+) -> None:
+    """Note the attention modules that go through the interface, in execution order.
+
+    Args:
+        model: the unconverted model.
+        layers: names of the layers to order them among.
+        excluded: says of an entry's name why it stays real, or None.
+        example_inputs: as for `probe`.
+
+    Raises:
+        ConfigError: no probe can be run, an implementation has no binary form, or a module that is not excluded computes
+            attention in another way.
+    """
+    inputs = example_inputs_of(model) if example_inputs is None else example_inputs
+    if inputs is None:
+        raise ConfigError(
+            "StoMPPConfig: attention='binarize' needs one run of the model to find its attention modules, and no inputs "
+            "could be made from its config; pass binarize_model(model, config, example_inputs=...) one small batch."
+        )
+    _check_implementations(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    seen: dict[str, _Seen] = {}
+    order: dict[str, None] = {}
+    ran: set[str] = set()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        name = names[id(module)]
+        (order.setdefault(name) if name in layers else ran.add(name))
+
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
+        name = f"{names[id(module)]}.{CHILD}"
+        order.setdefault(name)
+        found = seen.setdefault(name, _Seen([query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]]))
+        found.unlike |= not _is_softmax_attention(query, key, value, call)
+
+    hooked = [m for name, m in model.named_modules() if name in layers or "attention" in type(m).__name__.lower()]
+    with undisturbed(model):
+        plain = _tensors(run(model, inputs))
+    handles = [module.register_forward_pre_hook(enter) for module in hooked]
+    try:
+        with undisturbed(model), watched(model, note):
+            renamed = _tensors(run(model, inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    others = [f"{name}.{CHILD}" for name in _otherwise(sorted(ran), [name.removesuffix(f".{CHILD}") for name in seen])]
+    reasons = {name: excluded(name) for name in (*seen, *others)}
+    beyond.left.update({name: reason for name, reason in reasons.items() if reason})
+    wrong = {name: "it computes attention itself" for name in others if not reasons[name]}
+    wrong |= {n: "it is not softmax(q k^T + mask) v" for n, found in seen.items() if found.unlike and not reasons[n]}
+    if not wrong and not (len(plain) == len(renamed) and all(map(_same, plain, renamed))):
+        wrong = dict.fromkeys(seen, "what it computes depends on the name of its attention implementation")
+    if not wrong and not seen:
+        wrong = {type(model).__name__: "it has no attention that goes through the interface"}
+    if wrong:
+        listed = "; ".join(f"{name.removesuffix(f'.{CHILD}')} ({why})" for name, why in list(wrong.items())[:6])
+        raise ConfigError(
+            f"StoMPPConfig: attention='binarize' needs attention through transformers' AttentionInterface, and "
+            f"{len(wrong)} module{'s' if len(wrong) > 1 else ''} cannot have it: {listed}. Use attention='keep', or "
+            "exclude_modules=[...] to leave these real."
+        )
+    beyond.attention = {name: found.shape for name, found in seen.items() if not reasons[name]}
+    beyond.called = list(order)
+    (beyond.implementation,) = implementations(model)
+
+
+def _check_implementations(model: nn.Module) -> None:
+    found = implementations(model)
+    unknown = sorted(found - set(NAMES))
+    if unknown or len(found) != 1:
+        raise ConfigError(
+            f"StoMPPConfig: attention='binarize' works in place of {' or '.join(NAMES)}, the same in all parts of a model, "
+            f"and this one uses {', '.join(sorted(found)) or 'none'}. Load it with attn_implementation='sdpa'."
+        )
+    if any(getattr(config, "output_attentions", False) for config in configs_of(model)):
+        raise ConfigError(
+            "StoMPPConfig: attention='binarize' does not go with config.output_attentions=True, which transformers "
+            "allows for eager attention only. Set it to False, and pass output_attentions=True when calling the model."
+        )
+
+
+def _otherwise(ran: list[str], dispatched: list[str]) -> list[str]:
+    """Modules called attention that ran without going through the interface, themselves or by a part of them."""
+
+    def related(name: str) -> bool:
+        return any(f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.") for other in dispatched)
+
+    own = [name for name in ran if not related(name)]
+    return [name for name in own if not any(other.startswith(f"{name}.") for other in own)]
+
+
+def _is_softmax_attention(query: Tensor, key: Tensor, value: Tensor, call: Call) -> bool:
+    """Whether the original implementation computes what `BinaryAttention` is a binary form of."""
+    heads = key.shape[1]
+    if query.shape[1] % heads or value.shape[1] != heads:
+        return False
+    q, k, v = (grouped(u, heads).double() for u in (query, key, value))
+    scaling = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+    p, _ = probabilities(q.matmul(k.transpose(-1, -2)) * scaling, call)
+    own, (theirs, _) = p.matmul(v).flatten(1, 2).transpose(1, 2), call.plain(query, key, value)
+    scale = float(theirs.abs().max())
+    return own.shape == theirs.shape and bool((own - theirs).abs().max() <= 1e-2 * scale)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(plain_outputs(outputs)) if isinstance(leaf, Tensor)]
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left, right) or (left.shape == right.shape and bool(((left == right) | left.isnan()).all()))
+
+
+def find(
+    model: nn.Module, config: StoMPPConfig, layers: list[str], excluded: Excluded, example_inputs: Any = None
+) -> Beyond:
+    """What the configuration asks for beyond the layers, if it asks; raises as `find_attention` does."""
+    beyond = Beyond()
+    if config.embeddings == "binarize":
+        find_embedding(model, beyond, excluded)
+    if config.attention == "binarize":
+        find_attention(model, layers, beyond, excluded, example_inputs)
+    return beyond

@@ -1,0 +1,305 @@
+"""BinaryAttention: the two products inside an attention module, q k^T and p v, with binary operands.
+
+It has no weight and computes what the module around it would have asked its attention implementation for (see
+`attention_interface`); the projections before and after it are layers of their own.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import StoMPPConfig
+from ..errors import NotCalibratedError
+from ..functional import Edges, mix_activation
+from .binary_matmul import binary_matmul, codes_of
+from .calibration import MAX_ROWS, Observer, activation_values, recomputing
+from .member import FROZEN, PENDING, TRANSITION, Member
+from .state import finite_edge
+
+SITES = ("query", "key", "value", "probability")
+
+SLOTS = 128
+"""Entries of the probabilities' mask for each head; the key at position j has entry j mod SLOTS."""
+
+NOTHING = torch.finfo(torch.float32).tiny
+"""A probability of no more than this is none: masks of -100 leave such a rest."""
+
+ROWS_OF_PROBABILITIES = 64 * MAX_ROWS
+"""A probability is one number for each head, and few of them are large: more are looked at than rows of features."""
+
+
+@dataclass
+class Call:
+    """What an attention module passes beside queries, keys and values.
+
+    plain: the original implementation, of (query, key, value); mask: boolean (True: attend) or to be added, or None;
+    bias: to be added; causal: whether later keys are excluded where there is no mask; wants_weights: whether the
+    original returns the probabilities.
+    """
+
+    plain: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    scaling: float | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    wants_weights: bool = False
+
+
+def grouped(x: Tensor, heads: int) -> Tensor:
+    """(batch, heads of any kind, ...) as (batch, key heads, heads for each of them, ...)."""
+    return x.unsqueeze(1) if x.shape[1] == 1 else x.unflatten(1, (heads, -1))
+
+
+def probabilities(scores: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """softmax(scores + bias + mask), and which entries are excluded (None: none).
+
+    Forward:  p = softmax(scores + bias + mask); excluded entries are those whose mask is False, or so low that it can
+              mean nothing else, or that come later than their query in a causal call
+    Shape:    scores and p (batch, key heads, groups, queries, keys)
+    """
+    heads, (queries, keys) = scores.shape[1], scores.shape[-2:]
+    excluded = None
+    if call.bias is not None:
+        scores = scores + grouped(call.bias, heads)
+    if call.mask is not None:
+        mask = grouped(call.mask[(None,) * (4 - call.mask.dim())], heads)[..., :keys]
+        if mask.dtype == torch.bool:
+            excluded = ~mask
+        else:
+            scores, excluded = scores + mask, mask <= torch.finfo(mask.dtype).min / 2
+    elif call.causal and queries > 1:
+        excluded = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(1)
+    if excluded is not None:
+        scores = scores.masked_fill(excluded, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1), excluded
+
+
+class BinaryAttention(Member, nn.Module):
+    """softmax(q k^T * scaling + mask) v, whose four operands become binary.
+
+    Forward, by state: pending: the original implementation (on clipped q, k, v where activation_clip is set);
+    in transition, with u' = `mix_activation(u)`: p = softmax(q' k'^T * scaling + mask), y = (factor * p') v';
+    frozen: the same with `binary_matmul`, whose products are exact sums of integers.
+    q, k and v have the levels {-a, a} and p always {0, 2a}, a one scale a head; thresholds are one a feature, for p one
+    a head. factor is 0 where the mask excludes an entry or p is 0 (so that no threshold can bring it back), else
+    what dropout makes of p'. Dropout acts on p', so that it does not move p across its threshold.
+    Backward: that of the two functions named. p' is never clipped: it lies between 0 and 1.
+
+    Masks: q, k, v one entry a feature, (heads, head size). p: the feature of p' in its product with v' is the position
+    of the key, of which there is no fixed number: (heads, SLOTS), and the key at position j has entry j mod SLOTS.
+
+    Extra tensors: {query, key, value, probability}_scale (heads,); {query, key, value}_threshold (heads, head size);
+    probability_threshold (heads,); {query, key, value}_low and _high (1,); stompp_state int64 (6,). Keys and values may
+    have fewer heads than queries. Without scales (activation_scale="none") p has the levels {0, 1}.
+
+    Raises:
+        NotCalibratedError: it is committed and runs before its values were set.
+    Source: BiT and BiBERT binarize these products; progressive freezing is Smith and Islam's (2026); this form is this
+    library's choice.
+
+    Args:
+        config: the options.
+        heads, key_heads, head_size, value_size: of the attention module.
+        like: a tensor of the dtype and on the device that its own are to have.
+    """
+
+    mask_names = tuple(f"{site}_mask" for site in SITES)
+    own_names = (
+        *(f"{site}_{what}" for site in SITES for what in ("scale", "threshold")),
+        *(f"{site}_{what}" for site in SITES[:3] for what in ("low", "high")),
+        "stompp_state",
+    )
+    mirror_names = ("activation_ready", "edges")
+
+    def __init__(
+        self, config: StoMPPConfig, heads: int, key_heads: int, head_size: int, value_size: int, like: Tensor
+    ) -> None:
+        super().__init__()
+        self.heads, self.key_heads = heads, key_heads
+        self.sizes = {"query": head_size, "key": head_size, "value": value_size}
+        self._is_hf_initialized = True  # init_weights() leaves it alone
+        value: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        clip = config.activation_clip or float("inf")
+        learns, fixed = config.learn_activation_threshold, config.activation_threshold == "none"
+        for site in SITES[:3]:
+            shape = self._features(site)
+            self._own(f"{site}_scale", torch.ones(shape[0], **value), config.learn_activation_scale)
+            self._own(f"{site}_threshold", None if fixed else torch.zeros(shape, **value), learns)
+            self._own(f"{site}_low", torch.full((1,), -clip, **value))
+            self._own(f"{site}_high", torch.full((1,), clip, **value))
+        self._own("probability_scale", torch.full((heads,), 0.5, **value), config.learn_activation_scale)
+        self._own("probability_threshold", torch.full((heads,), 0.5, **value), learns)
+        self._begin(config, like.device)
+        own = (None, None) if config.activation_clip is None else (-config.activation_clip, config.activation_clip)
+        self.edges: dict[str, Edges] = {**dict.fromkeys(SITES[:3], own), "probability": (None, None)}
+
+    # ---- what Progression asks for ----
+
+    @property
+    def like(self) -> Tensor:
+        scale: Tensor = self.query_scale
+        return scale
+
+    def masked_tensors(self) -> dict[str, torch.Size]:
+        shapes = {f"{site}_mask": self._features(site) for site in SITES[:3]}
+        return {**shapes, "probability_mask": torch.Size((self.heads, SLOTS))}
+
+    def _features(self, site: str) -> torch.Size:
+        return torch.Size((self.heads if site == "query" else self.key_heads, self.sizes[site]))
+
+    @property
+    def needs_activation_values(self) -> bool:
+        return self.stompp_config.binary_activations
+
+    def calibrate_observed(self, observer: Observer) -> None:
+        for site in SITES:
+            self._start(site, torch.cat(observer.at(site).rows))
+        self.activation_ready = True
+        self._read_edges()
+
+    def _start(self, site: str, rows: Tensor) -> None:
+        """Set the values of one operand from rows of (heads * features), head by head."""
+        config, scale = self.stompp_config, getattr(self, f"{site}_scale")
+        threshold, is_probability = getattr(self, f"{site}_threshold"), site == "probability"
+        levels = "auto" if is_probability else "symmetric"
+        parts = rows.chunk(scale.shape[0], dim=1)
+        found = [activation_values(part, config.activation_threshold, levels, None) for part in parts]
+        if is_probability and any(values.offset == 0.0 for values in found):
+            return  # nothing was seen
+        with torch.no_grad():
+            if config.activation_scale != "none":
+                scale.copy_(torch.cat([values.scale for values in found]))
+            if threshold is not None:
+                threshold.copy_(torch.stack([values.threshold for values in found]).reshape(threshold.shape))
+            if not is_probability and config.activation_clip is None:
+                getattr(self, f"{site}_low").copy_(torch.cat([values.low for values in found]).amin())
+                getattr(self, f"{site}_high").copy_(torch.cat([values.high for values in found]).amax())
+
+    def _read_edges(self) -> None:
+        def edges(site: str) -> Edges:
+            return finite_edge(getattr(self, f"{site}_low")), finite_edge(getattr(self, f"{site}_high"))
+
+        self.edges = {**{site: edges(site) for site in SITES[:3]}, "probability": (None, None)}
+
+    # ---- forward ----
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """y (batch, queries, heads, value size) and the probabilities, or None where the original gives none.
+
+        Args:
+            query: (batch, heads, queries, head size); key, value: (batch, key heads, keys, head or value size).
+            call: the rest.
+        """
+        if self.observer is not None and self.training and not recomputing():
+            with torch.no_grad():
+                self._look(query, key, value, call)
+        if self.stage_state == PENDING or (self.stage_state == TRANSITION and self.frozen_share == 0.0):
+            clip = self.stompp_config.activation_clip if self.stompp_config.binary_activations else None
+            operands = (
+                (query, key, value) if clip is None else (F.hardtanh(u, -clip, clip) for u in (query, key, value))
+            )
+            return call.plain(*operands)
+        if not self.activation_ready:
+            raise NotCalibratedError(
+                f"BinaryAttention (stage state {self.stage_state}) has no values yet: they are set by the first "
+                "training step of its stage. Call stompp_hf.calibrate(model, batches) to set them from data now."
+            )
+        kind = query.device.type
+        mixed = torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
+            return self._attend(query, key, value, call)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self._operands(query, key, value)
+        p, excluded = probabilities(self._product("query", q, "key", k, True) * self._scaling(q, call), call)
+        factor = (p.detach() > NOTHING).to(p.dtype)
+        factor = factor if excluded is None else factor.masked_fill_(excluded, 0.0)
+        factor = F.dropout(factor, call.dropout)
+        y = self._product("probability", p, "value", v, False, factor)
+        weights = (
+            (self._levels("probability", p) * factor).flatten(1, 2).to(query.dtype) if call.wants_weights else None
+        )
+        return y.flatten(1, 2).transpose(1, 2).contiguous().to(query.dtype), weights
+
+    def _operands(self, *operands: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values as (batch, key heads, groups, positions, size), in a dtype that sums exactly."""
+        exact = torch.float64 if self.like.dtype == torch.float64 else torch.float32
+        return tuple(grouped(u, self.key_heads).to(exact) for u in operands)
+
+    def _scaling(self, q: Tensor, call: Call) -> float:
+        return float(q.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
+
+    def _product(
+        self, left: str, x: Tensor, right: str, y: Tensor, transposed: bool, factor: Tensor | None = None
+    ) -> Tensor:
+        """x' @ y'^T, or (factor * x') @ y', of the operands of two sites."""
+        if self.stage_state != FROZEN:
+            x, y = self._levels(left, x), self._levels(right, y)
+            return (x if factor is None else x * factor).matmul(y.transpose(-1, -2) if transposed else y)
+        values = [self._placed(f"{site}_{what}", x) for what in ("scale", "threshold") for site in (left, right)]
+        if transposed:
+            y, values[3] = y.transpose(-1, -2), None if values[3] is None else values[3].transpose(-1, -2)
+        edges, offset = (self.edges[left], self.edges[right]), float(left == "probability")
+        return binary_matmul(x, y, *values, edges, self.stompp_config.frozen_gradient, offset, factor)  # type: ignore[arg-type]
+
+    def _levels(self, site: str, u: Tensor) -> Tensor:
+        """u' of one site: mixed in transition, binary once frozen (without a gradient then)."""
+        scale, threshold = self._placed(f"{site}_scale", u), self._placed(f"{site}_threshold", u)
+        offset = float(site == "probability")
+        if self.stage_state == FROZEN:
+            return codes_of(u, None if threshold is None else threshold.detach(), offset) * scale.detach()  # type: ignore[union-attr]
+        mask = self._placed(f"{site}_mask", u)
+        if mask is None:
+            raise RuntimeError("attention in transition has no mask; its state is set by Progression.step(step)")
+        if site == "probability":
+            mask = mask[..., torch.arange(u.shape[-1], device=mask.device) % SLOTS]
+        regime = self.stompp_config.frozen_gradient
+        return mix_activation(u, scale, threshold, mask, *self.edges[site], offset, regime)  # type: ignore[arg-type]
+
+    def _placed(self, name: str, u: Tensor) -> Tensor | None:
+        """A tensor of (heads,) or (heads, size) in a shape that broadcasts over (batch, key heads, groups, n, size)."""
+        values: Tensor | None = getattr(self, name)
+        return None if values is None else values.to(u.dtype).reshape(self.key_heads, -1, 1, *values.shape[1:] or (1,))
+
+    # ---- looking ----
+
+    def _look(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
+        """Show the operands to the observer; committed before any window, the first call sets the values at once."""
+        observer: Any = self.observer
+        begins = self.frozen_share > 0.0 and not self.activation_ready
+        for site, u in zip(SITES, (query, key, value), strict=False):
+            rows = u.transpose(1, 2).flatten(2)
+            observer.at(site).see(rows.flatten(0, 1), rows.shape[:2])
+            if begins:
+                self._start(site, observer.at(site).rows[0])
+        q, k, _ = self._operands(query, key, value)
+        if self.frozen_share > 0.0:  # what follows binary queries and keys sees their scores
+            q, k = (
+                codes_of(u, self._placed(f"{site}_threshold", u), 0.0) * self._placed(f"{site}_scale", u)
+                for site, u in (("query", q), ("key", k))
+            )
+        p, excluded = probabilities(q.matmul(k.transpose(-1, -2)) * self._scaling(q, call), call)
+        rows = p.flatten(1, 2).permute(0, 2, 3, 1)  # one a query and key
+        seen = torch.ones_like(rows[..., 0], dtype=torch.bool)
+        if excluded is not None:
+            hidden = excluded.reshape((1,) * (5 - excluded.dim()) + excluded.shape)
+            seen = seen & ~hidden.flatten(1, 2).all(1)
+        visible = observer.visible(rows.shape[:2])
+        if visible is not None:
+            seen = seen & visible.to(seen.device)[:, :, None]
+        rows = rows[seen]
+        observer.at("probability").see(rows, rows.shape[:1], ROWS_OF_PROBABILITIES)
+        observer.rows = observer.at("query").rows  # Progression asks whether anything was seen
+        if begins:
+            self._start("probability", observer.at("probability").rows[0])
+            self.activation_ready = True
+            self._read_edges()
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, key_heads={self.key_heads}, {self.stage_state}"

@@ -1,0 +1,106 @@
+"""BinaryEmbedding: nn.Embedding with binary rows. What enters it are indices, so it has no binary input."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ..config import StoMPPConfig
+from ..functional import hard, inside, mix_weight
+from .base import BinaryLayer
+from .product import LinearProduct
+
+
+class _FrozenRows(torch.autograd.Function):
+    """s * sign(w) of each index; STE-free, the table gets an undefined gradient instead of one full of zeros."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, weight: Tensor, scale: Tensor, ids: Tensor, padding: int, clip: float | None, surrogate: str
+    ) -> Tensor:
+        ctx.save_for_backward(weight, ids)
+        ctx.padding, ctx.clip, ctx.surrogate = padding, clip, surrogate
+        return hard(F.embedding(ids, weight)).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, ids = ctx.saved_tensors
+        grad_weight = grad_scale = None
+        if ctx.needs_input_grad[0] and ctx.surrogate != "zero":
+            grad_weight = torch.ops.aten.embedding_dense_backward(grad, ids, weight.shape[0], ctx.padding, False)
+            if ctx.surrogate == "clipped_ste":
+                grad_weight = inside(grad_weight, weight, None if ctx.clip is None else -ctx.clip, ctx.clip)
+        if ctx.needs_input_grad[1]:
+            grad_scale = hard(F.embedding(ids, weight)).mul_(grad).sum(-1, keepdim=True)
+        return grad_weight, grad_scale, *[None] * 4
+
+
+class BinaryEmbedding(BinaryLayer, nn.Embedding):
+    """A table whose rows become binary entry by entry: one scale a row ("channel"), or one for the table ("tensor").
+
+    Forward, with w and s the row and the scale of each index: pending: w, the plain layer; in transition:
+    `mix_weight(w)`; frozen: s * sign(w), exactly.
+    Backward: as in `mix_weight`, summed over the indices that name a row. The row of padding_idx gets no gradient, nor
+    does its scale, as in nn.Embedding; where it is all zeros it stays so (sign(0) = +1 would make padding a token like
+    any other), else it becomes binary like the rest.
+    Shape: ids of any shape, to (*ids, embedding_dim).
+    Source: BiT and BiBERT binarize embeddings; one scale a row, and the rule for padding, are this library's choice.
+    """
+
+    plain_class = nn.Embedding
+    product = LinearProduct()  # never multiplied with: it says that rows are channels
+    padding_idx: int | None
+
+    @classmethod
+    def convert(cls, module: nn.Module, config: StoMPPConfig, *unused: Any) -> "BinaryLayer":
+        """Turn an nn.Embedding into this class, in place, and return it."""
+        what = "weights" if config.binary_weights else "nothing"
+        return super().convert(module, dataclasses.replace(config, binarize=what, attention="keep"))
+
+    @staticmethod
+    def unfit(module: nn.Module) -> str | None:
+        """Why a module cannot be converted, or None."""
+        if type(module) is not nn.Embedding:
+            return f"{type(module).__name__} is no nn.Embedding (exact type only)"
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, option):
+                return f"its option {option} has no binary form"
+        return None
+
+    def _row_scales(self) -> Tensor:
+        """s, one a row, (rows, 1); 0 for a padding row of zeros."""
+        scales = self.weight_scale.expand(self.weight.shape[0]).unsqueeze(1)
+        if self.padding_idx is None:
+            return scales
+        alive = torch.ones_like(scales)
+        alive[self.padding_idx] = (self.weight.detach()[self.padding_idx] != 0).any().to(alive.dtype)
+        return scales * alive
+
+    def _unfrozen(self, x: Tensor) -> Tensor:
+        clip = self.stompp_config.weight_clip if self.stompp_config.binary_weights else None
+        rows: Tensor = nn.Embedding.forward(self, x)  # type: ignore[arg-type]
+        return rows if clip is None else F.hardtanh(rows, -clip, clip)
+
+    def _in_transition(self, x: Tensor) -> Tensor:
+        if self.weight_mask is None:
+            raise RuntimeError("an embedding in transition has no mask; its state is set by Progression.step(step)")
+        return mix_weight(
+            F.embedding(x, self.weight, self.padding_idx),
+            F.embedding(x, self._row_scales(), self.padding_idx),
+            F.embedding(x, self.weight_mask),
+            self.weight_edge,
+            self.stompp_config.frozen_gradient,
+        )
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        scale = F.embedding(x, self._row_scales(), self.padding_idx)
+        padding = -1 if self.padding_idx is None else self.padding_idx
+        regime = self.stompp_config.frozen_gradient
+        return _FrozenRows.apply(self.weight, scale, x, padding, self.weight_edge, regime)  # type: ignore[no-any-return]
+
+    def binary_weight(self) -> Tensor:
+        return hard(self.weight.detach()) * self._row_scales().detach()
