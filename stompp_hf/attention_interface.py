@@ -2,7 +2,7 @@
 
 A model asks its config for the name of an attention implementation at every call. Binarization changes that name to
 one of `NAMES`, which calls the `binary_attention` of the asking module if it has one, and else what was asked for
-before. The name says what that was, so nothing else has to be remembered. transformers saves no such name in config.json.
+before. The name says what that was, so nothing else has to be remembered, and transformers writes none to config.json.
 """
 
 import contextlib
@@ -70,7 +70,9 @@ def _answer(
 def configs_of(model: nn.Module) -> list[Any]:
     """Every config of a model that names an attention implementation: its own, its parts', and their sub-configs."""
     found: dict[int, Any] = {}
-    todo = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "sub_configs")]
+    todo: list[Any] = [
+        module.config for module in model.modules() if hasattr(getattr(module, "config", None), "sub_configs")
+    ]
     while todo:
         config: Any = todo.pop(0)
         if config is not None and id(config) not in found:

@@ -83,14 +83,15 @@ def find_attention(
         example_inputs: as for `probe`.
 
     Raises:
-        ConfigError: no probe can be run, an implementation has no binary form, or a module that is not excluded computes
-            attention in another way.
+        ConfigError: no probe can be run, an implementation has no binary form, or a module that is not excluded
+            computes attention in another way.
     """
     inputs = example_inputs_of(model) if example_inputs is None else example_inputs
     if inputs is None:
         raise ConfigError(
-            "StoMPPConfig: attention='binarize' needs one run of the model to find its attention modules, and no inputs "
-            "could be made from its config; pass binarize_model(model, config, example_inputs=...) one small batch."
+            "StoMPPConfig: attention='binarize' needs one run of the model to find its attention modules, and no "
+            "inputs could be made from its config; pass binarize_model(model, config, example_inputs=...) one small "
+            "batch."
         )
     _check_implementations(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -145,8 +146,8 @@ def _check_implementations(model: nn.Module) -> None:
     unknown = sorted(found - set(NAMES))
     if unknown or len(found) != 1:
         raise ConfigError(
-            f"StoMPPConfig: attention='binarize' works in place of {' or '.join(NAMES)}, the same in all parts of a model, "
-            f"and this one uses {', '.join(sorted(found)) or 'none'}. Load it with attn_implementation='sdpa'."
+            f"StoMPPConfig: attention='binarize' works in place of {' or '.join(NAMES)}, the same in all parts of a "
+            f"model, and this one uses {', '.join(sorted(found)) or 'none'}. Load it with attn_implementation='sdpa'."
         )
     if any(getattr(config, "output_attentions", False) for config in configs_of(model)):
         raise ConfigError(

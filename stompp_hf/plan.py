@@ -38,8 +38,9 @@ class Entry:
 class Plan:
     """What becomes binary in a model, in the order in which it freezes, and what was left real and why.
 
-    attention: the implementation that binary attention stands for ("sdpa" or "eager"), if there is any; bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, and shifted: ReLUs that became RPReLUs,
-    with the binary layers that read them.
+    bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, and shifted: ReLUs that became RPReLUs,
+    with the binary layers that read them; attention: the implementation ("sdpa" or "eager") that binary attention
+    stands in for, if there is any.
     """
 
     config: StoMPPConfig
@@ -107,8 +108,9 @@ class Plan:
             )
         try:
             entries = [Entry(**entry) for entry in values["modules"]]
-            others = (dict(values.get(name) or {}) for name in ("left", "bypassed", "paused", "shifted"))
-            plan = cls(StoMPPConfig.from_dict(values["config"]), entries, *others, values.get("attention"))
+            others = {name: dict(values.get(name) or {}) for name in ("left", "bypassed", "paused", "shifted")}
+            config = StoMPPConfig.from_dict(values["config"])
+            plan = cls(config, entries, **others, attention=values.get("attention"))
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"quantization_config is damaged ({error!r}); save the model again.") from error
         if not entries or sorted({entry.stage for entry in entries}) != list(range(plan.stage_count)):

@@ -65,7 +65,7 @@ def convert(model: nn.Module, plan: Plan) -> None:
             if entry.kind == "attention":
                 parent = model.get_submodule(entry.name.rpartition(".")[0])
                 like = next(parent.parameters(), next(model.parameters()))
-                attach(parent, BinaryAttention(plan.config, *(entry.shape or []), like=like))
+                attach(parent, BinaryAttention(plan.config, entry.shape or [], like))
                 continue
             module = model.get_submodule(entry.name)
             begun.append(module)

@@ -38,6 +38,7 @@ UNUSUAL: dict[str, Any] = {
     "first_layer": "binarize",
     "head": "binarize",
     "downsampling": "binarize",
+    "embeddings": "binarize",
     "keep_dtype": True,
     "check_every": 0,
     "mask_seed": 11,
@@ -49,7 +50,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         for name in (
             *("binarize", "frozen_gradient", "within_stage", "weight_scale", "activation_scale", "first_layer"),
             *("activation_threshold", "activation_levels", "head", "schedule", "stages"),
-            *("downsampling", "relu", "conv_padding", "activation_mask"),
+            *("downsampling", "relu", "conv_padding", "activation_mask", "attention", "embeddings"),
         )
     ],
     *[(name, {name: value}) for name in ("refresh_rate", "check_every") for value in (-1, 1.5, "7", None, True)],
@@ -76,6 +77,8 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("learn_activation_scale", {"activation_scale": "none", "activation_levels": "symmetric"}),
     ("learn_activation_threshold", {"activation_threshold": "none", "activation_levels": "symmetric"}),
     ("conv_padding", {"conv_padding": "one", "activation_mask": "element"}),
+    ("attention", {"attention": "binarize", "binarize": "weights"}),
+    ("attention", {"attention": "binarize", "activation_mask": "element"}),
     ("activation_levels", {"activation_scale": "none", "learn_activation_scale": False}),
     ("activation_levels", {"activation_threshold": "none", "learn_activation_threshold": False}),
 ]
@@ -105,9 +108,10 @@ def test_json_round_trip(config: StoMPPConfig, tmp_path: Path) -> None:
 
 def test_unusual_covers_every_option() -> None:
     assert changed(StoMPPConfig(), StoMPPConfig(**UNUSUAL)) == UNUSUAL
-    # Element masks and padding with one exclude each other.
-    assert UNUSUAL.keys() | {"activation_mask"} == StoMPPConfig().to_dict().keys()
+    # Element masks and padding with one exclude each other, and so do binary attention and binary weights alone.
+    assert UNUSUAL.keys() | {"activation_mask", "attention"} == StoMPPConfig().to_dict().keys()
     assert changed(StoMPPConfig(), StoMPPConfig(activation_mask="element")) == {"activation_mask": "element"}
+    assert changed(StoMPPConfig(), StoMPPConfig(attention="binarize")) == {"attention": "binarize"}
 
 
 def test_equal_ways_to_write_an_option() -> None:

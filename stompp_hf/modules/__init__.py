@@ -1,12 +1,12 @@
 """Binary layers, by the plain class that they replace."""
 
 from .attention import BinaryAttention
-from .base import FROZEN, PENDING, TRANSITION, BinaryLayer
+from .base import BinaryLayer
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding
 from .linear import BinaryLinear
-from .member import Member
+from .member import FROZEN, PENDING, TRANSITION, Member
 from .registry import BINARY_CLASSES, binary_class_of, register
 from .state import OWN_TENSORS
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
-from ..functional import Edges, mix_activation
-from .binary_matmul import binary_matmul, codes_of
+from ..functional import Edges
+from .binary_matmul import Operand, binary_matmul
 from .calibration import MAX_ROWS, Observer, activation_values, recomputing
 from .member import FROZEN, PENDING, TRANSITION, Member
 from .state import finite_edge
@@ -80,6 +80,10 @@ def probabilities(scores: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     return scores.softmax(-1), excluded
 
 
+def _scaling(query: Tensor, call: Call) -> float:
+    return float(query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
+
+
 class BinaryAttention(Member, nn.Module):
     """softmax(q k^T * scaling + mask) v, whose four operands become binary.
 
@@ -105,7 +109,7 @@ class BinaryAttention(Member, nn.Module):
 
     Args:
         config: the options.
-        heads, key_heads, head_size, value_size: of the attention module.
+        shape: heads, key heads, head size and value size of the attention module.
         like: a tensor of the dtype and on the device that its own are to have.
     """
 
@@ -116,25 +120,24 @@ class BinaryAttention(Member, nn.Module):
         "stompp_state",
     )
     mirror_names = ("activation_ready", "edges")
+    query_scale: Tensor
 
-    def __init__(
-        self, config: StoMPPConfig, heads: int, key_heads: int, head_size: int, value_size: int, like: Tensor
-    ) -> None:
+    def __init__(self, config: StoMPPConfig, shape: list[int], like: Tensor) -> None:
         super().__init__()
-        self.heads, self.key_heads = heads, key_heads
+        self.heads, self.key_heads, head_size, value_size = shape
         self.sizes = {"query": head_size, "key": head_size, "value": value_size}
         self._is_hf_initialized = True  # init_weights() leaves it alone
         value: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         clip = config.activation_clip or float("inf")
         learns, fixed = config.learn_activation_threshold, config.activation_threshold == "none"
         for site in SITES[:3]:
-            shape = self._features(site)
-            self._own(f"{site}_scale", torch.ones(shape[0], **value), config.learn_activation_scale)
-            self._own(f"{site}_threshold", None if fixed else torch.zeros(shape, **value), learns)
+            features = self._features(site)
+            self._own(f"{site}_scale", torch.ones(features[0], **value), config.learn_activation_scale)
+            self._own(f"{site}_threshold", None if fixed else torch.zeros(features, **value), learns)
             self._own(f"{site}_low", torch.full((1,), -clip, **value))
             self._own(f"{site}_high", torch.full((1,), clip, **value))
-        self._own("probability_scale", torch.full((heads,), 0.5, **value), config.learn_activation_scale)
-        self._own("probability_threshold", torch.full((heads,), 0.5, **value), learns)
+        self._own("probability_scale", torch.full((self.heads,), 0.5, **value), config.learn_activation_scale)
+        self._own("probability_threshold", torch.full((self.heads,), 0.5, **value), learns)
         self._begin(config, like.device)
         own = (None, None) if config.activation_clip is None else (-config.activation_clip, config.activation_clip)
         self.edges: dict[str, Edges] = {**dict.fromkeys(SITES[:3], own), "probability": (None, None)}
@@ -143,8 +146,7 @@ class BinaryAttention(Member, nn.Module):
 
     @property
     def like(self) -> Tensor:
-        scale: Tensor = self.query_scale
-        return scale
+        return self.query_scale
 
     def masked_tensors(self) -> dict[str, torch.Size]:
         shapes = {f"{site}_mask": self._features(site) for site in SITES[:3]}
@@ -217,55 +219,41 @@ class BinaryAttention(Member, nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         q, k, v = self._operands(query, key, value)
-        p, excluded = probabilities(self._product("query", q, "key", k, True) * self._scaling(q, call), call)
+        p, excluded = probabilities(self._product(q, k.transposed()) * _scaling(query, call), call)
         factor = (p.detach() > NOTHING).to(p.dtype)
         factor = factor if excluded is None else factor.masked_fill_(excluded, 0.0)
         factor = F.dropout(factor, call.dropout)
-        y = self._product("probability", p, "value", v, False, factor)
-        weights = (
-            (self._levels("probability", p) * factor).flatten(1, 2).to(query.dtype) if call.wants_weights else None
-        )
-        return y.flatten(1, 2).transpose(1, 2).contiguous().to(query.dtype), weights
+        weights = self._operand("probability", p)
+        y = self._product(weights, v, factor).flatten(1, 2).transpose(1, 2).contiguous().to(query.dtype)
+        if not call.wants_weights:
+            return y, None
+        return y, (self._levels(weights) * factor).flatten(1, 2).to(query.dtype)
 
-    def _operands(self, *operands: Tensor) -> tuple[Tensor, ...]:
+    def _operands(self, *operands: Tensor) -> list[Operand]:
         """Queries, keys and values as (batch, key heads, groups, positions, size), in a dtype that sums exactly."""
         exact = torch.float64 if self.like.dtype == torch.float64 else torch.float32
-        return tuple(grouped(u, self.key_heads).to(exact) for u in operands)
+        grouped_ones = (grouped(u, self.key_heads).to(exact) for u in operands)
+        return [self._operand(site, u) for site, u in zip(SITES, grouped_ones, strict=False)]
 
-    def _scaling(self, q: Tensor, call: Call) -> float:
-        return float(q.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
+    def _operand(self, site: str, u: Tensor) -> Operand:
+        def placed(what: str) -> Any:  # (heads,) or (heads, size), to broadcast over u
+            t: Tensor | None = getattr(self, f"{site}_{what}")
+            return None if t is None else t.to(u.dtype).reshape(self.key_heads, -1, 1, *t.shape[1:] or (1,))
 
-    def _product(
-        self, left: str, x: Tensor, right: str, y: Tensor, transposed: bool, factor: Tensor | None = None
-    ) -> Tensor:
-        """x' @ y'^T, or (factor * x') @ y', of the operands of two sites."""
-        if self.stage_state != FROZEN:
-            x, y = self._levels(left, x), self._levels(right, y)
-            return (x if factor is None else x * factor).matmul(y.transpose(-1, -2) if transposed else y)
-        values = [self._placed(f"{site}_{what}", x) for what in ("scale", "threshold") for site in (left, right)]
-        if transposed:
-            y, values[3] = y.transpose(-1, -2), None if values[3] is None else values[3].transpose(-1, -2)
-        edges, offset = (self.edges[left], self.edges[right]), float(left == "probability")
-        return binary_matmul(x, y, *values, edges, self.stompp_config.frozen_gradient, offset, factor)  # type: ignore[arg-type]
-
-    def _levels(self, site: str, u: Tensor) -> Tensor:
-        """u' of one site: mixed in transition, binary once frozen (without a gradient then)."""
-        scale, threshold = self._placed(f"{site}_scale", u), self._placed(f"{site}_threshold", u)
-        offset = float(site == "probability")
-        if self.stage_state == FROZEN:
-            return codes_of(u, None if threshold is None else threshold.detach(), offset) * scale.detach()  # type: ignore[union-attr]
-        mask = self._placed(f"{site}_mask", u)
-        if mask is None:
-            raise RuntimeError("attention in transition has no mask; its state is set by Progression.step(step)")
-        if site == "probability":
+        mask = placed("mask")
+        if mask is not None and site == "probability":
             mask = mask[..., torch.arange(u.shape[-1], device=mask.device) % SLOTS]
-        regime = self.stompp_config.frozen_gradient
-        return mix_activation(u, scale, threshold, mask, *self.edges[site], offset, regime)  # type: ignore[arg-type]
+        return Operand(u, placed("scale"), placed("threshold"), self.edges[site], float(site == "probability"), mask)
 
-    def _placed(self, name: str, u: Tensor) -> Tensor | None:
-        """A tensor of (heads,) or (heads, size) in a shape that broadcasts over (batch, key heads, groups, n, size)."""
-        values: Tensor | None = getattr(self, name)
-        return None if values is None else values.to(u.dtype).reshape(self.key_heads, -1, 1, *values.shape[1:] or (1,))
+    def _product(self, left: Operand, right: Operand, factor: Tensor | None = None) -> Tensor:
+        """(factor * left') @ right'."""
+        if self.stage_state == FROZEN:
+            return binary_matmul(left, right, self.stompp_config.frozen_gradient, factor)
+        levels = self._levels(left)
+        return (levels if factor is None else levels * factor).matmul(self._levels(right))
+
+    def _levels(self, operand: Operand) -> Tensor:
+        return operand.binary() if self.stage_state == FROZEN else operand.mixed(self.stompp_config.frozen_gradient)
 
     # ---- looking ----
 
@@ -279,12 +267,9 @@ class BinaryAttention(Member, nn.Module):
             if begins:
                 self._start(site, observer.at(site).rows[0])
         q, k, _ = self._operands(query, key, value)
-        if self.frozen_share > 0.0:  # what follows binary queries and keys sees their scores
-            q, k = (
-                codes_of(u, self._placed(f"{site}_threshold", u), 0.0) * self._placed(f"{site}_scale", u)
-                for site, u in (("query", q), ("key", k))
-            )
-        p, excluded = probabilities(q.matmul(k.transpose(-1, -2)) * self._scaling(q, call), call)
+        committed = self.frozen_share > 0.0  # what follows binary queries and keys sees their scores
+        scores = (q.binary() if committed else q.u).matmul((k.binary() if committed else k.u).transpose(-1, -2))
+        p, excluded = probabilities(scores * _scaling(query, call), call)
         rows = p.flatten(1, 2).permute(0, 2, 3, 1)  # one a query and key
         seen = torch.ones_like(rows[..., 0], dtype=torch.bool)
         if excluded is not None:

@@ -4,17 +4,50 @@ The same idea as in `frozen`: a product of signs is a sum of integers, exact in 
 packed storage and kernels can agree bit for bit.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..functional import Edges, Surrogate, hard_above, inside
+from ..functional import Edges, Surrogate, hard_above, inside, mix_activation
+
+
+@dataclass
+class Operand:
+    """An activation with what makes it binary.
+
+    u: (..., n, m), float32 or float64; scale: a, one a head, broadcastable to the leading dimensions with (1, 1)
+    behind; threshold: b, broadcastable to u, or None for 0; edges: its clip range; offset: 0.0 for the levels {-a, a},
+    1.0 for {0, 2a}; mask: M, broadcastable to u, in a transition.
+    """
+
+    u: Tensor
+    scale: Tensor
+    threshold: Tensor | None
+    edges: Edges
+    offset: float = 0.0
+    mask: Tensor | None = None
+
+    def transposed(self) -> "Operand":
+        """The same with its last two dimensions exchanged."""
+        threshold, mask = (None if t is None else t.transpose(-1, -2) for t in (self.threshold, self.mask))
+        return replace(self, u=self.u.transpose(-1, -2), threshold=threshold, mask=mask)
+
+    def mixed(self, surrogate: Surrogate) -> Tensor:
+        """u' in a transition: `mix_activation`."""
+        if self.mask is None:
+            raise RuntimeError("attention in transition has no mask; its state is set by Progression.step(step)")
+        return mix_activation(self.u, self.scale, self.threshold, self.mask, *self.edges, self.offset, surrogate)
+
+    def binary(self) -> Tensor:
+        """u' once frozen, a * (offset + sign(u - b)), without a gradient."""
+        return codes_of(self.u, self.threshold, self.offset) * self.scale.detach()
 
 
 def codes_of(u: Tensor, threshold: Tensor | None, offset: float, factor: Tensor | None = None) -> Tensor:
-    """(offset + sign(u - b)) * factor: the levels of u in units of its scale, as a new tensor."""
+    """(offset + sign(u - b)) * factor: the levels of u in units of its scale, as a new tensor without a gradient."""
     codes = hard_above(u, threshold)
     codes = codes.add_(offset) if offset else codes
     return codes if factor is None else codes.mul_(factor)
@@ -78,18 +111,7 @@ class _BinaryMatmul(torch.autograd.Function):
         return *(value if needed else None for value, needed in zip(found, needs[:6], strict=True)), *[None] * 4
 
 
-def binary_matmul(
-    left: Tensor,
-    right: Tensor,
-    left_scale: Tensor,
-    right_scale: Tensor,
-    left_threshold: Tensor | None,
-    right_threshold: Tensor | None,
-    edges: tuple[Edges, Edges],
-    surrogate: Surrogate,
-    offset: float = 0.0,
-    factor: Tensor | None = None,
-) -> Tensor:
+def binary_matmul(left: Operand, right: Operand, surrogate: Surrogate, factor: Tensor | None = None) -> Tensor:
     """Product of two activations whose entries are all frozen.
 
     Forward:  z = (factor * (offset + sign(l - b))) @ sign(r - c);  y = (a_l * a_r) * z
@@ -102,14 +124,9 @@ def binary_matmul(
               library's choice.
 
     Args:
-        left, right: (..., n, f) and (..., f, m), float32 or float64; leading dimensions broadcast.
-        left_scale, right_scale: a, one a head, broadcastable to the leading dimensions with (1, 1) behind.
-        left_threshold, right_threshold: b and c, broadcastable to their operand, or None for 0.
-        edges: clip ranges of the two operands; read by `clipped_ste` only.
+        left, right: (..., n, f) and (..., f, m); leading dimensions broadcast. The right one has no offset.
         surrogate: what frozen entries pass back.
-        offset: of the left operand: 0.0 for the levels {-a, a}, 1.0 for {0, 2a}.
-        factor: broadcastable to `left`: 0 where an entry is excluded; a dropout's factors. None for 1.
+        factor: broadcastable to `left`: 0 where an entry is excluded, else a dropout's factor; None for 1.
     """
-    return _BinaryMatmul.apply(
-        left, right, left_scale, right_scale, left_threshold, right_threshold, factor, offset, edges, surrogate
-    )
+    tensors = (left.u, right.u, left.scale, right.scale, left.threshold, right.threshold, factor)
+    return _BinaryMatmul.apply(*tensors, left.offset, (left.edges, right.edges), surrogate)

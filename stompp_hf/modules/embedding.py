@@ -58,8 +58,9 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
     @classmethod
     def convert(cls, module: nn.Module, config: StoMPPConfig, *unused: Any) -> "BinaryLayer":
         """Turn an nn.Embedding into this class, in place, and return it."""
-        what = "weights" if config.binary_weights else "nothing"
-        return super().convert(module, dataclasses.replace(config, binarize=what, attention="keep"))
+        if config.binary_activations:
+            config = dataclasses.replace(config, binarize="weights", attention="keep")
+        return super().convert(module, config)
 
     @staticmethod
     def unfit(module: nn.Module) -> str | None:
