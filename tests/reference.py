@@ -4,6 +4,7 @@ Tensors are nested lists (matrices are lists of rows), sums are exact (`math.fsu
 used. "No clip" is a clip at infinity; no threshold is a threshold of 0.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -223,3 +224,68 @@ def absorbed(kind: str | None, u: float) -> tuple[float, float]:
         slope = 0.0 if u <= -3.0 else 1.0 if u >= 3.0 else u / 3.0 + 0.5
         return u * clip(u + 3.0, 0.0, 6.0) / 6.0, slope
     return clip(u, 0.0, {"ReLU": math.inf, "ReLU6": 6.0}[kind]), within(u, 0.0, {"ReLU": math.inf, "ReLU6": 6.0}[kind])
+
+
+# ---- one attention head with binary operands: y = (f * p') v', p = softmax(t * q' k'^T + bias), all in rows ----
+
+
+@dataclass
+class Site:
+    """One operand, (rows, columns), with its scale, thresholds and mask (one a column), clip and o / a."""
+
+    u: Matrix
+    a: float
+    b: Vector
+    mask: Vector
+    low: float = -math.inf
+    high: float = math.inf
+    offset: float = 0.0
+
+    def mixed(self) -> Matrix:
+        return mix_activation(self.u, self.a, self.b, self.mask, self.low, self.high, self.offset)
+
+    def gradients(self, g: Matrix, kind: str) -> tuple[Matrix, float, Vector]:
+        return mix_activation_gradients(g, self.u, self.b, self.mask, self.low, self.high, self.offset, kind)
+
+
+def times(left: Matrix, right: Matrix) -> Matrix:
+    return [[math.fsum(x * y for x, y in zip(row, column, strict=True)) for column in flip(right)] for row in left]
+
+
+def flip(matrix: Matrix) -> Matrix:
+    return [list(column) for column in zip(*matrix, strict=True)]
+
+
+def softmax(rows: Matrix) -> Matrix:
+    """Entries of -inf get 0; so does a row of nothing else."""
+    result = []
+    for row in rows:
+        top = max(row)
+        powers = [0.0 if s == -math.inf else math.exp(s - top) for s in row]
+        total = math.fsum(powers) or 1.0
+        result.append([power / total for power in powers])
+    return result
+
+
+def attention(
+    q: Site, k: Site, v: Site, p: Site, scaling: float, bias: Matrix, g: Matrix, kind: str
+) -> tuple[Matrix, Matrix, dict[str, tuple[Matrix, float, Vector]]]:
+    """y, p', and for each operand the gradients of u, a and b; `bias` is -inf where an entry is excluded.
+
+    Of `p` only the values are read: its u is what comes out of the softmax.
+    """
+    scores = [[scaling * s for s in row] for row in times(q.mixed(), flip(k.mixed()))]
+    weights = softmax([[s + b for s, b in zip(*rows, strict=True)] for rows in zip(scores, bias, strict=True)])
+    p = dataclasses.replace(p, u=weights)
+    inside = [[float(w > 0.0) for w in row] for row in weights]
+    binary = [[x * f for x, f in zip(*rows, strict=True)] for rows in zip(p.mixed(), inside, strict=True)]
+    grads = {"value": v.gradients(times(flip(binary), g), kind)}
+    passed = [[x * f for x, f in zip(*r, strict=True)] for r in zip(times(g, flip(v.mixed())), inside, strict=True)]
+    grads["probability"] = p.gradients(passed, kind)
+    back = []
+    for w, d in zip(weights, grads["probability"][0], strict=True):  # the softmax
+        mean = math.fsum(x * y for x, y in zip(w, d, strict=True))
+        back.append([scaling * x * (y - mean) for x, y in zip(w, d, strict=True)])
+    grads["query"] = q.gradients(times(back, k.mixed()), kind)
+    grads["key"] = k.gradients(times(flip(back), q.mixed()), kind)
+    return times(binary, v.mixed()), binary, grads
