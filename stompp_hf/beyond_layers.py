@@ -127,7 +127,7 @@ def find_attention(
     wrong |= {n: "it is not softmax(q k^T + mask) v" for n, found in seen.items() if found.unlike and not reasons[n]}
     if not wrong and not (len(plain) == len(renamed) and all(map(_same, plain, renamed))):
         wrong = dict.fromkeys(seen, "what it computes depends on the name of its attention implementation")
-    if not wrong and not seen:
+    if not wrong and not reasons:
         wrong = {type(model).__name__: "it has no attention that goes through the interface"}
     if wrong:
         listed = "; ".join(f"{name.removesuffix(f'.{CHILD}')} ({why})" for name, why in list(wrong.items())[:6])
@@ -138,7 +138,8 @@ def find_attention(
         )
     beyond.attention = {name: found.shape for name, found in seen.items() if not reasons[name]}
     beyond.called = list(order)
-    (beyond.implementation,) = implementations(model)
+    if beyond.attention:
+        (beyond.implementation,) = implementations(model)
 
 
 def _check_implementations(model: nn.Module) -> None:

@@ -162,7 +162,7 @@ def report(model: nn.Module) -> str:
     binary = sum(layer.weight.numel() for layer in layers.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     lines = [
-        f"{len(layers)} binary layers in {plan.stage_count} stages ({plan.config.binarize}, order "
+        f"{len(plan.of_kind('layer'))} binary layers in {plan.stage_count} stages ({plan.config.binarize}, order "
         f"{plan.config.order}); {binary:,} of {total:,} parameters ({binary / total:.1%}) become binary"
     ]
     for stage, name in enumerate(plan.stage_names):
