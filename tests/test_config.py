@@ -201,6 +201,8 @@ def test_paper_values() -> None:
         "first_layer": "keep",
         "head": "keep",
         "downsampling": "keep",
+        "attention": "keep",
+        "embeddings": "keep",
         "keep_dtype": False,
         "check_every": 100,
         "mask_seed": 0,

@@ -117,9 +117,7 @@ def left(model: Any, name: str, caplog: pytest.LogCaptureFixture) -> str:
         binarize_model(model, quick(**EMBEDDINGS))
     assert not any(isinstance(module, BinaryEmbedding) for module in model.modules())
     reason = get_plan(model).left[name]
-    assert any(
-        name in record.message and reason in record.message for record in caplog.records
-    )  # asked for: no silence
+    assert any(name in r.message and reason in r.message for r in caplog.records)  # it was asked for: no silence
     return reason
 
 
@@ -136,12 +134,11 @@ def test_tables_that_stay_real_say_why(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_an_untied_table_of_a_decoder_becomes_binary_in_a_bwn_too() -> None:
+    case = CASES["llama"]
     for binarize in ("weights", "weights_and_activations"):
-        model = binarize_model(CASES["llama"].build(), quick(**EMBEDDINGS, binarize=binarize))
+        model = binarize_model(case.build(), quick(**EMBEDDINGS, binarize=binarize))
         assert isinstance(model.model.embed_tokens, BinaryEmbedding)
-        assert torch.equal(
-            logits(model, CASES["llama"].batch()), logits(CASES["llama"].build(), CASES["llama"].batch())
-        )
+        assert torch.equal(logits(model, case.batch()), logits(case.build(), case.batch()))
         assert type(restore_model(model).model.embed_tokens) is nn.Embedding
 
 
