@@ -2,6 +2,8 @@
 
 from .callback import StoMPPTrainerCallback
 from .config import StoMPPConfig
+from .distillation import Distiller
+from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
 from .modules import BinaryConv1D, BinaryConv1d, BinaryConv2d, BinaryConv3d, BinaryLayer, BinaryLinear
 from .optim import create_optimizer, parameter_groups
@@ -20,6 +22,8 @@ __all__ = [
     "BinaryConv3d",
     "BinaryLayer",
     "BinaryLinear",
+    "DistillationCallback",
+    "Distiller",
     "Progression",
     "StoMPPConfig",
     "StoMPPError",
