@@ -33,7 +33,15 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from stompp_hf import StoMPPConfig, StoMPPTrainerCallback, binarize_model, create_optimizer, get_plan, report
+from stompp_hf import (
+    DistillationCallback,
+    StoMPPConfig,
+    StoMPPTrainerCallback,
+    binarize_model,
+    create_optimizer,
+    get_plan,
+    report,
+)
 from stompp_hf.errors import NotBinarizedError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +76,17 @@ class ModelArguments:
             "choices": ["default", "paper"],
         },
     )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Distil while freezing: `own` (the model itself as it stands when the first stage's window opens; "
+            "give it time with --start), or the path or hub name of a fine-tuned model of the same kind."
+        },
+    )
+    teacher_logits: float = field(default=1.0, metadata={"help": "Weight of the teacher's predictions."})
+    teacher_hidden: float = field(default=1.0, metadata={"help": "Weight of the teacher's hidden states."})
+    teacher_temperature: float = field(default=1.0, metadata={"help": "Temperature of the predictions."})
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the labels' loss beside a teacher's."})
     evaluate_stages: bool = field(default=True, metadata={"help": "Evaluate whenever a stage has just been frozen."})
     evaluate_binary: bool = field(
         default=False, metadata={"help": "At each evaluation, also evaluate the model as if fully binary now."}
@@ -192,6 +211,16 @@ def main() -> dict[str, float]:
         optimizers=(create_optimizer(model, training_args), None) if training_args.do_train else (None, None),
     )
     callback.attach(trainer)
+    if model_args.teacher is not None and model_args.method != "full_precision":
+        trainer.add_callback(
+            DistillationCallback(
+                None if model_args.teacher == "own" else model_args.teacher,
+                logits=model_args.teacher_logits,
+                hidden=model_args.teacher_hidden,
+                task=model_args.task_weight,
+                temperature=model_args.teacher_temperature,
+            )
+        )
     if model_args.evaluate_stages and training_args.do_train and training_args.do_eval:
         trainer.add_callback(EvaluateAtStageEdges(callback))
 

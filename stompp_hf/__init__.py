@@ -2,6 +2,8 @@
 
 from .callback import StoMPPTrainerCallback
 from .config import StoMPPConfig
+from .distillation import Distiller
+from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
 from .modules import (
     BinaryAttention,
@@ -31,6 +33,8 @@ __all__ = [
     "BinaryEmbedding",
     "BinaryLayer",
     "BinaryLinear",
+    "DistillationCallback",
+    "Distiller",
     "Progression",
     "StoMPPConfig",
     "StoMPPError",

@@ -39,3 +39,7 @@ class NonFiniteError(StoMPPError, ArithmeticError):
 
 class ShapeError(StoMPPError, ValueError):
     """An input has another size than the masks of `activation_mask="element"`."""
+
+
+class DistillationError(StoMPPError, ValueError):
+    """A teacher and a student cannot be compared, or the teacher's loss is never used."""

@@ -41,7 +41,7 @@ class Cell:
     order: str = "forward"
     schedule: str = "cubic"
     refresh_rate: int = 100
-    stages: str = "module"
+    stages: str | int = "module"
     activation_mask: str = "feature"
     start: float = 0.0
     end: float = 1.0
@@ -159,6 +159,9 @@ def _cpu(seeds: list[int]) -> Preset:
     cells += product(
         method=["stompp"], binarize=["bwn"], order=["forward", "reverse"], refresh_rate=[4], depth=[48], seed=seeds
     )
+    # Longer windows (of three convolutions each), an earlier end, and masks over elements: why depth 48 is no better.
+    for change in ({"stages": [16]}, {"end": [0.7]}, {"activation_mask": ["element"]}):
+        cells += product(method=["stompp"], refresh_rate=[4], depth=[48], seed=seeds, **change)
     # Two harsher points, where STE should break: more layers, and no shortcuts around a frozen one.
     for harsh in ({"depth": [102]}, {"depth": [18], "shortcuts": [False]}):
         cells += product(method=vanilla, seed=seeds, **harsh)

@@ -1,0 +1,232 @@
+"""Binary fine-tuning, method by method: a grid of runs of examples/run_glue.py, a results file and a table.
+
+    python examples/ablations/glue.py --preset table --model CHECKPOINT --data_dir GLUE --output_dir runs/glue \
+        --tasks sst2 mrpc stsb --workers 2
+    python examples/ablations/glue.py ... --only "sst2-*" --seeds 0 1           # a part of the grid
+
+GLUE holds a folder a task with train.parquet and validation.parquet, as on the hub. Each cell is a process; its
+options, log and metrics are kept in cells/ID, and options.json there runs it again by hand. Run the same command after
+a stop, and it goes on with the cells that are missing. Needs the extra `examples`.
+"""
+
+import fnmatch
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from glue_grid import LABELS, METRICS, PRESETS, TextCell, TextPreset
+from report import Interval, interval, spread
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+
+logger = logging.getLogger("ablations.glue")
+SCRIPT = Path(__file__).resolve().parent.parent / "run_glue.py"
+
+
+@dataclass
+class GlueArguments:
+    """Which cells, on which data, from which checkpoint, and where to."""
+
+    model: str = field(metadata={"help": "Checkpoint to fine-tune: a folder, or a name on the hub."})
+    data_dir: str = field(metadata={"help": "Folder with a folder a task: train.parquet, validation.parquet."})
+    output_dir: str = field(metadata={"help": "Where cells and results are written."})
+    preset: str = field(default="table", metadata={"help": "The grid.", "choices": list(PRESETS)})
+    tasks: list[str] = field(default_factory=lambda: ["sst2"], metadata={"help": f"Of {', '.join(METRICS)}."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One cell of each kind a seed."})
+    only: list[str] | None = field(default=None, metadata={"help": "Shell-style patterns of the cells to run."})
+    workers: int = field(default=1, metadata={"help": "Processes at a time."})
+    threads: int = field(default=1, metadata={"help": "CPU threads of each."})
+    options: str | None = field(
+        default=None, metadata={"help": "JSON with options for every cell, in place of its own."}
+    )
+    list_cells: bool = field(default=False, metadata={"help": "Print the ids of the cells, and stop."})
+
+
+def selected(args: GlueArguments) -> TextPreset:
+    """The preset with what the command line changes."""
+    unknown = set(args.tasks) - set(METRICS)
+    if unknown:
+        raise SystemExit(f"--tasks {' '.join(unknown)}: choose among {', '.join(METRICS)}.")
+    preset = PRESETS[args.preset](args.tasks, args.seeds)
+    cells = [c for c in preset.cells if not args.only or any(fnmatch.fnmatchcase(c.id, p) for p in args.only)]
+    if not cells:
+        raise SystemExit(f"--only {' '.join(args.only or [])}: no cell's id fits; see them with --list_cells True.")
+    return TextPreset(preset.recipe, cells)
+
+
+def resized(model: str, layers: int, folder: Path) -> str:
+    """A checkpoint with another number of layers: evenly spaced ones of the model's, or each of them repeated."""
+    target = folder / f"layers{layers}"
+    if (target / "config.json").is_file():
+        return str(target)
+    config = AutoConfig.from_pretrained(model)
+    count = config.num_hidden_layers
+    whole: Any = AutoModelForSequenceClassification.from_pretrained(model)
+    config.num_hidden_layers = layers
+    other = type(whole)(config)
+    state = whole.state_dict()
+    marks = {f".{place}.": f".{place * count // layers}." for place in range(layers)}
+    for name, value in other.state_dict().items():
+        mark = next((m for m in marks if f"layer{m}" in name), None)
+        value.copy_(state[name if mark is None else name.replace(f"layer{mark}", f"layer{marks[mark]}", 1)])
+    other.save_pretrained(target)
+    AutoTokenizer.from_pretrained(model).save_pretrained(target)
+    return str(target)
+
+
+def options_of(cell: TextCell, preset: TextPreset, args: GlueArguments, folder: Path) -> dict[str, Any]:
+    """All options of the cell's run; its output_dir is the cell's folder."""
+    data = Path(args.data_dir, cell.task)
+    model = resized(args.model, cell.layers, folder / "models") if cell.layers else args.model
+    return {
+        **preset.recipe.options(), **cell.options(), "model_name_or_path": model,
+        "train_file": str(data / "train.parquet"), "validation_file": str(data / "validation.parquet"),
+        **json.loads(args.options or "{}"), "output_dir": str(folder / "cells" / cell.id),
+    }  # fmt: skip
+
+
+def run_cell(options: dict[str, Any], threads: int) -> dict[str, Any]:
+    """One run of run_glue.py in a process of its own; returns its metrics. Raises RuntimeError with the log's end."""
+    folder = Path(options["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "options.json").write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    began = time.perf_counter()
+    with open(folder / "log.txt", "w", encoding="utf-8") as log:
+        command = [sys.executable, str(SCRIPT), str(folder / "options.json")]
+        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise RuntimeError(f"exit status {code}: " + (folder / "log.txt").read_text(encoding="utf-8")[-600:])
+    metrics = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+    for weights in (*folder.glob("*.safetensors"), *folder.glob("_teacher/*.safetensors")):
+        weights.unlink()  # dozens of cells; options.json makes them again
+    return {"metrics": metrics, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def read(folder: Path) -> dict[TextCell, dict[str, Any]]:
+    """All finished cells, by cell."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
+    return {TextCell(**record["cell"]): record for record in records}
+
+
+def score(cell: TextCell, record: dict[str, Any]) -> float:
+    """The task's metric, in percent."""
+    return 100.0 * float(record["metrics"][f"eval_{METRICS[cell.task]}"])
+
+
+def versus(results: dict[TextCell, dict[str, Any]], mine: list[TextCell], method: str) -> Interval | None:
+    """Differences to another method's cells of the same task, depth, rule and seed, paired; None without pairs.
+
+    Where that method was run at several learning rates, the one with the best mean stands for it.
+    """
+    first = mine[0]
+    rivals: dict[float, dict[int, float]] = {}
+    for cell, record in results.items():
+        same = (cell.task, cell.layers, cell.rule) == (first.task, first.layers, first.rule)
+        if cell.method == method and same:
+            rivals.setdefault(cell.lr, {})[cell.seed] = score(cell, record)
+    if not rivals or first.method == method:
+        return None
+    best = max(rivals.values(), key=lambda scores: mean(scores.values()))
+    pairs = [score(cell, results[cell]) - best[cell.seed] for cell in mine if cell.seed in best]
+    return interval(pairs) if pairs else None
+
+
+def table(results: dict[TextCell, dict[str, Any]]) -> str:
+    """Every group with its mean and spread, and its paired difference to vanilla STE and to full precision."""
+    groups: dict[str, list[TextCell]] = {}
+    order = {method: place for place, method in enumerate(LABELS)}
+    key: Callable[[TextCell], Any] = lambda c: (c.task, c.rule, c.layers, order[c.method], c.lr, c.seed)  # noqa: E731
+    for cell in sorted(results, key=key):
+        groups.setdefault(cell.group, []).append(cell)
+    titles = [
+        "task",
+        "method",
+        "learning rate",
+        "seeds",
+        "score, %",
+        "minus vanilla STE",
+        "of full precision",
+        "minutes",
+    ]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for cells in groups.values():
+        first, scores = cells[0], [score(cell, results[cell]) for cell in cells]
+        extra = [f"{first.layers} layers"] if first.layers else []
+        extra += [] if first.rule == "default" else [f"{first.rule}'s rule"]
+        whole = [
+            score(c, r)
+            for c, r in results.items()
+            if (c.task, c.layers, c.method) == (first.task, first.layers, "full_precision")
+        ]
+        margin = versus(results, cells, "vanilla_ste") if first.method != "full_precision" else None
+        share = f"{mean(scores) / mean(whole):.1%}" if whole and first.method != "full_precision" else ""
+        minutes = mean(results[cell]["seconds"] for cell in cells) / 60
+        row = [", ".join([first.task, *extra]), LABELS[first.method], f"{first.lr:g}", str(len(cells)), spread(scores)]
+        row += ["" if margin is None else str(margin), share, f"{minutes:.1f}"]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def write_report(folder: Path) -> str:
+    """Write results.json and results.md, and return the latter."""
+    results = read(folder)
+    if not results:
+        raise SystemExit(f"{folder} has no finished cell.")
+    text = f"# Binary fine-tuning\n\n{table(results)}\n"
+    (folder / "results.json").write_text(json.dumps(list(results.values())) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run what is missing, then write the table of all that is there."""
+    (args,) = HfArgumentParser(GlueArguments).parse_args_into_dataclasses(words)  # type: ignore[arg-type]
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, stream=sys.stdout)
+    preset = selected(args)
+    if args.list_cells:
+        print("\n".join(cell.id for cell in preset.cells))
+        return
+    folder = Path(args.output_dir)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    rest: dict[TextCell, dict[str, Any]] = {}
+    for cell in preset.cells:
+        options, path = options_of(cell, preset, args, folder), folder / "cells" / f"{cell.id}.json"
+        if not path.exists():
+            rest[cell] = options
+        elif (then := json.loads(path.read_text(encoding="utf-8"))["options"]) != options:
+            changed = sorted(k for k in {*then, *options} if then.get(k) != options.get(k))
+            raise SystemExit(f"{path} was made with other options ({', '.join(changed)}). Use another --output_dir.")
+    logger.info("%d cells, %d of them to run, on %d workers", len(preset.cells), len(rest), args.workers)
+    failed = []
+    with ThreadPoolExecutor(args.workers) as pool:
+        running = {pool.submit(run_cell, options, args.threads): cell for cell, options in rest.items()}
+        for number, future in enumerate(as_completed(running), 1):
+            cell = running[future]
+            if error := future.exception():
+                failed.append(cell.id)
+                logger.error("%s failed: %s", cell.id, error)
+                continue
+            record = {"id": cell.id, "cell": asdict(cell), "options": rest[cell], **future.result()}
+            part = folder / "cells" / f"{cell.id}.part"
+            part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            part.replace(part.with_suffix(".json"))
+            logger.info(
+                "%d of %d: %s: %.2f, %.0f s", number, len(rest), cell.id, score(cell, record), record["seconds"]
+            )
+    if read(folder):
+        print(write_report(folder))
+    if failed:
+        raise SystemExit(f"{len(failed)} cells failed: {', '.join(failed)}. Run again to retry them.")
+
+
+if __name__ == "__main__":
+    main()

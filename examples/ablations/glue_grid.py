@@ -1,0 +1,141 @@
+"""The text grid: what one cell is, the methods, and the presets; each cell is one run of examples/run_glue.py."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+OWN = {"teacher": "own", "start": 0.25, "end": 0.75}
+"""A quarter of the run fine-tunes in full precision; the model as it then stands teaches the rest."""
+METHODS: dict[str, dict[str, Any]] = {
+    "full_precision": {"method": "full_precision"},
+    "vanilla_ste": {"method": "vanilla_ste"},
+    "stompp": {"frozen_gradient": "zero"},
+    "stompp_ste": {"frozen_gradient": "ste"},
+    "stompp_distilled": {**OWN, "frozen_gradient": "zero"},
+    "stompp_ste_distilled": {**OWN, "frozen_gradient": "ste"},
+    # All layers at once, at the moment when the stages of the others begin: STE with the same teacher.
+    "one_shot_distilled": {**OWN, "end": OWN["start"], "frozen_gradient": "ste"},
+}
+"""run_glue.py's options for each method."""
+LABELS = {
+    "full_precision": "full precision",
+    "vanilla_ste": "vanilla STE",
+    "stompp": "StoMPP (STE-free)",
+    "stompp_ste": "StoMPP+STE",
+    "stompp_distilled": "StoMPP (STE-free), own teacher",
+    "stompp_ste_distilled": "StoMPP+STE, own teacher",
+    "one_shot_distilled": "STE from a quarter of the run on, own teacher",
+}
+METRICS = {"sst2": "accuracy", "mrpc": "combined_score", "stsb": "pearson"}
+"""What is compared; `combined_score` is the mean of accuracy and F1."""
+
+
+@dataclass(frozen=True)
+class TextCell:
+    """One fine-tuning run. Cells of one seed see the same examples in the same order."""
+
+    task: str
+    method: str
+    lr: float
+    seed: int = 0
+    layers: int = 0  # of the encoder; 0: the checkpoint's
+    rule: str = "default"  # or paper: plain signs
+
+    @property
+    def group(self) -> str:
+        """The id without the seed."""
+        words = [self.task, self.method, f"lr{self.lr:g}"]
+        words += [f"layers{self.layers}"] if self.layers else []
+        return "-".join(words + ([] if self.rule == "default" else [self.rule]))
+
+    @property
+    def id(self) -> str:
+        """A stable, readable name."""
+        return f"{self.group}-s{self.seed}"
+
+    def options(self) -> dict[str, Any]:
+        """run_glue.py's options of this cell alone."""
+        paper = {"preset": "paper", "frozen_gradient": "zero"} if self.rule == "paper" else {}
+        return {
+            **paper, **METHODS[self.method], "task_name": self.task, "learning_rate": self.lr, "seed": self.seed,
+            "mask_seed": self.seed,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """What all cells of a preset share."""
+
+    train_samples: int  # the first of the training set; 0 takes all
+    epochs: int
+    batch: int = 32
+    max_seq_length: int = 128
+
+    def options(self) -> dict[str, Any]:
+        """run_glue.py's options of the recipe."""
+        limit = {"max_train_samples": self.train_samples} if self.train_samples else {}
+        return {
+            **limit, "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch,
+            "per_device_eval_batch_size": 64, "max_seq_length": self.max_seq_length, "do_train": True, "do_eval": True,
+            "freeze_embeddings": True, "train_sampling_strategy": "group_by_length", "max_grad_norm": 0.0,
+            "weight_decay": 0.01, "warmup_steps": 0.1, "save_strategy": "no", "evaluate_stages": False,
+            "logging_steps": 50, "report_to": "none", "disable_tqdm": True,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextPreset:
+    """A recipe and its cells."""
+
+    recipe: TextRecipe
+    cells: list[TextCell]
+
+
+def product(**axes: Iterable[Any]) -> list[TextCell]:
+    """Cells over the product of some fields' values."""
+    return [TextCell(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+BEST = {"full_precision": 1e-4}
+"""Learning rate of each method in the tables: the best of `search`."""
+
+
+def _search(tasks: list[str], seeds: list[int]) -> TextPreset:
+    """One seed, the same learning rates for every method."""
+    cells = product(method=METHODS, lr=RATES, task=tasks, seed=seeds[:1])
+    return TextPreset(TextRecipe(12800, 1), cells)
+
+
+def _table(tasks: list[str], seeds: list[int]) -> TextPreset:
+    cells = [
+        TextCell(task, method, BEST.get(method, 4e-4), seed) for task in tasks for method in METHODS for seed in seeds
+    ]
+    return TextPreset(TextRecipe(12800, 3), cells)
+
+
+def _depth(tasks: list[str], seeds: list[int]) -> TextPreset:
+    methods = ["full_precision", "vanilla_ste", "stompp_ste"]
+    cells = [
+        TextCell(tasks[0], method, BEST.get(method, 4e-4), seed, layers)
+        for layers in (2, 6, 12)
+        for method in methods
+        for seed in seeds
+    ]
+    return TextPreset(TextRecipe(12800, 1), cells)
+
+
+def _paper(tasks: list[str], seeds: list[int]) -> TextPreset:
+    methods = ["vanilla_ste", "stompp", "stompp_ste"]
+    return TextPreset(
+        TextRecipe(12800, 3), product(method=methods, lr=RATES, task=tasks[:1], seed=seeds, rule=["paper"])
+    )
+
+
+def _quick(tasks: list[str], seeds: list[int]) -> TextPreset:
+    cells = product(method=["full_precision", "vanilla_ste", "stompp_ste_distilled"], lr=[1e-3], task=tasks, seed=seeds)
+    return TextPreset(TextRecipe(64, 2, batch=8, max_seq_length=16), cells)
+
+
+PRESETS = {"quick": _quick, "search": _search, "table": _table, "depth": _depth, "paper": _paper}

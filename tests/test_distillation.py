@@ -1,0 +1,268 @@
+"""The teacher's losses against plain formulas, and the callback inside Trainer: snapshot, resume, refusals."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from datasets import Dataset
+from models import CASES, quick, same_tensors
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from stompp_hf import DistillationCallback, Distiller, Progression, StoMPPTrainerCallback, binarize_model, get_plan
+from stompp_hf.distillation import blocks_of, hidden_loss, logits_loss, snapshot
+from stompp_hf.errors import CheckpointError, ConfigError, DistillationError
+from stompp_hf.plan import binary_layers
+
+BERT = CASES["bert"]
+
+
+def student(name: str = "bert", **options: Any) -> Any:
+    return binarize_model(CASES[name].build(), quick(**options)).train()
+
+
+def fine_tuned(name: str = "bert", seed: int = 5, **config: Any) -> Any:
+    """Another model of the same class, with weights of its own."""
+    plain = CASES[name].build()
+    for key, value in config.items():
+        setattr(plain.config, key, value)
+    hf.set_seed(seed)
+    return type(plain)(plain.config)
+
+
+# ---- the losses ----
+
+
+def test_hidden_loss_is_the_error_in_units_of_the_variance() -> None:
+    torch.manual_seed(0)
+    mine, goal = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    rows = [(b, t) for b in range(2) for t in range(5) if real[b, t]]
+    means = [sum(goal[b, t, f] for b, t in rows) / len(rows) for f in range(3)]
+    spread = sum((goal[b, t, f] - means[f]) ** 2 for b, t in rows for f in range(3))
+    error = sum((mine[b, t, f] - goal[b, t, f]) ** 2 for b, t in rows for f in range(3))
+    assert hidden_loss(mine, goal, real).item() == pytest.approx((error / spread).item(), rel=1e-12)
+    assert hidden_loss(goal, goal, real) == 0
+    flat = goal[real.bool()].mean(0).expand_as(goal)
+    assert hidden_loss(flat, goal, real).item() == pytest.approx(1.0)
+    images = torch.randn(2, 3, 4, 4)
+    assert hidden_loss(images.mean((0, 2, 3), keepdim=True).expand_as(images), images).item() == pytest.approx(1.0)
+
+
+def test_logits_loss_of_each_kind() -> None:
+    torch.manual_seed(0)
+    mine, goal = torch.randn(4, 3), torch.randn(4, 3)
+    for heat in (1.0, 2.0):
+        p, q = (goal / heat).softmax(-1), (mine / heat).softmax(-1)
+        wanted = heat**2 * (p * (p.log() - q.log())).sum(-1)
+        assert torch.allclose(logits_loss(mine, goal, "classes", heat), wanted.mean())
+        weight = torch.tensor([0.5, 0.0, 0.25, 0.25])
+        assert torch.allclose(logits_loss(mine, goal, "classes", heat, weight), (wanted * weight).sum())
+        p, q = (goal / heat).sigmoid(), (mine / heat).sigmoid()
+        wanted = heat**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1)
+        assert torch.allclose(logits_loss(mine, goal, "labels", heat), wanted.mean(), atol=1e-6)
+    assert torch.allclose(logits_loss(mine, goal, "regression"), (mine - goal).square().mean())
+
+
+# ---- the model's forward ----
+
+
+def test_loss_is_task_plus_logits_plus_hidden() -> None:
+    model, teacher, batch = student(), fine_tuned().eval(), BERT.batch()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, 5:] = 0
+    hf.set_seed(1)
+    own = model(**batch, output_hidden_states=True)
+    with torch.no_grad():
+        theirs = teacher(**batch, output_hidden_states=True)
+    distiller = Distiller(model, teacher, logits=0.5, hidden=0.25, task=2.0, temperature=3.0)
+    hf.set_seed(1)
+    outputs = model(**batch)
+    assert torch.equal(outputs.logits, own.logits)  # the teacher draws nothing, and takes no dropout from the student
+    pairs = list(zip(own.hidden_states[1:], theirs.hidden_states[1:], strict=True))
+    hidden = sum(hidden_loss(a, b, batch["attention_mask"]) for a, b in pairs) / len(pairs)
+    logits = logits_loss(own.logits, theirs.logits, "classes", 3.0)
+    assert torch.allclose(outputs.loss, 2.0 * own.loss + 0.5 * logits + 0.25 * hidden)
+    assert sorted(distiller.last) == ["hidden", "logits", "task"] and not distiller.used
+    outputs.loss.backward()
+    assert distiller.used
+    assert all(p.grad is None for p in teacher.parameters())
+    del batch["labels"]  # unlabelled data
+    hf.set_seed(1)
+    assert torch.allclose(model(**batch).loss, 0.5 * logits + 0.25 * hidden)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_architecture_has_blocks_and_learns_from_its_snapshot(name: str) -> None:
+    model, batch = student(name), CASES[name].batch()
+    plain = model(**batch).loss
+    distiller = Distiller(model, snapshot(model))
+    assert list(blocks_of(model)) and all("stompp" not in key for key in model.state_dict() if "teacher" in key)
+    model(**batch).loss.backward()
+    parts = {key: part.item() for key, part in distiller.last.items()}
+    # Equal weights: what differs is the student's dropout.
+    assert 0 <= parts["logits"] < 0.5 and 0 <= parts["hidden"] < 1.5 and parts["task"] > 0
+    assert not plain.isnan()
+
+
+def test_untouched_in_evaluation_without_teacher_and_after_detach() -> None:
+    model, batch = student(), BERT.batch()
+    names, before = list(model.state_dict()), model.eval()(**batch)
+    distiller = Distiller(model, fine_tuned())
+    after = model(**batch)
+    assert torch.equal(after.loss, before.loss) and list(model.state_dict()) == names
+    model.train()
+    assert not torch.equal(model(**batch).loss, before.loss)
+    distiller.teacher = None
+    hf.set_seed(3)
+    without = model(**batch).loss
+    distiller.detach()
+    hf.set_seed(3)
+    assert torch.equal(model(**batch).loss, without)
+
+
+def test_activation_checkpointing_gives_the_same_loss_and_gradients() -> None:
+    results = []
+    for recompute in (False, True):
+        model = student()
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        Distiller(model, fine_tuned())
+        hf.set_seed(2)
+        loss = model(**BERT.batch()).loss
+        loss.backward()
+        results.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert torch.equal(results[0][0], results[1][0]) and same_tensors(results[0][1], results[1][1]) == []
+
+
+def test_a_deeper_teacher_is_compared_at_evenly_spaced_blocks() -> None:
+    model, teacher = student(), fine_tuned(num_hidden_layers=6)
+    distiller = Distiller(model, teacher)
+    count = model.config.num_hidden_layers
+    wanted = [teacher.bert.encoder.layer[(i + 1) * 6 // count - 1] for i in range(count)]
+    assert distiller._teacher_blocks(teacher) == wanted
+    model(**BERT.batch()).loss.backward()
+
+
+def test_what_cannot_be_compared_is_refused_by_name() -> None:
+    batch = BERT.batch()
+    with pytest.raises(DistillationError, match="blocks where the student has"):
+        Distiller(student(), fine_tuned(num_hidden_layers=1))
+    model = student()
+    Distiller(model, fine_tuned(num_labels=5), hidden=0.0)
+    with pytest.raises(DistillationError, match="same labels"):
+        model(**batch)
+    model = student()
+    width = model.config.hidden_size * 2
+    Distiller(model, fine_tuned(hidden_size=width), logits=0.0)
+    with pytest.raises(DistillationError, match="same width"):
+        model(**batch)
+    model = student()
+    Distiller(model, fine_tuned())
+    with pytest.raises(DistillationError, match="return_dict=True"):
+        model(**batch, return_dict=False)
+    net = binarize_model(
+        nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), quick(stages="module"), {"input": torch.randn(2, 4)}
+    )
+    with pytest.raises(DistillationError, match="hidden=0"):
+        Distiller(net, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"hidden": -1.0}, "hidden=-1"),
+        ({"logits": 0.0, "hidden": 0.0}, "both 0"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_bad_weights(options: dict[str, float], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        DistillationCallback(**options)
+    with pytest.raises(ConfigError, match=word):
+        Distiller(student(), None, **options)
+
+
+def test_snapshot_is_the_model_before_anything_froze() -> None:
+    model = student(end=1.0)
+    progression = Progression(model, 10)
+    progression.step(0)
+    model(**BERT.batch())  # calibrates
+    progression.step(4)
+    copy = snapshot(model)
+    assert all(layer.stage_state == "pending" for layer in binary_layers(copy).values())
+    plain = BERT.build()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    assert torch.equal(copy(**BERT.batch()).logits, plain.eval()(**BERT.batch()).logits)
+    assert any(layer.stage_state != "pending" for layer in binary_layers(model).values())
+
+
+# ---- inside Trainer ----
+
+
+def rows() -> Dataset:
+    batches = [BERT.batch(seed) for seed in range(12)]
+    return Dataset.from_list([{k: v[i].tolist() for k, v in b.items()} for b in batches for i in range(4)])
+
+
+def make_trainer(folder: Path, callback: Any, model: Any = None, **options: Any) -> Trainer:
+    settings = {
+        "max_steps": 12, "per_device_train_batch_size": 4, "logging_steps": 2, "save_steps": 8, "learning_rate": 1e-3,
+        "disable_tqdm": True, "use_cpu": True, "report_to": "none", "seed": 3,
+    }  # fmt: skip
+    arguments = TrainingArguments(str(folder), **{**settings, **options})
+    model = binarize_model(BERT.build(), quick(start=0.34, end=0.9)) if model is None else model
+    return Trainer(model, arguments, train_dataset=rows(), callbacks=[StoMPPTrainerCallback(), callback])
+
+
+def test_own_snapshot_and_resume(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "whole", DistillationCallback())
+    trainer.train()
+    history = [record for record in trainer.state.log_history if "loss" in record]
+    assert ["stompp_hidden" in record for record in history] == [record["step"] > 4 for record in history]
+    assert all(record["stompp_hidden"] > 0 for record in history[2:])
+    assert Progression(trainer.model, 12).is_complete()
+    assert get_plan(trainer.model.from_pretrained(tmp_path / "whole" / "_teacher")) == get_plan(trainer.model)
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-12")
+    again = make_trainer(tmp_path / "again", DistillationCallback())
+    again.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-8"))
+    assert same_tensors(again.model.state_dict(), trainer.model.state_dict()) == []
+    noise = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+    kept = [[{k: v for k, v in r.items() if k not in noise} for r in t.state.log_history] for t in (trainer, again)]
+    assert kept[0] == kept[1]
+
+    shutil.rmtree(tmp_path / "again" / "_teacher")
+    lost = make_trainer(tmp_path / "again", DistillationCallback())
+    with pytest.raises(CheckpointError, match="teacher=PATH"):
+        lost.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-8"))
+
+
+def test_a_teacher_by_path_is_the_teacher_as_a_model(tmp_path: Path) -> None:
+    fine_tuned().save_pretrained(tmp_path / "tuned")
+    runs = []
+    for teacher in (str(tmp_path / "tuned"), tmp_path / "tuned", fine_tuned()):
+        trainer = make_trainer(tmp_path / "run", DistillationCallback(teacher), max_steps=4, save_strategy="no")
+        trainer.train()
+        runs.append(trainer.model.state_dict())
+    assert same_tensors(runs[0], runs[1]) == [] and same_tensors(runs[0], runs[2]) == []
+    assert not (tmp_path / "run" / "_teacher").exists()
+
+
+def test_a_loss_that_trainer_leaves_aside_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="label_smoothing_factor"):
+        make_trainer(tmp_path, DistillationCallback(fine_tuned()), label_smoothing_factor=0.1).train()
+    trainer = make_trainer(tmp_path, DistillationCallback(fine_tuned()))
+    trainer.compute_loss_func = lambda outputs, labels, **kwargs: outputs.logits.square().mean()
+    with pytest.raises(DistillationError, match="compute_loss_func"):
+        trainer.train()
+
+
+def test_a_snapshot_at_step_0_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = binarize_model(BERT.build(), quick())
+    make_trainer(tmp_path, DistillationCallback(), model, max_steps=2, save_strategy="no").train()
+    assert "fine-tuned on this task" in caplog.text

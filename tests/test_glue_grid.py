@@ -1,0 +1,120 @@
+"""The grid of fine-tuning runs: cells that are what run_glue.py takes, resumable, with paired differences."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+from test_examples import ROOT, tiny_bert
+from transformers import AutoModelForSequenceClassification
+
+sys.path.insert(0, str(ROOT / "examples" / "ablations"))
+import glue
+import glue_grid
+import run_glue
+from glue_grid import METHODS, PRESETS, TextCell
+
+OWN_TEACHER = TextCell("sst2", "stompp_ste_distilled", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a tiny checkpoint and tiny data."""
+    folder = tmp_path_factory.mktemp("glue")
+    tiny_bert(folder / "model", labels=2)
+    for split, count in (("train", 96), ("validation", 24)):
+        data = Dataset.from_dict({"sentence": [f"word{i % 24}" for i in range(count)], "label": [0, 1] * (count // 2)})
+        (folder / "sst2").mkdir(exist_ok=True)
+        data.cast_column("label", ClassLabel(names=["no", "yes"])).to_parquet(folder / "sst2" / f"{split}.parquet")
+    return ["--preset", "quick", "--model", str(folder / "model"), "--data_dir", str(folder), "--seeds", "0"]
+
+
+def test_cells_are_run_once_and_can_be_repeated_by_hand(
+    words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    out = [*words, "--output_dir", str(tmp_path)]
+    glue.main([*out, "--only", "*-vanilla_ste-*"])
+    glue.main([*out, "--workers", "2"])
+    assert "3 cells, 2 of them to run, on 2 workers" in caplog.text
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("| sst2 |") == 3 and "StoMPP+STE, own teacher" in text
+    folder = tmp_path / "cells" / OWN_TEACHER.id
+    model, _, training, stompp = run_glue.parse([str(folder / "options.json")])
+    assert (model.teacher, stompp.start, stompp.end, stompp.frozen_gradient) == ("own", 0.25, 0.75, "ste")
+    assert (training.learning_rate, training.max_grad_norm, training.num_train_epochs) == (1e-3, 0.0, 2)
+    assert (folder / "_teacher" / "config.json").is_file()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(SystemExit, match="num_train_epochs"):
+        glue.main([*out, "--options", '{"num_train_epochs": 3}'])
+
+
+def test_a_cell_that_fails_is_named_and_tried_again(words: list[str], tmp_path: Path) -> None:
+    out = [*words, "--output_dir", str(tmp_path), "--only", "*-full_precision-*"]
+    with pytest.raises(SystemExit, match=r"1 cells failed: sst2-full_precision-lr0\.001-s0"):
+        glue.main([*out, "--options", '{"no_such_option": 3}'])
+    glue.main(out)
+    assert len(glue.read(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_cell_is_a_valid_run(preset: str, tmp_path: Path) -> None:
+    made = PRESETS[preset](["sst2", "stsb"], [0, 1])
+    assert len({cell.id for cell in made.cells}) == len(made.cells)
+    for cell in made.cells:
+        path = tmp_path / "options.json"
+        path.write_text(json.dumps({**made.recipe.options(), **cell.options(), "output_dir": str(tmp_path)}))
+        model, _, training, stompp = run_glue.parse([str(path)])
+        assert training.seed == stompp.mask_seed == cell.seed
+        if cell.rule == "paper":
+            assert stompp.weight_scale == stompp.activation_scale == "none"
+            assert stompp.frozen_gradient == METHODS[cell.method].get("frozen_gradient", "zero")
+        assert model.method == METHODS[cell.method].get("method", "stompp")
+
+
+def test_differences_are_paired_with_the_best_learning_rate() -> None:
+    def record(cell: TextCell, accuracy: float) -> dict[str, Any]:
+        return {"cell": asdict(cell), "metrics": {"eval_accuracy": accuracy}, "seconds": 60.0}
+
+    results = {}
+    for seed, values in enumerate([(0.70, 0.60, 0.75, 0.90), (0.72, 0.50, 0.78, 0.92)]):
+        names = [("vanilla_ste", 1e-4), ("vanilla_ste", 4e-4), ("stompp_ste", 4e-4), ("full_precision", 1e-4)]
+        for (method, lr), value in zip(names, values, strict=True):
+            cell = TextCell("sst2", method, lr, seed)
+            results[cell] = record(cell, value)
+    mine = [TextCell("sst2", "stompp_ste", 4e-4, seed) for seed in (0, 1)]
+    margin = glue.versus(results, mine, "vanilla_ste")
+    assert margin is not None and margin.mean == pytest.approx(5.5) and margin.count == 2
+    text = glue.table(results)
+    assert "| sst2 | StoMPP+STE | 0.0004 | 2 | 76.50 ± 2.12 | +5.50" in text and "84.1%" in text
+    other = TextCell("sst2", "stompp_ste", 4e-4, 0, layers=2)
+    assert glue.versus({**results, other: record(other, 0.5)}, [other], "vanilla_ste") is None
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_resized_checkpoints_take_their_layers_from_the_model(layers: int, tmp_path: Path) -> None:
+    tiny_bert(tmp_path / "model", labels=2)
+    path = glue.resized(str(tmp_path / "model"), layers, tmp_path / "models")
+    assert path == glue.resized(str(tmp_path / "model"), layers, tmp_path / "models")
+    old = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").bert
+    new = AutoModelForSequenceClassification.from_pretrained(path).bert
+    assert len(new.encoder.layer) == layers
+    for place, layer in enumerate(new.encoder.layer):
+        wanted = old.encoder.layer[place * 2 // layers].state_dict()
+        assert all(torch.equal(value, wanted[name]) for name, value in layer.state_dict().items())
+    assert torch.equal(new.embeddings.word_embeddings.weight, old.embeddings.word_embeddings.weight)
+
+
+def test_bad_selections_say_what_would_work(words: list[str], tmp_path: Path) -> None:
+    out = [*words, "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit, match="list_cells"):
+        glue.main([*out, "--only", "nothing"])
+    with pytest.raises(SystemExit, match="choose among sst2, mrpc, stsb"):
+        glue.main([*out, "--tasks", "cola"])
+    with pytest.raises(SystemExit, match="no finished cell"):
+        glue.write_report(tmp_path)
+    assert set(glue_grid.LABELS) == set(METHODS)
