@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, logsigmoid, mse_loss
 
 from .errors import ConfigError, DistillationError
-from .modules.base import PENDING
+from .modules import PENDING
 from .plan import binary_layers, get_plan, planned_model
 from .structure import block_of
 

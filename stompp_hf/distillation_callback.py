@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from .distillation import Distiller, check_weights, snapshot
 from .errors import CheckpointError, ConfigError, DistillationError
-from .modules.base import PENDING
+from .modules import PENDING
 from .plan import binary_layers, planned_model
 from .progression import Progression
 
