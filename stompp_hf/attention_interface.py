@@ -95,8 +95,9 @@ def switch(model: nn.Module, to: dict[str, str]) -> None:
 
 def _still_asked(module: nn.Module, args: Any) -> None:
     """Hook before an attention module's forward: binary attention must not be left out in silence."""
-    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if name not in NAMES.values():
+    config = getattr(module, "config", None)
+    name = getattr(config, "_attn_implementation", None)
+    if hasattr(config, "sub_configs") and name not in NAMES.values():
         raise ConfigError(
             f"{type(module).__name__} has binary attention, and its attention implementation was changed to {name!r} "
             "after binarize_model, which leaves it out. Choose the implementation before: "

@@ -86,14 +86,8 @@ def find_attention(
         ConfigError: no probe can be run, an implementation has no binary form, or a module that is not excluded
             computes attention in another way.
     """
-    inputs = example_inputs_of(model) if example_inputs is None else example_inputs
-    if inputs is None:
-        raise ConfigError(
-            "StoMPPConfig: attention='binarize' needs one run of the model to find its attention modules, and no "
-            "inputs could be made from its config; pass binarize_model(model, config, example_inputs=...) one small "
-            "batch."
-        )
     _check_implementations(model)
+    inputs, plain = _first_run(model, example_inputs)
     names = {id(module): name for name, module in model.named_modules()}
     seen: dict[str, _Seen] = {}
     order: dict[str, None] = {}
@@ -110,8 +104,6 @@ def find_attention(
         found.unlike |= not _is_softmax_attention(query, key, value, call)
 
     hooked = [m for name, m in model.named_modules() if name in layers or "attention" in type(m).__name__.lower()]
-    with undisturbed(model):
-        plain = _tensors(run(model, inputs))
     handles = [module.register_forward_pre_hook(enter) for module in hooked]
     try:
         with undisturbed(model), watched(model, note):
@@ -140,6 +132,25 @@ def find_attention(
     beyond.called = list(order)
     if beyond.attention:
         (beyond.implementation,) = implementations(model)
+
+
+def _first_run(model: nn.Module, example_inputs: Any) -> tuple[Any, list[Tensor]]:
+    """Inputs that the model runs on, and what it makes of them before anything is changed."""
+    inputs = example_inputs_of(model) if example_inputs is None else example_inputs
+    failure: Exception | None = None
+    if inputs is not None:
+        try:
+            with undisturbed(model):
+                return inputs, _tensors(run(model, inputs))
+        except Exception as error:
+            if example_inputs is not None:
+                raise
+            failure = error
+    raise ConfigError(
+        "StoMPPConfig: attention='binarize' needs one run of the model to find its attention modules, and no inputs "
+        "that it runs on could be made from its config; pass binarize_model(model, config, example_inputs=...) one "
+        "small batch."
+    ) from failure
 
 
 def _check_implementations(model: nn.Module) -> None:

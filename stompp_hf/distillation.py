@@ -16,7 +16,7 @@ from torch.nn.functional import kl_div, log_softmax, logsigmoid, mse_loss
 
 from .errors import ConfigError, DistillationError
 from .modules import PENDING
-from .plan import binary_layers, get_plan, planned_model
+from .plan import get_plan, members, planned_model
 from .structure import block_of
 
 
@@ -41,9 +41,9 @@ def snapshot(model: nn.Module) -> nn.Module:
             "give teacher=PATH."
         )
     teacher = copy.deepcopy(root)
-    for layer in binary_layers(teacher).values():
-        layer.enter(PENDING, 0.0)
-        layer.observer = None
+    for member in members(teacher).values():
+        member.enter(PENDING, 0.0)
+        member.observer = None
     return teacher.eval().requires_grad_(False)
 
 

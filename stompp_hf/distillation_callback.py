@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from .distillation import Distiller, check_weights, snapshot
 from .errors import CheckpointError, ConfigError, DistillationError
 from .modules import PENDING
-from .plan import binary_layers, planned_model
+from .plan import binary_layers, members, planned_model
 from .progression import Progression
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ class DistillationCallback(TrainerCallback):
                 "another one: DistillationCallback(teacher=PATH)."
             )
         teacher = _load(root, folder)
-        for layer in binary_layers(teacher).values():
-            layer.enter(PENDING, 0.0)
+        for member in members(teacher).values():
+            member.enter(PENDING, 0.0)
         self._teach(root, teacher, args)
 
     def _teach(self, root: Any, teacher: Any, args: Any) -> None:

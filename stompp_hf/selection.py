@@ -214,6 +214,8 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
     named = _by_pattern(names, [*more, *beyond.left], config, left)
     left.update(beyond.left)
     for name, reason in beyond.left.items():
+        if _pattern_reason(name, config):  # the user says so
+            continue
         logger.warning("%s stays real, although it was asked for: %s", name, reason)
     misplaced = real_by_place(model, names, trace, config) if names else {}
     left.update({name: reason for name, reason in misplaced.items() if name in named})

@@ -14,7 +14,7 @@ from stompp_hf.modules.attention import Call
 
 STEPS, MIDDLE = 12, 5
 BOTH = {"attention": "binarize", "embeddings": "binarize"}
-BERT, LLAMA, GPT2 = (models.CASES[name] for name in ("bert", "llama", "gpt2"))
+BERT, LLAMA = models.CASES["bert"], models.CASES["llama"]
 CASES = {**{name: models.CASES[name] for name in ("bert", "gpt2", "llama", "t5", "bart")}, "vit": vision.CASES["vit"]}
 MODULES = {"bert": 2, "gpt2": 2, "llama": 2, "t5": 6, "bart": 6, "vit": 2}
 WORDS = {"bert": "bert.embeddings.word_embeddings", "llama": "model.embed_tokens"}

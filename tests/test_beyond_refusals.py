@@ -55,14 +55,30 @@ def test_attention_without_an_interface() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.blocks[1](self.blocks[0](x))
 
-    with pytest.raises(ConfigError, match=r"inputs could be made.*example_inputs"):
-        binarize_model(Plain(), quick(attention="binarize", first_layer="binarize"))
     with pytest.raises(ConfigError, match=r"uses none.*attn_implementation='sdpa'"):
         binarize_model(Plain(), quick(attention="binarize", first_layer="binarize"), torch.randn(2, 8))
     resnet = vision.CASES["resnet"].build()
     with pytest.raises(ConfigError, match=r"ResNetForImageClassification.*no attention that goes through"):
         binarize_model(resnet, quick(attention="binarize"))
     assert resnet.config._attn_implementation in ("sdpa", "eager") and not hasattr(resnet, "stompp_plan")
+
+
+def test_without_a_run_nothing_is_guessed() -> None:
+    def small_only(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].shape != (2, 5):
+            raise RuntimeError("of another size")
+
+    model = build("bert")
+    handle = model.register_forward_pre_hook(small_only, with_kwargs=True)
+    with pytest.raises(ConfigError, match=r"no inputs that it runs on.*example_inputs") as caught:
+        binarize_model(model, quick(**BOTH))
+    assert "of another size" in str(caught.value.__cause__)
+    with pytest.raises(RuntimeError, match="of another size"):
+        binarize_model(model, quick(**BOTH), {"input_ids": torch.ones(1, 5, dtype=torch.long)})
+    unchanged(model, build("bert"))
+    binarize_model(model, quick(**BOTH), {"input_ids": torch.ones(2, 5, dtype=torch.long)})
+    handle.remove()
+    assert len(attentions(model)) == 2
 
 
 def test_other_implementations_and_recorded_attentions_are_refused() -> None:

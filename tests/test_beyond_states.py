@@ -27,7 +27,9 @@ from stompp_hf import (
     binarize_model,
     calibrate,
     parameter_groups,
+    restore_model,
 )
+from stompp_hf.distillation import snapshot
 from stompp_hf.errors import NotCalibratedError
 from stompp_hf.modules.attention import SITES, SLOTS
 
@@ -169,3 +171,12 @@ def test_decoding_with_a_cache_gives_the_same_scores() -> None:
                 cache = output.past_key_values
                 parts.append(output.logits)
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_snapshot_of_a_frozen_model_is_real_everywhere() -> None:
+    model = binarize_model(build("bert"), quick(**BOTH))
+    train(model, BERT, 0, STEPS, STEPS)
+    teacher = snapshot(model)
+    plain = restore_model(copy.deepcopy(model))
+    assert torch.equal(logits(teacher, BERT.batch()), logits(plain, BERT.batch()))
+    assert not torch.equal(logits(model, BERT.batch()), logits(plain, BERT.batch()))
