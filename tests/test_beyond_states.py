@@ -41,7 +41,7 @@ def test_recomputed_activations_change_nothing() -> None:
     for recompute in (False, True):
         model = binarize_model(build("bert"), quick(**BOTH))
         if recompute:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         results.append((train(model, BERT, 0, STEPS, STEPS), model.state_dict()))
     assert results[0][0] == results[1][0] and same_tensors(results[0][1], results[1][1]) == []
 
