@@ -192,6 +192,7 @@ def test_paper_values() -> None:
         "activation_levels": "symmetric",
         "activation_clip": 1.0,
         "activation_mask": "feature",
+        "surrogate_width": 1.5,
         "relu": "drop",
         "conv_padding": "zero",
         "target_modules": None,
