@@ -33,10 +33,14 @@ class StoMPPConfig:
         "What becomes binary: weights and the activations that enter each layer (BNN, W1A1), weights only (BWN, "
         "W1A32), or nothing (full precision, as a baseline on the same code path).",
     )
-    frozen_gradient: Literal["zero", "ste", "clipped_ste"] = _option(
+    frozen_gradient: Literal["zero", "ste", "clipped_ste", "windowed_ste"] = _option(
         "ste",
-        "What frozen entries pass back: zero (STE-free), ste (identity surrogate), or clipped_ste (identity inside "
-        "the clip range). Unfrozen entries always pass their true gradient.",
+        "What frozen entries pass back: zero (STE-free), ste (identity surrogate), clipped_ste (identity inside the "
+        "clip range), or windowed_ste (for activations, identity near the threshold: see surrogate_width; for weights, "
+        "identity). Unfrozen entries always pass their true gradient.",
+    )
+    surrogate_width: float = _option(
+        1.5, "Half width of windowed_ste's window |u - b| < width * a around an activation's threshold."
     )
     order: str = _option(
         "forward",
@@ -133,11 +137,12 @@ class StoMPPConfig:
                 self._refuse(name, "must be a fraction of the run, between 0 and 1")
         if self.start > self.end:
             self._refuse("start", f"is after end={self.end}; use start <= end, as in start=0.1, end=0.8")
-        for name in ("weight_clip", "activation_clip"):
+        for name in ("weight_clip", "activation_clip", "surrogate_width"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and 0.0 < value < float("inf")):
-                self._refuse(name, "must be a positive number, or None")
+            unset = value is None and name != "surrogate_width"
+            if not unset and not (number and 0.0 < value < float("inf")):
+                self._refuse(name, "must be a positive number" + ("" if name == "surrogate_width" else ", or None"))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is None:

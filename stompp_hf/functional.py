@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Surrogate = Literal["zero", "ste", "clipped_ste"]
+Surrogate = Literal["zero", "ste", "clipped_ste", "windowed_ste"]
 
 
 def hard(u: Tensor) -> Tensor:
@@ -54,15 +54,17 @@ def inside(grad: Tensor, u: Tensor, low: float | None, high: float | None) -> Te
     return torch.ops.aten.hardtanh_backward(grad, u, low, high)  # type: ignore[no-any-return]
 
 
-Edges = tuple[float | None, float | None]
+def near(u: Tensor, threshold: Tensor | None, scale: Tensor, width: float) -> Tensor:
+    """|u - b| < width * |a|, as booleans: where `windowed_ste` passes the gradient of a binary activation."""
+    distance = u.detach() if threshold is None else u.detach() - threshold.detach()
+    return distance.abs() < scale.detach().abs() * width
 
 
-def _through(grad: Tensor, u: Tensor, mask: Tensor, edges: Edges, surrogate: str) -> Tensor:
-    """(1 - M) * 1[low < u < high] * g + M * k * g for the surrogate's k; exact, since masks hold 0 and 1."""
-    clipped = inside(grad, u, *edges)
-    if surrogate == "zero":
+def _through(clipped: Tensor, passed: Tensor | None, mask: Tensor) -> Tensor:
+    """(1 - M) * 1[low < u < high] * g + M * k * g, from the two products; exact, since masks hold 0 and 1."""
+    if passed is None:
         return clipped * (1.0 - mask)
-    return torch.lerp(clipped, grad, mask) if surrogate == "ste" and clipped is not grad else clipped
+    return clipped if passed is clipped else torch.lerp(clipped, passed, mask)
 
 
 def _masked_sum(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
@@ -89,7 +91,9 @@ class _MixWeight(torch.autograd.Function):
         weight, scale, mask = ctx.saved_tensors
         grad_weight = grad_scale = None
         if ctx.needs_input_grad[0]:
-            grad_weight = _through(grad, weight, mask, ctx.edges, ctx.surrogate)
+            clipped = inside(grad, weight, *ctx.edges)
+            passed = {"zero": None, "clipped_ste": clipped}.get(ctx.surrogate, grad)
+            grad_weight = _through(clipped, passed, mask)
         if ctx.needs_input_grad[1]:
             grad_scale = _masked_sum(hard(weight).mul_(grad), mask, scale.shape)
         return grad_weight, grad_scale, None, None, None
@@ -100,7 +104,8 @@ def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: float | None, 
 
     Forward:  w' = M * s * sign(w) + (1 - M) * clip(w, -c, c)
     Backward: dL/dw = (1 - M) * g * 1[-c < w < c] + M * k * g, g = dL/dw'
-              k = 0 (`zero`, STE-free), 1 (`ste`) or 1[-c < w < c] (`clipped_ste`); never multiplied by the scale
+              k = 0 (`zero`, STE-free), 1 (`ste`, `windowed_ste`) or 1[-c < w < c] (`clipped_ste`); never multiplied
+              by the scale
               dL/ds = sum of M * g * sign(w) over the entries that share s
     Source:   Smith and Islam (2026) for s = c = 1; scale, clip range and the clipped surrogate are this library's.
 
@@ -127,9 +132,10 @@ class _MixActivation(torch.autograd.Function):
         high: float | None,
         offset: float,
         surrogate: str,
+        width: float,
     ) -> Tensor:
         ctx.save_for_backward(u, real, scale, threshold, mask)
-        ctx.edges, ctx.offset, ctx.surrogate = (low, high), offset, surrogate
+        ctx.edges, ctx.offset, ctx.surrogate, ctx.width = (low, high), offset, surrogate, width
         levels = hard_above(u, threshold)
         levels = levels.add_(offset).mul_(scale) if offset else levels.mul_(scale)
         return torch.lerp(soft(u if real is None else real, low, high), levels, mask, out=levels)
@@ -140,20 +146,23 @@ class _MixActivation(torch.autograd.Function):
         u, real, scale, threshold, mask = ctx.saved_tensors
         wants_u, wants_real, wants_scale, wants_threshold = ctx.needs_input_grad[:4]
         grad_u = grad_real = grad_scale = grad_threshold = None
+        clipped = inside(grad, u, *ctx.edges) if real is None or ctx.surrogate == "clipped_ste" else grad
+        passed = {"zero": None, "clipped_ste": clipped}.get(ctx.surrogate, grad)
+        if ctx.surrogate == "windowed_ste":
+            passed = grad * near(u, threshold, scale, ctx.width)
         if wants_real:
             grad_real = inside(grad, real, *ctx.edges) * (1.0 - mask)
         if wants_u and real is None:
-            grad_u = _through(grad, u, mask, ctx.edges, ctx.surrogate)
-        elif wants_u and ctx.surrogate != "zero":
-            grad_u = (inside(grad, u, *ctx.edges) if ctx.surrogate == "clipped_ste" else grad) * mask
+            grad_u = _through(clipped, passed, mask)
+        elif wants_u and passed is not None:
+            grad_u = passed * mask
         if wants_scale:
             levels = hard_above(u, threshold)
             levels = levels.add_(ctx.offset) if ctx.offset else levels
             grad_scale = _masked_sum(levels.mul_(grad), mask, scale.shape)
-        if wants_threshold and ctx.surrogate != "zero":
-            passed = inside(grad, u, *ctx.edges) if ctx.surrogate == "clipped_ste" else grad
+        if wants_threshold and passed is not None:
             grad_threshold = -_masked_sum(passed, mask, threshold.shape)
-        return grad_u, grad_real, grad_scale, grad_threshold, *[None] * 5
+        return grad_u, grad_real, grad_scale, grad_threshold, *[None] * 6
 
 
 def mix_activation(
@@ -166,6 +175,7 @@ def mix_activation(
     offset: float,
     surrogate: Surrogate,
     real: Tensor | None = None,
+    width: float = 1.0,
 ) -> Tensor:
     """Input of a layer of a stage in transition: frozen features binary, the others real.
 
@@ -175,7 +185,8 @@ def mix_activation(
               dL/da = sum of M * g * (sign(u - b) + offset);  dL/db = - sum of M * k * g
               with an absorbed activation f, clip(f(u), low, high) stands in the soft branch, and its gradient goes to
               f(u) alone; the binary value is that of u, the value before f, which gets the surrogate gradient
-              k as in `mix_weight`; STE-free, b gets no gradient and keeps its calibrated value
+              k as in `mix_weight`, but 1[|u - b| < width * |a|] for `windowed_ste`; STE-free, b gets no gradient and
+              keeps its calibrated value
     Source:   Smith and Islam (2026) for a = high = 1, low = -1, b = o = 0; the rest is this library's choice.
 
     Args:
@@ -187,5 +198,6 @@ def mix_activation(
         offset: 0.0 or 1.0, in units of the scale.
         surrogate: what frozen features pass back.
         real: f(u), what unfrozen features compute with, if not u itself.
+        width: of the window of `windowed_ste`, in units of the scale.
     """
-    return _MixActivation.apply(u, real, scale, threshold, mask, low, high, offset, surrogate)
+    return _MixActivation.apply(u, real, scale, threshold, mask, low, high, offset, surrogate, width)

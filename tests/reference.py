@@ -30,14 +30,17 @@ def within(u: float, low: float, high: float) -> float:
     return 1.0 if low < u < high else 0.0
 
 
-def surrogate(kind: str, u: float, low: float, high: float) -> float:
-    """k: what a frozen entry passes back."""
-    return {"zero": 0.0, "ste": 1.0, "clipped_ste": within(u, low, high)}[kind]
+def surrogate(kind: str, u: float, low: float, high: float, b: float = 0.0, reach: float = math.inf) -> float:
+    """k: what a frozen entry passes back; the window of a weight has no end."""
+    near = 1.0 if abs(u - b) < reach else 0.0
+    return {"zero": 0.0, "ste": 1.0, "clipped_ste": within(u, low, high), "windowed_ste": near}[kind]
 
 
-def gradient(g: float, u: float, low: float, high: float, m: float, kind: str) -> float:
+def gradient(
+    g: float, u: float, low: float, high: float, m: float, kind: str, b: float = 0.0, reach: float = math.inf
+) -> float:
     """dL/du of one entry of a weight or an activation."""
-    return (1.0 - m) * g * within(u, low, high) + m * surrogate(kind, u, low, high) * g
+    return (1.0 - m) * g * within(u, low, high) + m * surrogate(kind, u, low, high, b, reach) * g
 
 
 # ---- the weight mix: w' = M * s * sign(w) + (1 - M) * clip(w, -c, c), s one a row ----
@@ -73,14 +76,17 @@ def mix_activation(u: Matrix, a: float, b: Vector, mask: Vector, low: float, hig
 
 
 def mix_activation_gradients(
-    g: Matrix, u: Matrix, b: Vector, mask: Vector, low: float, high: float, offset: float, kind: str
+    g: Matrix, u: Matrix, b: Vector, mask: Vector, low: float, high: float, offset: float, kind: str, reach: float
 ) -> tuple[Matrix, float, Vector]:
-    """dL/du, dL/da and dL/db."""
+    """dL/du, dL/da and dL/db; `reach` is the surrogate's window, width * a."""
     rows = list(zip(g, u, strict=True))
     columns = range(len(b))
-    grad_u = [[gradient(g_r[i], u_r[i], low, high, mask[i], kind) for i in columns] for g_r, u_r in rows]
+    grad_u = [[gradient(g_r[i], u_r[i], low, high, mask[i], kind, b[i], reach) for i in columns] for g_r, u_r in rows]
     grad_a = math.fsum(mask[i] * g_r[i] * (sign(u_r[i] - b[i]) + offset) for g_r, u_r in rows for i in columns)
-    grad_b = [-math.fsum(mask[i] * surrogate(kind, u_r[i], low, high) * g_r[i] for g_r, u_r in rows) for i in columns]
+    grad_b = [
+        -math.fsum(mask[i] * surrogate(kind, u_r[i], low, high, b[i], reach) * g_r[i] for g_r, u_r in rows)
+        for i in columns
+    ]
     return grad_u, grad_a, grad_b
 
 

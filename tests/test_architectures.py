@@ -78,7 +78,7 @@ def test_a_shared_block_is_one_stage_and_gpt2_has_conv1d() -> None:
 
 
 @every_architecture
-@pytest.mark.parametrize("regime", ["zero", "ste", "clipped_ste"])
+@pytest.mark.parametrize("regime", ["zero", "ste", "windowed_ste"])
 def test_two_steps_in_each_regime(case: Case, regime: str) -> None:
     model = binarize_model(case.build(), quick(frozen_gradient=regime))
     before = {name: layer.weight.detach().clone() for name, layer in binary_layers(model).items()}

@@ -14,7 +14,8 @@ from stompp_hf.schedules import SCHEDULES
 
 UNUSUAL: dict[str, Any] = {
     "binarize": "weights",
-    "frozen_gradient": "clipped_ste",
+    "frozen_gradient": "windowed_ste",
+    "surrogate_width": 2.5,
     "order": "encoder.layer.3,encoder.layer.1",
     "schedule": "cosine",
     "refresh_rate": 7,
@@ -63,6 +64,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         for name in ("weight_clip", "activation_clip")
         for value in (0.0, -1.0, float("inf"), float("nan"), "1", True)
     ],
+    *[("surrogate_width", {"surrogate_width": value}) for value in (0.0, -1.0, float("inf"), "1", True, None)],
     *[
         (name, {name: value})
         for name in ("learn_weight_scale", "learn_activation_scale", "learn_activation_threshold", "keep_dtype")
@@ -194,6 +196,7 @@ def test_paper_values() -> None:
         "activation_levels": "symmetric",
         "activation_clip": 1.0,
         "activation_mask": "feature",
+        "surrogate_width": 1.5,
         "relu": "drop",
         "conv_padding": "zero",
         "target_modules": None,

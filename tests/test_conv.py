@@ -22,7 +22,7 @@ from stompp_hf.modules import FROZEN, PENDING, TRANSITION, BinaryLayer, binary_c
 
 CLASSES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 ACTIVATIONS = {None: nn.Identity(), "ReLU": nn.ReLU(), "ReLU6": nn.ReLU6(), "Hardswish": nn.Hardswish()}
-SURROGATES = ("zero", "ste", "clipped_ste")
+SURROGATES = ("zero", "ste", "clipped_ste", "windowed_ste")
 MODES = ("zeros", "reflect", "replicate", "circular")
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -121,6 +121,8 @@ def build(conv: Conv, regime: Regime, plain: nn.Module, x: Tensor, **options: An
     layer.calibrate_weight()
     if layer.stompp_config.binary_activations:
         seen = ACTIVATIONS[regime.absorbed](x)
+        if not seen.any():  # a tiny input that ReLU made 0: of no sign
+            seen = torch.ones_like(seen)
         layer.calibrate_activation(layer.product.rows(seen.abs() if regime.offset else seen))
         assert layer.activation_offset == regime.offset
     enter(layer, regime.state)
@@ -173,7 +175,8 @@ def expect(layer: BinaryLayer, conv: Conv, regime: Regime, x: Tensor, grad: Tens
     by_channel = (((i[0],), m_w[i] * grad_w[i] * sign(v)) for i, v in w.items())
     found["weight_scale"] = list(reference.sums(by_channel, indices(len(s))).values())
     if regime.binarize != "weights":
-        passed = {i: m_u[i[1:]] * surrogate(kind, v, *edges) * grad_u[i] for i, v in u.items()}
+        reach = abs(a) * layer.stompp_config.surrogate_width
+        passed = {i: m_u[i[1:]] * surrogate(kind, v, *edges, b[i[1]], reach) * grad_u[i] for i, v in u.items()}
         kept = {i: (1.0 - m_u[i[1:]]) * within(real[i][0], *edges) * grad_u[i] for i in u}
         found["x"] = [(kept[i] + passed[i]) * real[i][1] for i in u]  # all that goes up passes through f
         around = [grad_pad[(i,)] * p / a for i, p in enumerate(pad)]

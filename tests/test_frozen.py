@@ -17,7 +17,7 @@ from stompp_hf.modules import FROZEN, PENDING, TRANSITION
 
 IN, OUT, ROWS = 5, 4, 6
 CLASSES = (BinaryLinear, BinaryConv1D)
-SURROGATES = ("zero", "ste", "clipped_ste")
+SURROGATES = ("zero", "ste", "clipped_ste", "windowed_ste")
 FIXED = {"learn_weight_scale": False, "learn_activation_scale": False, "learn_activation_threshold": False}
 
 # Every regime: class, surrogate, what is binary, offset in units of a, bias, learnable values, tight clips. A BWN has
@@ -117,7 +117,7 @@ def expect(layer: BinaryLayer, x: Tensor, grad: Tensor) -> Expected:
     expected = Expected(y, grad_u, grad_w, grad_bias, grad_s)
     if layer.activation_scale is not None:
         expected.x, expected.activation_scale, expected.activation_threshold = reference.mix_activation_gradients(
-            grad_u, u, b, features, *edges, kind
+            grad_u, u, b, features, *edges, kind, abs(a) * layer.stompp_config.surrogate_width
         )
     return expected
 

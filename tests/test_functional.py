@@ -12,7 +12,8 @@ from torch import Tensor
 
 from stompp_hf.functional import hard, inside, mix_activation, mix_weight, soft
 
-SURROGATES = ("zero", "ste", "clipped_ste")
+SURROGATES = ("zero", "ste", "clipped_ste", "windowed_ste")
+WIDTH = 1.5
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
@@ -34,43 +35,46 @@ def assert_reduced(actual: Tensor, expected: Any) -> None:
 
 # ---- tables ----
 
-# With s = 0.5 and c = 1: input, mask, value, gradient under zero, ste and clipped_ste for dL/dw' = 3.
+# With s = 0.5 and c = 1: input, mask, value, gradient under each of SURROGATES for dL/dw' = 3.
 WEIGHT_TABLE = [
-    (0.0, 0, 0.0, 3.0, 3.0, 3.0),
-    (-0.0, 0, 0.0, 3.0, 3.0, 3.0),
-    (0.25, 0, 0.25, 3.0, 3.0, 3.0),
-    (-0.25, 0, -0.25, 3.0, 3.0, 3.0),
-    (1.0, 0, 1.0, 0.0, 0.0, 0.0),
-    (-1.0, 0, -1.0, 0.0, 0.0, 0.0),
-    (math.nextafter(1.0, 0.0), 0, math.nextafter(1.0, 0.0), 3.0, 3.0, 3.0),
-    (7.0, 0, 1.0, 0.0, 0.0, 0.0),
-    (-7.0, 0, -1.0, 0.0, 0.0, 0.0),
-    (0.0, 1, 0.5, 0.0, 3.0, 3.0),
-    (-0.0, 1, 0.5, 0.0, 3.0, 3.0),
-    (5e-324, 1, 0.5, 0.0, 3.0, 3.0),
-    (-5e-324, 1, -0.5, 0.0, 3.0, 3.0),
-    (0.25, 1, 0.5, 0.0, 3.0, 3.0),
-    (1.0, 1, 0.5, 0.0, 3.0, 0.0),
-    (-1.0, 1, -0.5, 0.0, 3.0, 0.0),
-    (7.0, 1, 0.5, 0.0, 3.0, 0.0),
-    (-7.0, 1, -0.5, 0.0, 3.0, 0.0),
+    (0.0, 0, 0.0, 3.0, 3.0, 3.0, 3.0),
+    (-0.0, 0, 0.0, 3.0, 3.0, 3.0, 3.0),
+    (0.25, 0, 0.25, 3.0, 3.0, 3.0, 3.0),
+    (-0.25, 0, -0.25, 3.0, 3.0, 3.0, 3.0),
+    (1.0, 0, 1.0, 0.0, 0.0, 0.0, 0.0),
+    (-1.0, 0, -1.0, 0.0, 0.0, 0.0, 0.0),
+    (math.nextafter(1.0, 0.0), 0, math.nextafter(1.0, 0.0), 3.0, 3.0, 3.0, 3.0),
+    (7.0, 0, 1.0, 0.0, 0.0, 0.0, 0.0),
+    (-7.0, 0, -1.0, 0.0, 0.0, 0.0, 0.0),
+    (0.0, 1, 0.5, 0.0, 3.0, 3.0, 3.0),
+    (-0.0, 1, 0.5, 0.0, 3.0, 3.0, 3.0),
+    (5e-324, 1, 0.5, 0.0, 3.0, 3.0, 3.0),
+    (-5e-324, 1, -0.5, 0.0, 3.0, 3.0, 3.0),
+    (0.25, 1, 0.5, 0.0, 3.0, 3.0, 3.0),
+    (1.0, 1, 0.5, 0.0, 3.0, 0.0, 3.0),
+    (-1.0, 1, -0.5, 0.0, 3.0, 0.0, 3.0),
+    (7.0, 1, 0.5, 0.0, 3.0, 0.0, 3.0),
+    (-7.0, 1, -0.5, 0.0, 3.0, 0.0, 3.0),
 ]
 
-# With a = 0.5, b = 0.25, lo = -1, hi = 2: input, mask, offset, value, gradients as above.
+# With a = 0.5, b = 0.25, lo = -1, hi = 2, window (-0.5, 1): input, mask, offset, value, gradients as above.
 ACTIVATION_TABLE = [
-    (0.0, 0, 0.0, 0.0, 3.0, 3.0, 3.0),
-    (2.0, 0, 0.0, 2.0, 0.0, 0.0, 0.0),
-    (-1.0, 0, 1.0, -1.0, 0.0, 0.0, 0.0),
-    (1.5, 0, 1.0, 1.5, 3.0, 3.0, 3.0),
-    (9.0, 0, 0.0, 2.0, 0.0, 0.0, 0.0),
-    (-9.0, 0, 0.0, -1.0, 0.0, 0.0, 0.0),
-    (0.25, 1, 0.0, 0.5, 0.0, 3.0, 3.0),
-    (0.25, 1, 1.0, 1.0, 0.0, 3.0, 3.0),
-    (0.0, 1, 0.0, -0.5, 0.0, 3.0, 3.0),
-    (-0.0, 1, 1.0, 0.0, 0.0, 3.0, 3.0),
-    (2.0, 1, 0.0, 0.5, 0.0, 3.0, 0.0),
-    (-1.0, 1, 1.0, 0.0, 0.0, 3.0, 0.0),
-    (9.0, 1, 1.0, 1.0, 0.0, 3.0, 0.0),
+    (0.0, 0, 0.0, 0.0, 3.0, 3.0, 3.0, 3.0),
+    (2.0, 0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0),
+    (-1.0, 0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0),
+    (1.5, 0, 1.0, 1.5, 3.0, 3.0, 3.0, 3.0),
+    (9.0, 0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0),
+    (-9.0, 0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0),
+    (0.25, 1, 0.0, 0.5, 0.0, 3.0, 3.0, 3.0),
+    (0.25, 1, 1.0, 1.0, 0.0, 3.0, 3.0, 3.0),
+    (0.0, 1, 0.0, -0.5, 0.0, 3.0, 3.0, 3.0),
+    (-0.0, 1, 1.0, 0.0, 0.0, 3.0, 3.0, 3.0),
+    (2.0, 1, 0.0, 0.5, 0.0, 3.0, 0.0, 0.0),
+    (-1.0, 1, 1.0, 0.0, 0.0, 3.0, 0.0, 0.0),
+    (9.0, 1, 1.0, 1.0, 0.0, 3.0, 0.0, 0.0),
+    (1.0, 1, 0.0, 0.5, 0.0, 3.0, 3.0, 0.0),
+    (math.nextafter(1.0, 0.0), 1, 0.0, 0.5, 0.0, 3.0, 3.0, 3.0),
+    (-0.5, 1, 0.0, -0.5, 0.0, 3.0, 3.0, 0.0),
 ]
 
 
@@ -109,7 +113,7 @@ def test_weight_table(row: tuple[float, ...], kind: str) -> None:
 def test_activation_table(row: tuple[float, ...], kind: str) -> None:
     value, mask, offset, expected, *gradients = row
     u, scale, threshold = (f64([v]).requires_grad_() for v in (value, 0.5, 0.25))
-    out = mix_activation(u, scale, threshold, f64([mask]), -1.0, 2.0, offset, kind)
+    out = mix_activation(u, scale, threshold, f64([mask]), -1.0, 2.0, offset, kind, width=WIDTH)
     out.backward(f64([3.0]))
     gradient = gradients[SURROGATES.index(kind)]
     assert out.item() == expected
@@ -192,11 +196,11 @@ def test_activation_mix_equals_reference(
         b = [0.0] * shape[1]
     x, scale = f64(u).requires_grad_(), f64([a]).requires_grad_()
     threshold = f64(b).requires_grad_() if with_threshold else None
-    out = mix_activation(x, scale, threshold, f64(mask), low, high, offset, kind)
+    out = mix_activation(x, scale, threshold, f64(mask), low, high, offset, kind, width=WIDTH)
     out.backward(f64(g))
 
     edges = (-math.inf, math.inf) if clip is None else (-clip, clip / 2)
-    grad_u, grad_a, grad_b = reference.mix_activation_gradients(g, u, b, mask, *edges, offset, kind)
+    grad_u, grad_a, grad_b = reference.mix_activation_gradients(g, u, b, mask, *edges, offset, kind, WIDTH * a)
     assert out.tolist() == reference.mix_activation(u, a, b, mask, *edges, offset)
     assert_bits(x.grad, grad_u)
     assert_reduced(scale.grad, [grad_a])
@@ -227,7 +231,7 @@ def test_leading_dimensions_are_reduced() -> None:
     mix_activation(x, scale, threshold, mask, -1.0, 1.0, 1.0, "ste").backward(g)
     flat_g, flat_u = g.reshape(6, 4).tolist(), u.reshape(6, 4).tolist()
     grad_u, grad_a, grad_b = reference.mix_activation_gradients(
-        flat_g, flat_u, b.tolist(), mask.tolist(), -1.0, 1.0, 1.0, "ste"
+        flat_g, flat_u, b.tolist(), mask.tolist(), -1.0, 1.0, 1.0, "ste", math.inf
     )
     assert_bits(x.grad.reshape(6, 4), grad_u)
     assert_reduced(scale.grad, [grad_a])

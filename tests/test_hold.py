@@ -107,7 +107,7 @@ def test_entries_that_are_not_frozen_move_and_frozen_ones_keep_every_bit():
     assert not torch.equal(layer.bias, bias)
 
 
-@pytest.mark.parametrize("regime", ["ste", "clipped_ste"])
+@pytest.mark.parametrize("regime", ["ste", "clipped_ste", "windowed_ste"])
 @optimizers
 def test_with_a_surrogate_frozen_latents_go_on_learning_and_may_flip(kind, options, regime):
     model = hold_stack(regime)
@@ -163,7 +163,7 @@ class Hookless:
 
 
 def test_optimizers_without_hooks_are_refused_where_they_would_break_the_promise():
-    for regime in ("ste", "clipped_ste"):
+    for regime in ("ste", "clipped_ste", "windowed_ste"):
         Progression(hold_stack(regime), TOTAL).attach(Hookless())
     Progression(stack(1, frozen_gradient="zero", binarize="nothing"), TOTAL).attach(Hookless())
     with pytest.raises(ConfigError, match=r"Hookless has no step hooks.*'ste'"):

@@ -191,6 +191,7 @@ class BinaryLayer(LayerState):
                 self.activation_offset,
                 self.stompp_config.frozen_gradient,
                 real,
+                self.stompp_config.surrogate_width,
             )
         return self._add_bias(self._mixed_product(x, weight))
 
@@ -224,6 +225,7 @@ class BinaryLayer(LayerState):
                 self.activation_offset,
                 self._pad_level(),
                 self.stompp_config.frozen_gradient,
+                self.stompp_config.surrogate_width,
             )
         return y.to(torch.get_autocast_dtype(kind) if mixed else self.weight.dtype)
 

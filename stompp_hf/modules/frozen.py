@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..functional import Surrogate, hard, hard_above, inside
+from ..functional import Surrogate, hard, hard_above, inside, near
 from .product import Product
 
 
@@ -29,6 +29,7 @@ class _FrozenProduct(torch.autograd.Function):
         offset: float,
         pad: float,
         surrogate: str,
+        width: float,
     ) -> Tensor:
         binary_input = activation_scale is not None
         operand = _signs(x, threshold, product) if binary_input else x
@@ -51,6 +52,9 @@ class _FrozenProduct(torch.autograd.Function):
         if kept_z is not None and binary_input and weight.numel() < 2**15 * weight.shape[product.channel_dim]:
             kept_z = z.to(torch.int16)  # a sum of fewer than 2**15 signs
         keeps_x = makes_grad_weight if not binary_input else surrogate == "clipped_ste"
+        window = None
+        if activation_scale is not None and surrogate == "windowed_ste" and (needs[0] or needs[4]):
+            window = near(x, None if threshold is None else product.per_feature(threshold, x), activation_scale, width)
         levels = None
         if makes_grad_weight and not keeps_x:
             levels = operand.to(torch.int8)
@@ -67,6 +71,7 @@ class _FrozenProduct(torch.autograd.Function):
             threshold,
             kept_z,
             row_sums,
+            window,
         )
         ctx.clips = clips
         ctx.product, ctx.offset, ctx.pad, ctx.surrogate = product, offset, pad, surrogate
@@ -76,7 +81,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, levels, weight, s, a, threshold, z, row_sums = ctx.saved_tensors
+        x, levels, weight, s, a, threshold, z, row_sums, window = ctx.saved_tensors
         low, high, clip = ctx.clips
         wants_x, wants_weight, wants_s, wants_a, wants_threshold, wants_bias = ctx.needs_input_grad[:6]
         product, offset, surrogate = ctx.product, ctx.offset, ctx.surrogate
@@ -113,10 +118,12 @@ class _FrozenProduct(torch.autograd.Function):
             grad_x = product.grad_input(grad, weight_signs.mul_(s.reshape(shape)), ctx.shapes[0])
             if ctx.binary_input and clipped:
                 grad_x = inside(grad_x, x, low, high)
+            if window is not None:
+                grad_x = grad_x.mul_(window)
             if wants_threshold:
                 grad_threshold = -product.feature_sums(grad_x)
         grad_bias = product.channel_sums(grad) if wants_bias else None
-        return (grad_x if wants_x else None), grad_weight, grad_s, grad_a, grad_threshold, grad_bias, *[None] * 5
+        return (grad_x if wants_x else None), grad_weight, grad_s, grad_a, grad_threshold, grad_bias, *[None] * 6
 
 
 def _signs(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:
@@ -135,6 +142,7 @@ def frozen_product(
     offset: float,
     pad: float,
     surrogate: Surrogate,
+    width: float = 1.0,
 ) -> Tensor:
     """Output of a layer whose entries are all frozen.
 
@@ -161,7 +169,8 @@ def frozen_product(
         offset: 0.0 for the levels {-a, a}, 1.0 for {0, 2a}.
         pad: what stands around a convolution's padded input, in units of a: 0.0, or the upper level, 1.0 + offset.
         surrogate: what frozen entries pass back.
+        width: of the window of `windowed_ste`, in units of the activation scale.
     """
     return _FrozenProduct.apply(
-        x, weight, weight_scale, activation_scale, threshold, bias, clips, product, offset, pad, surrogate
+        x, weight, weight_scale, activation_scale, threshold, bias, clips, product, offset, pad, surrogate, width
     )
