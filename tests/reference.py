@@ -246,12 +246,15 @@ class Site:
     low: float = -math.inf
     high: float = math.inf
     offset: float = 0.0
+    reach: float = math.inf
 
     def mixed(self) -> Matrix:
         return mix_activation(self.u, self.a, self.b, self.mask, self.low, self.high, self.offset)
 
     def gradients(self, g: Matrix, kind: str) -> tuple[Matrix, float, Vector]:
-        return mix_activation_gradients(g, self.u, self.b, self.mask, self.low, self.high, self.offset, kind)
+        return mix_activation_gradients(
+            g, self.u, self.b, self.mask, self.low, self.high, self.offset, kind, self.reach
+        )
 
 
 def times(left: Matrix, right: Matrix) -> Matrix:

@@ -112,7 +112,7 @@ def expected(module: BinaryAttention, tensors: list[Tensor], kind: str, scaling:
         edges = (-INF, INF) if probability else tuple(getattr(module, f"{site}_{e}").item() for e in ("low", "high"))
         mask = [mask[j % attention.SLOTS] for j in range(columns)] if probability else mask
         a = getattr(module, f"{site}_scale")[head].item()
-        return reference.Site(u, a, b, mask, *edges, offset=float(probability))
+        return reference.Site(u, a, b, mask, *edges, float(probability), abs(a) * module.stompp_config.surrogate_width)
 
     for n in range(BATCH):
         for head in range(heads):
@@ -147,7 +147,7 @@ def assert_close(actual: Tensor | None, wanted: Tensor) -> None:
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("shape", SHAPES, ids=["heads", "grouped"])
 @pytest.mark.parametrize("state", [TRANSITION, FROZEN])
-@pytest.mark.parametrize("surrogate", ["zero", "ste", "clipped_ste"])
+@pytest.mark.parametrize("surrogate", ["zero", "ste", "clipped_ste", "windowed_ste"])
 def test_products_and_gradients(surrogate, state, shape, kind, options, monkeypatch):
     monkeypatch.setattr(attention, "SLOTS", 3)  # fewer than keys
     module = build(shape, frozen_gradient=surrogate, **options)
@@ -240,7 +240,7 @@ def test_values_come_from_what_was_seen_and_padding_is_not_seen():
     for site, u in (("query", q), ("key", k), ("value", v)):
         for head in range(2):
             rows = u[:, head].flatten(0, 1) if site == "query" else u[:, head][visible]
-            scale = getattr(module, f"{site}_scale")[head]
+            scale = getattr(module, f"{site}_scale")[head].item()
             assert math.isclose(scale, rows.abs().mean(), rel_tol=1e-6)
         assert torch.count_nonzero(getattr(module, f"{site}_threshold")) == 0
         low, high = getattr(module, f"{site}_low").item(), getattr(module, f"{site}_high").item()
@@ -249,8 +249,8 @@ def test_values_come_from_what_was_seen_and_padding_is_not_seen():
     p = scores.masked_fill(~visible[:, None, None, :], -INF).softmax(-1)
     for head in range(2):  # Lloyd's rule: the upper level is the mean of what lies above the threshold, half of it
         seen = torch.cat([p[0, head, :, :3].flatten(), p[1, head].flatten()])
-        cut = module.probability_threshold[head]
-        assert math.isclose(module.probability_scale[head], cut)
+        cut = module.probability_threshold[head].item()
+        assert math.isclose(module.probability_scale[head].item(), cut)
         assert math.isclose(2 * cut, seen[seen > cut].mean(), rel_tol=1e-5)
 
 
@@ -268,7 +268,7 @@ def test_committed_attention_takes_the_first_values_that_it_sees():
     scale = module.query_scale.reshape(2, 2, 1, 1) * module.key_scale.reshape(2, 1, 1, 1)
     p = (scores * scale * SIZE**-0.5).softmax(-1).flatten(1, 2)  # of binary queries and keys
     for head in range(4):
-        cut = module.probability_threshold[head]
+        cut = module.probability_threshold[head].item()
         assert math.isclose(2 * cut, p[:, head][p[:, head] > cut].mean(), rel_tol=1e-9)
 
 

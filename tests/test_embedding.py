@@ -46,7 +46,7 @@ def freeze(layer: BinaryEmbedding, state: str) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"weight_scale": "tensor"}, {"weight_clip": 0.4}, NO_SCALE], ids=str)
 @pytest.mark.parametrize("padding", [None, "zeros", "words"])
 @pytest.mark.parametrize("state", [TRANSITION, FROZEN])
-@pytest.mark.parametrize("surrogate", ["zero", "ste", "clipped_ste"])
+@pytest.mark.parametrize("surrogate", ["zero", "ste", "clipped_ste", "windowed_ste"])
 def test_rows_and_gradients(surrogate: str, state: str, padding: str | None, options: dict[str, Any]) -> None:
     layer = build(None if padding is None else PADDING, padding == "zeros", frozen_gradient=surrogate, **options)
     mask = freeze(layer, state)

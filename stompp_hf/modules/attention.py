@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
-from ..functional import Edges
-from .binary_matmul import Operand, binary_matmul
+from .binary_matmul import Edges, Operand, binary_matmul
 from .calibration import MAX_ROWS, Observer, activation_values, recomputing
 from .member import FROZEN, PENDING, TRANSITION, Member
 from .state import finite_edge
@@ -243,7 +242,8 @@ class BinaryAttention(Member, nn.Module):
         mask = placed("mask")
         if mask is not None and site == "probability":
             mask = mask[..., torch.arange(u.shape[-1], device=mask.device) % SLOTS]
-        return Operand(u, placed("scale"), placed("threshold"), self.edges[site], float(site == "probability"), mask)
+        edges, offset, width = self.edges[site], float(site == "probability"), self.stompp_config.surrogate_width
+        return Operand(u, placed("scale"), placed("threshold"), edges, offset, mask, width)
 
     def _product(self, left: Operand, right: Operand, factor: Tensor | None = None) -> Tensor:
         """(factor * left') @ right'."""

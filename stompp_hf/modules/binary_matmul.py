@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..functional import Edges, Surrogate, hard_above, inside, mix_activation
+from ..functional import Surrogate, hard_above, inside, mix_activation, near
+
+Edges = tuple[float | None, float | None]
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Operand:
 
     u: (..., n, m), float32 or float64; scale: a, one a head, broadcastable to the leading dimensions with (1, 1)
     behind; threshold: b, broadcastable to u, or None for 0; edges: its clip range; offset: 0.0 for the levels {-a, a},
-    1.0 for {0, 2a}; mask: M, broadcastable to u, in a transition.
+    1.0 for {0, 2a}; mask: M, broadcastable to u, in a transition; width: of the window of `windowed_ste`.
     """
 
     u: Tensor
@@ -29,6 +31,7 @@ class Operand:
     edges: Edges
     offset: float = 0.0
     mask: Tensor | None = None
+    width: float = 1.0
 
     def transposed(self) -> "Operand":
         """The same with its last two dimensions exchanged."""
@@ -39,7 +42,9 @@ class Operand:
         """u' in a transition: `mix_activation`."""
         if self.mask is None:
             raise RuntimeError("attention in transition has no mask; its state is set by Progression.step(step)")
-        return mix_activation(self.u, self.scale, self.threshold, self.mask, *self.edges, self.offset, surrogate)
+        return mix_activation(
+            self.u, self.scale, self.threshold, self.mask, *self.edges, self.offset, surrogate, width=self.width
+        )
 
     def binary(self) -> Tensor:
         """u' once frozen, a * (offset + sign(u - b)), without a gradient."""
@@ -67,6 +72,7 @@ class _BinaryMatmul(torch.autograd.Function):
         offset: float,
         edges: tuple[Edges, Edges],
         surrogate: str,
+        width: float,
     ) -> Tensor:
         z = codes_of(left, left_threshold, offset, factor).matmul(codes_of(right, right_threshold, 0.0))
         needs = ctx.needs_input_grad
@@ -81,7 +87,7 @@ class _BinaryMatmul(torch.autograd.Function):
             factor if passes else None,
             z if needs[2] or needs[3] else None,
         )
-        ctx.offset, ctx.edges, ctx.surrogate, ctx.passes = offset, edges, surrogate, passes
+        ctx.offset, ctx.edges, ctx.surrogate, ctx.width, ctx.passes = offset, edges, surrogate, width, passes
         return z * (left_scale * right_scale)
 
     @staticmethod
@@ -95,20 +101,25 @@ class _BinaryMatmul(torch.autograd.Function):
             found[2] = (both * right_scale).sum_to_size(left_scale.shape) if needs[2] else None
             found[3] = (both * left_scale).sum_to_size(right_scale.shape) if needs[3] else None
         if not ctx.passes:
-            return *found, *[None] * 4
-        clipped = ctx.surrogate == "clipped_ste"
+            return *found, *[None] * 5
+
+        def surrogate(grad: Tensor, u: Tensor, a: Tensor, b: Tensor | None, edges: Edges) -> Tensor:
+            if ctx.surrogate == "windowed_ste":
+                return grad.mul_(near(u, b, a, ctx.width))
+            return inside(grad, u, *edges) if ctx.surrogate == "clipped_ste" else grad
+
         if needs[0] or needs[4]:
             levels = codes_of(right, right_threshold, 0.0).mul_(right_scale)
             passed = grad.matmul(levels.transpose(-1, -2)).sum_to_size(left.shape)
             passed = passed if factor is None else passed.mul_(factor)
-            found[0] = passed = inside(passed, left, *ctx.edges[0]) if clipped else passed
+            found[0] = passed = surrogate(passed, left, left_scale, left_threshold, ctx.edges[0])
             found[4] = -passed.sum_to_size(left_threshold.shape) if needs[4] else None
         if needs[1] or needs[5]:
             levels = codes_of(left, left_threshold, ctx.offset, factor).mul_(left_scale)
             passed = levels.transpose(-1, -2).matmul(grad).sum_to_size(right.shape)
-            found[1] = passed = inside(passed, right, *ctx.edges[1]) if clipped else passed
+            found[1] = passed = surrogate(passed, right, right_scale, right_threshold, ctx.edges[1])
             found[5] = -passed.sum_to_size(right_threshold.shape) if needs[5] else None
-        return *(value if needed else None for value, needed in zip(found, needs[:6], strict=True)), *[None] * 4
+        return *(value if needed else None for value, needed in zip(found, needs[:6], strict=True)), *[None] * 5
 
 
 def binary_matmul(left: Operand, right: Operand, surrogate: Surrogate, factor: Tensor | None = None) -> Tensor:
@@ -116,7 +127,7 @@ def binary_matmul(left: Operand, right: Operand, surrogate: Surrogate, factor: T
 
     Forward:  z = (factor * (offset + sign(l - b))) @ sign(r - c);  y = (a_l * a_r) * z
     Backward: with l' = factor * a_l * (offset + sign(l - b)) and r' = a_r * sign(r - c), and g = dL/dy:
-              dL/dl = k * factor * (g @ r'^T), dL/dr = k * (l'^T @ g), k = 0, 1 or 1[low < u < high] as in `mix_weight`
+              dL/dl = k * factor * (g @ r'^T), dL/dr = k * (l'^T @ g), k as in `mix_activation`
               (the surrogate is never multiplied by the operand's own scale); dL/db = - sum of dL/dl, and so for c
               dL/da_l = a_r * sum of g * z; dL/da_r = a_l * sum of g * z
               STE-free (k = 0) both products of the backward pass are skipped and undefined gradients returned
@@ -129,4 +140,4 @@ def binary_matmul(left: Operand, right: Operand, surrogate: Surrogate, factor: T
         factor: broadcastable to `left`: 0 where an entry is excluded, else a dropout's factor; None for 1.
     """
     tensors = (left.u, right.u, left.scale, right.scale, left.threshold, right.threshold, factor)
-    return _BinaryMatmul.apply(*tensors, left.offset, (left.edges, right.edges), surrogate)
+    return _BinaryMatmul.apply(*tensors, left.offset, (left.edges, right.edges), surrogate, left.width)
