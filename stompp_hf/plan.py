@@ -40,7 +40,7 @@ class Plan:
 
     bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, and shifted: ReLUs that became RPReLUs,
     with the binary layers that read them; attention: the implementation ("sdpa" or "eager") that binary attention
-    stands in for, if there is any.
+    stands in for, if there is any; a reload goes back to it, so that it computes the same.
     """
 
     config: StoMPPConfig

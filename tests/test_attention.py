@@ -266,7 +266,7 @@ def test_committed_attention_takes_the_first_values_that_it_sees():
     q, k = tensors[0].unflatten(1, (2, 2)), tensors[1].unsqueeze(2)
     scores = torch.where(q >= 0, 1, -1).double() @ torch.where(k >= 0, 1, -1).double().transpose(-1, -2)
     scale = module.query_scale.reshape(2, 2, 1, 1) * module.key_scale.reshape(2, 1, 1, 1)
-    p = (scores * scale * SIZE**-0.5).softmax(-1).flatten(1, 2)  # of binary queries and keys
+    p = (scores * scale * SIZE**-0.5).softmax(-1).flatten(1, 2).detach()  # of binary queries and keys
     for head in range(4):
         cut = module.probability_threshold[head].item()
         assert math.isclose(2 * cut, p[:, head][p[:, head] > cut].mean(), rel_tol=1e-9)
