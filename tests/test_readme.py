@@ -36,8 +36,10 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     assert isinstance(tmp_path, Path)
     monkeypatch.chdir(tmp_path)
     python = blocks("python")
-    assert len(python) == 4
-    training, reloading, refinements, loop = (block.replace("bert-base-uncased", "checkpoint") for block in python)
+    assert len(python) == 5
+    training, reloading, refinements, teaching, loop = (
+        block.replace("bert-base-uncased", "checkpoint") for block in python
+    )
 
     exec(training, names)
     trained = names["model"]
@@ -53,6 +55,11 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     names["model"] = fresh(names)
     exec(refinements, names)
     assert "stompp_frozen_fraction" in names["trainer"].state.log_history[0]  # type: ignore[attr-defined]
+
+    names["model"] = BertForSequenceClassification.from_pretrained("checkpoint")
+    exec(teaching, names)
+    last = [record for record in names["trainer"].state.log_history if "loss" in record][-1]  # type: ignore[attr-defined]
+    assert last["stompp_hidden"] > 0 and last["stompp_frozen_fraction"] == 1
 
     names["model"] = model = fresh(names).train()
     rows = names["train_dataset"]
