@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import vision
-from models import quick, same_tensors
+from models import logits, quick, same_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, set_seed
@@ -365,7 +365,7 @@ def test_save_and_reload(name: str, relu: str, tmp_path: Path) -> None:
     results = []
     for network in (model.train(), reload):
         set_seed(0)
-        results.append([network(**case.batch()).logits, vision.logits(network, case.batch())])
+        results.append([network(**case.batch()).logits, logits(network, case.batch())])
     assert all(map(torch.equal, *results)) and torch.equal(*hidden)
 
 
