@@ -57,6 +57,11 @@ class StoMPPConfig:
     )
     start: float = _option(0.0, "Fraction of the run at which the first stage's window opens.")
     end: float = _option(0.5, "Fraction of the run at which the last stage is frozen; start = end = 0 is vanilla STE.")
+    pending_lr: float = _option(
+        1.0,
+        "Learning rate of what is still real, in units of the optimizer's: stages whose window has not opened, and "
+        "until the first one opens everything else.",
+    )
     weight_scale: Literal["none", "tensor", "channel"] = _option(
         "channel", "Magnitude of a binary weight: 1 (none), one value a tensor, or one an output channel."
     )
@@ -135,6 +140,9 @@ class StoMPPConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
                 self._refuse(name, "must be a fraction of the run, between 0 and 1")
+        rate = self.pending_lr
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 <= rate <= 1.0:
+            self._refuse("pending_lr", "must be between 0 and 1, as in pending_lr=0.1")
         if self.start > self.end:
             self._refuse("start", f"is after end={self.end}; use start <= end, as in start=0.1, end=0.8")
         for name in ("weight_clip", "activation_clip", "surrogate_width"):
@@ -217,12 +225,13 @@ class StoMPPConfig:
         return cls(**{**values, **options})
 
     def as_vanilla_ste(self) -> "StoMPPConfig":
-        """The baseline of this configuration: everything frozen from step 0, identity surrogate everywhere."""
-        return dataclasses.replace(self, start=0.0, end=0.0, frozen_gradient="ste")
+        """The baseline of this configuration: everything frozen from step 0, with its surrogate (STE-free: identity)."""
+        surrogate = "ste" if self.frozen_gradient == "zero" else self.frozen_gradient
+        return dataclasses.replace(self, start=0.0, end=0.0, frozen_gradient=surrogate)
 
     def as_full_precision(self) -> "StoMPPConfig":
         """The same code path with nothing binarized."""
-        return dataclasses.replace(self, binarize="nothing")
+        return dataclasses.replace(self, binarize="nothing", pending_lr=1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values."""

@@ -15,6 +15,7 @@ from .hold import hold_frozen
 from .masks import SoftRefreshMask
 from .modules import FROZEN, PENDING, TRANSITION, BinaryLayer, Member
 from .modules.calibration import Observer, padding_masks
+from .pending_lr import first_steps, slow_pending
 from .plan import Plan, members, planned_model
 from .probe import run, undisturbed
 from .schedules import frozen_fraction
@@ -266,10 +267,11 @@ class Progression:
         self._handles.clear()
 
     def attach(self, optimizer: Any) -> None:
-        """Hold frozen entries against the optimizer's inertia and decay (STE-free only; else it does nothing).
+        """Hold frozen entries against the optimizer's inertia and decay (STE-free), and apply `pending_lr`.
 
-        Forward: after each optimizer step, latents of frozen entries are what they were before it, so the sign of a
-        frozen entry cannot change while it stays frozen; unfrozen entries, scales and biases go on learning.
+        Forward: STE-free, after each optimizer step, latents of frozen entries are what they were before it, so the
+        sign of a frozen entry cannot change while it stays frozen; unfrozen entries, scales and biases go on learning.
+        With pending_lr below 1, what is still pending moves by that share of the optimizer's step.
 
         Args:
             optimizer: a torch optimizer, or accelerate's wrapper of one.
@@ -279,6 +281,9 @@ class Progression:
         """
         if self.config.frozen_gradient == "zero" and self.config.binarize != "nothing":
             self._holds += hold_frozen(optimizer, list(self._weighted().values()))
+        if self.config.pending_lr != 1.0:
+            parameters = first_steps(self.model, {name: window.begin for name, window in self.windows.items()})
+            self._holds += slow_pending(optimizer, parameters, self.config.pending_lr, lambda: self.current_step)
 
     def detach(self) -> None:
         """Let go of the optimizers, and remove the hooks and observers that this object put on the model."""
