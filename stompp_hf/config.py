@@ -225,7 +225,7 @@ class StoMPPConfig:
         return cls(**{**values, **options})
 
     def as_vanilla_ste(self) -> "StoMPPConfig":
-        """The baseline of this configuration: everything frozen from step 0, with its surrogate (STE-free: identity)."""
+        """The baseline: everything frozen from step 0, with this configuration's surrogate (STE-free: identity)."""
         surrogate = "ste" if self.frozen_gradient == "zero" else self.frozen_gradient
         return dataclasses.replace(self, start=0.0, end=0.0, frozen_gradient=surrogate)
 
