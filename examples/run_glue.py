@@ -8,7 +8,6 @@
 In the shape of transformers' run_glue.py, with a fourth group of options: StoMPPConfig.
 """
 
-import json
 import logging
 import os
 import sys
@@ -17,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import transformers
-import yaml
 from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
+from options import TeacherArguments, read_words
 from stage_edges import EvaluateAtStageEdges
 from transformers import (
     AutoConfig,
@@ -34,7 +33,6 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from stompp_hf import (
-    DistillationCallback,
     StoMPPConfig,
     StoMPPTrainerCallback,
     binarize_model,
@@ -48,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(TeacherArguments):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(
@@ -76,17 +74,6 @@ class ModelArguments:
             "choices": ["default", "paper"],
         },
     )
-    teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "Distil while freezing: `own` (the model itself as it stands when the first stage's window opens; "
-            "give it time with --start), or the path or hub name of a fine-tuned model of the same kind."
-        },
-    )
-    teacher_logits: float = field(default=1.0, metadata={"help": "Weight of the teacher's predictions."})
-    teacher_hidden: float = field(default=1.0, metadata={"help": "Weight of the teacher's hidden states."})
-    teacher_temperature: float = field(default=1.0, metadata={"help": "Temperature of the predictions."})
-    task_weight: float = field(default=1.0, metadata={"help": "Weight of the labels' loss beside a teacher's."})
     evaluate_stages: bool = field(default=True, metadata={"help": "Evaluate whenever a stage has just been frozen."})
     evaluate_binary: bool = field(
         default=False, metadata={"help": "At each evaluation, also evaluate the model as if fully binary now."}
@@ -102,26 +89,13 @@ DEMO = {
 
 
 def parse(words: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, StoMPPConfig]:
-    """Options from the command line, or from one .json or .yaml file."""
+    """Options from any number of .json and .yaml files, then from the command line; what comes later wins."""
+    read = read_words(words)
+    demo = {} if read.given & {"task_name", "train_file", "validation_file", "model_name_or_path"} else DEMO
+    paper = StoMPPConfig.paper().to_dict() if read.preset == "paper" else {}
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, StoMPPConfig))
-    options: dict[str, Any] | None = None
-    if len(words) == 1 and words[0].endswith((".json", ".yaml", ".yml")):
-        with open(words[0], encoding="utf-8") as file:
-            options = json.load(file) if words[0].endswith(".json") else yaml.safe_load(file)
-        given, preset = set(options), options.get("preset")
-    else:
-        split = [word for item in words for word in item.split("=", 1)]
-        given = {word[2:] for word in split if word.startswith("--")}
-        preset = split[split.index("--preset") + 1] if "preset" in given else None
-    defaults: dict[str, Any] = {}
-    if not given & {"task_name", "train_file", "validation_file", "model_name_or_path"}:
-        defaults.update(DEMO)
-    if preset == "paper":
-        defaults.update(StoMPPConfig.paper().to_dict())
-    if options is not None:
-        return parser.parse_dict({**defaults, **options})  # type: ignore[return-value]
-    parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(words)  # type: ignore[return-value]
+    parser.set_defaults(**{**demo, **paper})
+    return parser.parse_args_into_dataclasses(read.words)  # type: ignore[return-value]
 
 
 def load_model(args: ModelArguments, task: Any) -> tuple[Any, Any]:
@@ -211,16 +185,7 @@ def main() -> dict[str, float]:
         optimizers=(create_optimizer(model, training_args), None) if training_args.do_train else (None, None),
     )
     callback.attach(trainer)
-    if model_args.teacher is not None and model_args.method != "full_precision":
-        trainer.add_callback(
-            DistillationCallback(
-                None if model_args.teacher == "own" else model_args.teacher,
-                logits=model_args.teacher_logits,
-                hidden=model_args.teacher_hidden,
-                task=model_args.task_weight,
-                temperature=model_args.teacher_temperature,
-            )
-        )
+    model_args.add_to(trainer, model_args.method)
     if model_args.evaluate_stages and training_args.do_train and training_args.do_eval:
         trainer.add_callback(EvaluateAtStageEdges(callback))
 

@@ -9,7 +9,6 @@ In the shape of transformers' run_image_classification.py, with a fourth group o
 """
 
 import copy
-import itertools
 import json
 import logging
 import os
@@ -20,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-import yaml
 from image_data import DataArguments, Task, collate, load_task, prepare
 from image_model import ModelArguments, load_config, load_model, load_processor
+from options import read_words
 from stage_edges import EvaluateAtStageEdges
 from transformers import (
     AutoModelForImageClassification,
@@ -65,33 +64,15 @@ SOURCES = {"dataset_name", "train_dir", "validation_dir", "train_file", "validat
 MODELS = {"model_name_or_path", "config_name"}
 
 
-def as_words(path: str) -> list[str]:
-    """The options of a .json or .yaml file, as they would be written on the command line."""
-    with open(path, encoding="utf-8") as file:
-        options = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
-    words: list[str] = []
-    for key, value in (options or {}).items():
-        if value is not None:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            words += [f"--{key}", *map(str, values)]
-    return words
-
-
 def parse(words: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, StoMPPConfig]:
     """Options from any number of .json and .yaml files, then from the command line; what comes later wins."""
-    files = 0
-    while files < len(words) and words[files].endswith((".json", ".yaml", ".yml")):
-        files += 1
-    words = [word for path in words[:files] for word in as_words(path)] + words[files:]
-    split = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    given = {word[2:] for word in split if word.startswith("--")}
-    presets = [value for name, value in itertools.pairwise(split) if name == "--preset"]
-    demo = {} if given & (SOURCES | MODELS) else {**DEMO, "compare": "method" not in given}
-    paper = StoMPPConfig.paper().to_dict() if [demo.get("preset"), *presets][-1] == "paper" else {}
+    read = read_words(words)
+    demo = {} if read.given & (SOURCES | MODELS) else {**DEMO, "compare": "method" not in read.given}
+    paper = StoMPPConfig.paper().to_dict() if (read.preset or demo.get("preset")) == "paper" else {}
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, StoMPPConfig))
     pin = torch.accelerator.is_available()
     parser.set_defaults(remove_unused_columns=False, dataloader_pin_memory=pin, **{**paper, **demo})
-    return parser.parse_args_into_dataclasses(words)  # type: ignore[return-value]
+    return parser.parse_args_into_dataclasses(read.words)  # type: ignore[return-value]
 
 
 def accuracy_function(data_args: DataArguments) -> Any:
@@ -157,6 +138,7 @@ def train(
         optimizers=(create_optimizer(model, args), None) if args.do_train else (None, None),
     )
     callback.attach(trainer)
+    model_args.add_to(trainer, model_args.method)
     if args.do_train:
         trainer.add_callback(NewEpoch(data["train"]))
     if model_args.evaluate_stages and args.do_train and args.do_eval:

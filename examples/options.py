@@ -1,0 +1,72 @@
+"""Options of the examples: files first, then the command line; and the ones about a teacher, which both share."""
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import yaml
+from transformers import Trainer
+
+from stompp_hf import DistillationCallback
+
+
+def as_words(path: str) -> list[str]:
+    """The options of a .json or .yaml file, as they would be written on the command line."""
+    with open(path, encoding="utf-8") as file:
+        options = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
+    words: list[str] = []
+    for key, value in (options or {}).items():
+        if value is not None:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            words += [f"--{key}", *map(str, values)]
+    return words
+
+
+@dataclass
+class Words:
+    """The words of a command line, with its files' options in front, and what they name."""
+
+    words: list[str]
+    given: set[str]
+    preset: str | None
+
+
+def read_words(words: Iterable[str]) -> Words:
+    """Any number of .json and .yaml files, then options; what comes later wins."""
+    rest = list(words)
+    files = list(itertools.takewhile(lambda word: word.endswith((".json", ".yaml", ".yml")), rest))
+    rest = [word for path in files for word in as_words(path)] + rest[len(files) :]
+    split = [part for word in rest for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    given = {word[2:] for word in split if word.startswith("--")}
+    presets = [value for name, value in itertools.pairwise(split) if name == "--preset"]
+    return Words(rest, given, presets[-1] if presets else None)
+
+
+@dataclass
+class TeacherArguments:
+    """Who teaches the model while it freezes, and how much."""
+
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Distil while freezing: `own` (the model itself as it stands when the first stage's window opens; "
+            "give it time with --start), or the path or hub name of a fine-tuned model of the same kind."
+        },
+    )
+    teacher_logits: float = field(default=1.0, metadata={"help": "Weight of the teacher's predictions."})
+    teacher_hidden: float = field(default=1.0, metadata={"help": "Weight of the teacher's hidden states."})
+    teacher_temperature: float = field(default=1.0, metadata={"help": "Temperature of the predictions."})
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the labels' loss beside a teacher's."})
+
+    def add_to(self, trainer: Trainer, method: str) -> None:
+        """Give the trainer's model its teacher, if one was asked for and anything is to be binary."""
+        if self.teacher is not None and method != "full_precision":
+            callback = DistillationCallback(
+                None if self.teacher == "own" else self.teacher,
+                logits=self.teacher_logits,
+                hidden=self.teacher_hidden,
+                task=self.task_weight,
+                temperature=self.teacher_temperature,
+            )
+            trainer.add_callback(callback)
