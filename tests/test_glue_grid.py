@@ -42,6 +42,7 @@ def test_cells_are_run_once_and_can_be_repeated_by_hand(
     glue.main([*out, "--workers", "2"])
     assert "3 cells, 2 of them to run, on 2 workers" in caplog.text
     text = (tmp_path / "results.md").read_text()
+    assert all(record["cpu_seconds"] > 1 and record["peak_mb"] > 50 for record in glue.read(tmp_path).values())
     assert text.count("| sst2 |") == 3 and "StoMPP+STE, own teacher" in text
     folder = tmp_path / "cells" / OWN_TEACHER.id
     model, _, training, stompp = run_glue.parse([str(folder / "options.json")])
@@ -78,7 +79,7 @@ def test_every_cell_is_a_valid_run(preset: str, tmp_path: Path) -> None:
 
 def test_differences_are_paired_with_the_best_learning_rate() -> None:
     def record(cell: TextCell, accuracy: float) -> dict[str, Any]:
-        return {"cell": asdict(cell), "metrics": {"eval_accuracy": accuracy}, "seconds": 60.0}
+        return {"cell": asdict(cell), "metrics": {"eval_accuracy": accuracy}, "cpu_seconds": 60.0, "peak_mb": 500}
 
     results = {}
     for seed, values in enumerate([(0.70, 0.60, 0.75, 0.90), (0.72, 0.50, 0.78, 0.92)]):

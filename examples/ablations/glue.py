@@ -102,13 +102,20 @@ def run_cell(options: dict[str, Any], threads: int) -> dict[str, Any]:
     began = time.perf_counter()
     with open(folder / "log.txt", "w", encoding="utf-8") as log:
         command = [sys.executable, str(SCRIPT), str(folder / "options.json")]
-        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = code = os.waitstatus_to_exitcode(status)
     if code:
         raise RuntimeError(f"exit status {code}: " + (folder / "log.txt").read_text(encoding="utf-8")[-600:])
     metrics = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
     for weights in (*folder.glob("*.safetensors"), *folder.glob("_teacher/*.safetensors")):
         weights.unlink()  # dozens of cells; options.json makes them again
-    return {"metrics": metrics, "seconds": round(time.perf_counter() - began, 1)}
+    return {
+        "metrics": metrics,
+        "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_mb": round(usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)),
+    }
 
 
 def read(folder: Path) -> dict[TextCell, dict[str, Any]]:
@@ -147,16 +154,8 @@ def table(results: dict[TextCell, dict[str, Any]]) -> str:
     key: Callable[[TextCell], Any] = lambda c: (c.task, c.rule, c.layers, order[c.method], c.lr, c.seed)  # noqa: E731
     for cell in sorted(results, key=key):
         groups.setdefault(cell.group, []).append(cell)
-    titles = [
-        "task",
-        "method",
-        "learning rate",
-        "seeds",
-        "score, %",
-        "minus vanilla STE",
-        "of full precision",
-        "minutes",
-    ]
+    titles = ["task", "method", "learning rate", "seeds", "score, %", "minus vanilla STE", "of full precision"]
+    titles += ["CPU minutes", "peak memory, MB"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for cells in groups.values():
         first, scores = cells[0], [score(cell, results[cell]) for cell in cells]
@@ -169,9 +168,10 @@ def table(results: dict[TextCell, dict[str, Any]]) -> str:
         ]
         margin = versus(results, cells, "vanilla_ste") if first.method != "full_precision" else None
         share = f"{mean(scores) / mean(whole):.1%}" if whole and first.method != "full_precision" else ""
-        minutes = mean(results[cell]["seconds"] for cell in cells) / 60
+        minutes = mean(results[cell]["cpu_seconds"] for cell in cells) / 60
+        memory = max(results[cell]["peak_mb"] for cell in cells)
         row = [", ".join([first.task, *extra]), LABELS[first.method], f"{first.lr:g}", str(len(cells)), spread(scores)]
-        row += ["" if margin is None else str(margin), share, f"{minutes:.1f}"]
+        row += ["" if margin is None else str(margin), share, f"{minutes:.1f}", str(memory)]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
