@@ -162,6 +162,9 @@ def main() -> dict[str, float]:
         for module in model.modules():
             if isinstance(module, type(model.get_input_embeddings())):
                 module.requires_grad_(False)
+    # Classifiers take num_items_in_batch and ignore it. Without this, Trainer would believe that they divide by it, and
+    # multiply gradients by the number of processes and of accumulated batches.
+    model.accepts_loss_kwargs = False
     if not is_binarized(model):
         model = binarize_model(model, stompp)
     with training_args.main_process_first(desc="tokenizing"):

@@ -250,10 +250,11 @@ class Distiller:
                 "return_dict=True, transformers' default."
             )
         parts: dict[str, Tensor] = {}
+        share = _share(model, kwargs)
         if self.logits:
-            parts["logits"] = self.logits * self._logits_part(model, kwargs, outputs)
+            parts["logits"] = self.logits * share * self._logits_part(model, kwargs, outputs)
         if self.hidden:
-            parts["hidden"] = self.hidden * self._hidden_part(kwargs)
+            parts["hidden"] = self.hidden * share * self._hidden_part(kwargs)
         self._states, self._targets, self._goals = {}, {}, {}
         own = outputs.get("loss")
         if own is not None and self.task:
@@ -347,14 +348,30 @@ def _kind_of_task(model: nn.Module) -> str:
     return "labels" if problem == "multi_label_classification" else "classes"
 
 
+def _labelled(model: nn.Module, labels: Tensor) -> Tensor:
+    """Which positions of (batch, length) logits have a label; in a causal language model each predicts the next one."""
+    if any(word in type(model).__name__ for word in ("CausalLM", "LMHead")):
+        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+    return labels != -100
+
+
 def _weight(model: nn.Module, logits: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """Weights of the positions of token-wise logits: 0 where there is no label, or padding; else None."""
+    """Weights of the positions of token-wise logits, of sum 1: 0 where there is no label, or padding; else None."""
     labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
-    places = labels if isinstance(labels, Tensor) else mask if isinstance(mask, Tensor) else None
-    if places is None or logits.dim() != 3 or places.shape != logits.shape[:2]:
+    if logits.dim() != 3:
         return None
-    if places is labels and any(word in type(model).__name__ for word in ("CausalLM", "LMHead")):
-        places = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)  # each position predicts the next
-    real = (places != -100) if labels is not None else (places != 0)
-    total = kwargs.get("num_items_in_batch")
-    return real / (real.sum().clamp_min(1) if total is None else total)
+    if isinstance(labels, Tensor) and labels.shape == logits.shape[:2]:
+        real = _labelled(model, labels)
+    elif labels is None and isinstance(mask, Tensor) and mask.shape == logits.shape[:2]:
+        real = mask != 0
+    else:
+        return None
+    return real / real.sum().clamp_min(1)
+
+
+def _share(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
+    """This call's part of the labels of an optimizer step: Trainer has token-wise losses divided by all of them."""
+    labels, total = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    if total is None or not isinstance(labels, Tensor) or labels.dim() != 2:
+        return 1.0
+    return _labelled(model, labels).sum() / total

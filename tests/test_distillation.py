@@ -124,6 +124,35 @@ def test_untouched_in_evaluation_without_teacher_and_after_detach() -> None:
     assert torch.equal(model(**batch).loss, without)
 
 
+def test_accumulated_batches_of_a_language_model_weigh_as_one() -> None:
+    """Labels in other numbers in each half, and num_items_in_batch as Trainer gives it."""
+    model = binarize_model(hf.LlamaForCausalLM(small_llama()), quick()).eval()
+    hf.set_seed(4)
+    teacher = type(model)(model.config)
+    ids = torch.randint(3, 60, (4, 8))
+    labels = ids.clone()
+    labels[0, 1:], labels[1, 3:] = -100, -100
+    total = (labels[:, 1:] != -100).sum()
+    Distiller(model, teacher, hidden=0.0)
+    model.training = True  # the root alone: no dropout
+    whole = model(input_ids=ids, labels=labels, num_items_in_batch=total).loss
+    halves = [model(input_ids=ids[i], labels=labels[i], num_items_in_batch=total).loss for i in ([0, 1], [2, 3])]
+    torch.testing.assert_close(halves[0] + halves[1], whole)
+    with torch.no_grad():
+        model.training = False
+        mine, theirs = (m(input_ids=ids).logits.log_softmax(-1) for m in (model, teacher))
+        own = model(input_ids=ids, labels=labels, num_items_in_batch=total).loss
+    each = (theirs.exp() * (theirs - mine)).sum(-1)
+    wanted = sum(each[i, t] for i in range(4) for t in range(7) if labels[i, t + 1] != -100) / total
+    torch.testing.assert_close(whole.detach(), own + wanted)
+
+
+def small_llama() -> hf.LlamaConfig:
+    return hf.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+
+
 def test_activation_checkpointing_gives_the_same_loss_and_gradients() -> None:
     results = []
     for recompute in (False, True):
