@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from .errors import CheckpointError
 from .modules import BinaryEmbedding, binary_class_of
+from .modules.activations import RPReLU
 from .plan import Entry, members
 from .progression import Progression
 from .quantization_config import METHOD, StoMPPQuantizationConfig
@@ -58,13 +59,16 @@ class StoMPPQuantizer(HfQuantizer):
         if isinstance(kwargs.get("device_map"), dict) and "disk" in kwargs["device_map"].values():
             logger.warning("layers of this model are offloaded to disk; it can run, and cannot be trained.")
         layers = members(model)
-        for name, layer in layers.items():
-            for own, tensor in layer.own_tensors().items():
+        added = {name: layer.own_tensors() for name, layer in layers.items()}
+        added |= {name: m.own_tensors() for name, m in model.named_modules() if isinstance(m, RPReLU)}
+        for name, tensors in added.items():
+            for own, tensor in tensors.items():
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(
-                        f"{name}.{own} is missing in the checkpoint, although its config.json says that the layer is "
-                        "binary: the weights were saved without it, or the file is not the one that belongs here."
+                        f"{name}.{own} is missing in the checkpoint, although its config.json says that the module was "
+                        "binarized: the weights were saved without it, or the file is not the one that belongs here."
                     )
+        for layer in layers.values():
             layer.read_state()
         _align(model)
         # From here on the model is a plain one to transformers and Trainer; only its config remembers.

@@ -11,12 +11,14 @@ import pytest
 import torch
 import vision
 from models import logits, quick, same_tensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, set_seed
 from transformers.modeling_outputs import BaseModelOutput
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, get_plan, report, restore_model
+from stompp_hf.errors import CheckpointError
 from stompp_hf.modules.activations import Bypassed, Changed, Paused
 from stompp_hf.plan import binary_layers
 
@@ -403,3 +405,15 @@ def test_dead_signs_behind_relus_that_stay(caplog: pytest.LogCaptureFixture) -> 
     ):
         found = warnings_of(caplog, use, options, nn.ReLU)
         assert len(found) == (expected is not None) and all(expected in message for message in found)
+
+
+def test_a_missing_rprelu_parameter_is_named(tmp_path: Path) -> None:
+    case = vision.CASES["resnet"]
+    model = binarize_model(case.build(), quick(relu="rprelu"))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in tensors if name.endswith("rprelu_slope"))
+    del tensors[gone]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{gone} is missing in the checkpoint"):
+        case.auto.from_pretrained(tmp_path)
