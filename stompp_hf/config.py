@@ -34,7 +34,7 @@ class StoMPPConfig:
         "W1A32), or nothing (full precision, as a baseline on the same code path).",
     )
     frozen_gradient: Literal["zero", "ste", "clipped_ste", "windowed_ste"] = _option(
-        "ste",
+        "windowed_ste",
         "What frozen entries pass back: zero (STE-free), ste (identity surrogate), clipped_ste (identity inside the "
         "clip range), or windowed_ste (for activations, identity near the threshold: see surrogate_width; for weights, "
         "identity). Unfrozen entries always pass their true gradient.",

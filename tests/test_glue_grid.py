@@ -43,10 +43,10 @@ def test_cells_are_run_once_and_can_be_repeated_by_hand(
     assert "3 cells, 2 of them to run, on 2 workers" in caplog.text
     text = (tmp_path / "results.md").read_text()
     assert all(record["cpu_seconds"] > 1 and record["peak_mb"] > 50 for record in glue.read(tmp_path).values())
-    assert text.count("| sst2 |") == 3 and "StoMPP+STE, own teacher" in text
+    assert text.count("| sst2 |") == 3 and "StoMPP+STE, windowed, own teacher" in text
     folder = tmp_path / "cells" / OWN_TEACHER.id
     model, _, training, stompp = run_glue.parse([str(folder / "options.json")])
-    assert (model.teacher, stompp.start, stompp.end, stompp.frozen_gradient) == ("own", 0.25, 0.75, "ste")
+    assert (model.teacher, stompp.start, stompp.end, stompp.pending_lr) == ("own", 0.2, 0.35, 0.1)
     assert (training.learning_rate, training.max_grad_norm, training.num_train_epochs) == (1e-3, 0.0, 2)
     assert (folder / "_teacher" / "config.json").is_file()
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -72,8 +72,8 @@ def test_every_cell_is_a_valid_run(preset: str, tmp_path: Path) -> None:
         model, _, training, stompp = run_glue.parse([str(path)])
         assert training.seed == stompp.mask_seed == cell.seed
         if cell.rule == "paper":
-            assert stompp.weight_scale == stompp.activation_scale == "none"
-            assert stompp.frozen_gradient == METHODS[cell.method].get("frozen_gradient", "zero")
+            assert stompp.weight_scale == stompp.activation_scale == "none" and stompp.end == 1.0
+            assert stompp.frozen_gradient == {"stompp_ste": "ste"}.get(cell.method, "zero")
         assert model.method == METHODS[cell.method].get("method", "stompp")
 
 
@@ -91,7 +91,7 @@ def test_differences_are_paired_with_the_best_learning_rate() -> None:
     margin = glue.versus(results, mine, "vanilla_ste")
     assert margin is not None and margin.mean == pytest.approx(5.5) and margin.count == 2
     text = glue.table(results)
-    assert "| sst2 | StoMPP+STE | 0.0004 | 2 | 76.50 ± 2.12 | +5.50" in text and "84.1%" in text
+    assert "| sst2 | StoMPP+STE, windowed | 0.0004 | 2 | 76.50 ± 2.12 | +5.50" in text and "84.1%" in text
     other = TextCell("sst2", "stompp_ste", 4e-4, 0, layers=2)
     assert glue.versus({**results, other: record(other, 0.5)}, [other], "vanilla_ste") is None
 
