@@ -50,14 +50,15 @@ torch.save(model(**inputs).logits.detach(), sys.argv[2])
 """
 
 
-def run(*words: str, launch: bool = False) -> str:
-    """Run a script with the repository's examples, and return what it printed."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command = [*command, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+def run(*words: str, processes: int = 0) -> str:
+    """Run a script with the repository's examples, through accelerate if on `processes`, and return what it printed."""
+    command = [sys.executable]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*(command if launch else [sys.executable]), *words], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    if processes:
+        command += ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu" if processes > 1 else "--cpu"]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    result = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 
@@ -84,10 +85,22 @@ def test_launch_with_a_yaml_file_and_resume(tmp_path: Path) -> None:
     }  # fmt: skip
     path = tmp_path / "options.yaml"
     path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in options.items()))
-    whole = run("examples/run_glue.py", str(path), launch=True)
+    whole = run("examples/run_glue.py", str(path), processes=1)
     (out / "checkpoint-12").rename(tmp_path / "later")
     path.write_text(path.read_text() + "\nresume_from_checkpoint: 'True'")
     assert run("examples/run_glue.py", str(path)).splitlines()[-1] == whole.splitlines()[-1]
+
+
+def test_own_teacher_on_two_processes(tmp_path: Path) -> None:
+    """DDP: the loss that the forward's hook makes is the one that both processes average, and the run ends binary."""
+    words = ["--teacher", "own", "--start", "0.4", "--end", "0.8", "--logging_steps", "1", "--use_cpu", "True"]
+    run("examples/run_glue.py", "--output_dir", str(tmp_path), *words, *TINY, processes=2)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    history = [record for record in state["log_history"] if "loss" in record]
+    taught = [record for record in history if "stompp_hidden" in record]
+    assert len(history) == 6 and 0 < len(taught) < 6 and taught == history[-len(taught) :]
+    assert taught[0]["stompp_hidden"] == 0 < taught[-1]["stompp_hidden"]  # at first the teacher is the model itself
+    assert history[-1]["stompp_frozen_fraction"] == 1 and (tmp_path / "_teacher" / "config.json").is_file()
 
 
 def test_paper_preset(tmp_path: Path) -> None:
@@ -145,7 +158,7 @@ def tiny_bert(path: Path, labels: int) -> None:
 def test_no_trainer(tmp_path: Path) -> None:
     words = ["--grammar_train_samples", "96", "--grammar_eval_samples", "32", "--refresh_rate", "1"]
     out = str(tmp_path / "run")
-    run("examples/run_glue_no_trainer.py", "--output_dir", out, "--num_train_epochs", "1", *words, launch=True)
+    run("examples/run_glue_no_trainer.py", "--output_dir", out, "--num_train_epochs", "1", *words, processes=1)
     run("-c", RELOAD, out, str(tmp_path / "logits"))
 
 
