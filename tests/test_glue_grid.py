@@ -77,6 +77,24 @@ def test_every_cell_is_a_valid_run(preset: str, tmp_path: Path) -> None:
         assert model.method == METHODS[cell.method].get("method", "stompp")
 
 
+def test_the_shipped_recipe_is_the_grids() -> None:
+    """The config file of the fine-tuning recipe has the options of the grid's last method."""
+    parts = run_glue.parse([str(ROOT / "examples" / "configs" / "glue_binary.yaml")])
+    cell = TextCell("sst2", "stompp_ste_distilled", glue_grid.BEST["stompp_ste_distilled"])
+    for name, value in {**glue_grid.TextRecipe(0, 3).options(), **cell.options()}.items():
+        found = next(getattr(part, name) for part in parts if hasattr(part, name))
+        if name not in (
+            "task_name",
+            "seed",
+            "mask_seed",
+            "save_strategy",
+            "evaluate_stages",
+            "disable_tqdm",
+            "report_to",
+        ):
+            assert found == value, name
+
+
 def test_differences_are_paired_with_the_best_learning_rate() -> None:
     def record(cell: TextCell, accuracy: float) -> dict[str, Any]:
         return {"cell": asdict(cell), "metrics": {"eval_accuracy": accuracy}, "cpu_seconds": 60.0, "peak_mb": 500}

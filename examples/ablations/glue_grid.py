@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-OWN = {"teacher": "own", "start": 0.2, "end": 0.35, "pending_lr": 0.1}
+OWN = {"teacher": "own", "start": 0.2, "end": 0.35, "pending_lr": 0.1, "refresh_rate": 20}
 """A fifth of the run fine-tunes in full precision; the model as it then stands teaches the rest."""
 METHODS: dict[str, dict[str, Any]] = {
     "full_precision": {"method": "full_precision"},
