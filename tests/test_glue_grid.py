@@ -128,6 +128,17 @@ def test_resized_checkpoints_take_their_layers_from_the_model(layers: int, tmp_p
     assert torch.equal(new.embeddings.word_embeddings.weight, old.embeddings.word_embeddings.weight)
 
 
+def test_held_out_rows_are_the_last_ones_and_never_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "sst2").mkdir()
+    train = tmp_path / "sst2" / "train.parquet"
+    Dataset.from_dict({"sentence": [f"s{i}" for i in range(20)], "label": [i % 2 for i in range(20)]}).to_parquet(train)
+    path = glue.held_out(train, 5, 15, tmp_path / "data")
+    assert Dataset.from_parquet(str(path))["sentence"][:] == [f"s{i}" for i in range(15, 20)]
+    for used in (16, 0):
+        with pytest.raises(SystemExit, match="has 20 rows"):
+            glue.held_out(train, 5, used, tmp_path / "data")
+
+
 def test_bad_selections_say_what_would_work(words: list[str], tmp_path: Path) -> None:
     out = [*words, "--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="list_cells"):

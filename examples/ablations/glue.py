@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from datasets import Dataset
 from glue_grid import LABELS, METRICS, PRESETS, TextCell, TextPreset
 from report import Interval, interval, spread
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
@@ -41,6 +42,10 @@ class GlueArguments:
     preset: str = field(default="table", metadata={"help": "The grid.", "choices": list(PRESETS)})
     tasks: list[str] = field(default_factory=lambda: ["sst2"], metadata={"help": f"Of {', '.join(METRICS)}."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One cell of each kind a seed."})
+    held_out: int = field(
+        default=0,
+        metadata={"help": "Evaluate on the last N training examples, which nothing trains on, in place of validation."},
+    )
     only: list[str] | None = field(default=None, metadata={"help": "Shell-style patterns of the cells to run."})
     workers: int = field(default=1, metadata={"help": "Processes at a time."})
     threads: int = field(default=1, metadata={"help": "CPU threads of each."})
@@ -82,13 +87,31 @@ def resized(model: str, layers: int, folder: Path) -> str:
     return str(target)
 
 
+def held_out(train: Path, count: int, used: int, folder: Path) -> Path:
+    """A file with the last `count` rows of a training file: more examples than a small validation set has.
+
+    Raises SystemExit if the run would train on them.
+    """
+    data: Any = Dataset.from_parquet(str(train))
+    if not 0 < used <= len(data) - count:
+        raise SystemExit(f"--held_out {count}: {train} has {len(data)} rows, and the preset trains on {used or 'all'}.")
+    target = folder / f"{train.parent.name}-last{count}.parquet"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        data.select(range(len(data) - count, len(data))).to_parquet(str(target))
+    return target
+
+
 def options_of(cell: TextCell, preset: TextPreset, args: GlueArguments, folder: Path) -> dict[str, Any]:
     """All options of the cell's run; its output_dir is the cell's folder."""
     data = Path(args.data_dir, cell.task)
     model = resized(args.model, cell.layers, folder / "models") if cell.layers else args.model
+    validation = data / "validation.parquet"
+    if args.held_out:
+        validation = held_out(data / "train.parquet", args.held_out, preset.recipe.train_samples, folder / "data")
     return {
         **preset.recipe.options(), **cell.options(), "model_name_or_path": model,
-        "train_file": str(data / "train.parquet"), "validation_file": str(data / "validation.parquet"),
+        "train_file": str(data / "train.parquet"), "validation_file": str(validation),
         **json.loads(args.options or "{}"), "output_dir": str(folder / "cells" / cell.id),
     }  # fmt: skip
 
