@@ -61,6 +61,10 @@ class BenchmarkArguments:
     run_points: int = field(default=12, metadata={"help": "Equally spaced steps of the whole run; 0 leaves it out."})
     run_repeats: int = field(default=5, metadata={"help": "Rounds a step of the whole run."})
     weights_only: bool = field(default=False, metadata={"help": "Binary weights and real activations."})
+    surrogate: str = field(
+        default=StoMPPConfig.frozen_gradient,
+        metadata={"help": "Of both methods with STE.", "choices": ["ste", "clipped_ste", "windowed_ste"]},
+    )
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's number."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     cpu_time: bool = field(default=False, metadata={"help": "CPU time of the process: steadier on a busy machine."})
@@ -208,7 +212,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     binarize = "weights" if args.weights_only else "weights_and_activations"
-    ste = StoMPPConfig(binarize=binarize)
+    ste = StoMPPConfig(binarize=binarize, frozen_gradient=args.surrogate)
     free = replace(ste, frozen_gradient="zero")
     configs = {PLAIN: None, VANILLA: ste.as_vanilla_ste(), WITH_STE: ste, STE_FREE: free}
     runners = {name: Runner(args, config) for name, config in configs.items()}
