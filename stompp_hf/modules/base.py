@@ -15,6 +15,7 @@ from ..config import StoMPPConfig
 from ..errors import NotCalibratedError, ShapeError
 from ..functional import hard, mix_activation, mix_weight
 from .activations import ABSORBABLE, gate
+from .bits import SignBits
 from .frozen import frozen_product
 from .member import FROZEN, PENDING, TRANSITION
 from .product import Product
@@ -90,7 +91,7 @@ class BinaryLayer(LayerState):
         layer.weight_edge, layer.input_edges = config.weight_clip, (None, None)
         if config.binary_activations and config.activation_clip is not None:
             layer.input_edges = (-config.activation_clip, config.activation_clip)
-        _rebind_forward(layer)
+        rebind_forward(layer)
         return layer
 
     def restore(self) -> nn.Module:
@@ -100,7 +101,7 @@ class BinaryLayer(LayerState):
             if hasattr(layer, name):  # a conversion that failed halfway set only some
                 delattr(layer, name)
         layer.__class__ = type(self).plain_class
-        _rebind_forward(layer)
+        rebind_forward(layer)
         return layer
 
     # ---- state, set by Progression ----
@@ -209,13 +210,13 @@ class BinaryLayer(LayerState):
 
     def _frozen(self, x: Tensor) -> Tensor:
         # Signs are summed in float32 whatever the precision around: a sum of integers must not be rounded.
-        exact = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        exact = torch.float64 if self.like.dtype == torch.float64 else torch.float32
         kind = x.device.type
         mixed = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
             y = frozen_product(
                 self._gated(x).to(exact),
-                self.weight.to(exact),
+                self._signed(exact),
                 self.weight_scale.to(exact),
                 None if self.activation_scale is None else self.activation_scale.to(exact),
                 None if self.activation_threshold is None else self.activation_threshold.to(exact),
@@ -227,7 +228,16 @@ class BinaryLayer(LayerState):
                 self.stompp_config.frozen_gradient,
                 self.stompp_config.surrogate_width,
             )
-        return y.to(torch.get_autocast_dtype(kind) if mixed else self.weight.dtype)
+        return y.to(torch.get_autocast_dtype(kind) if mixed else self.output_dtype)
+
+    def _signed(self, dtype: torch.dtype) -> Tensor | SignBits:
+        """What gives the frozen product the weight's signs."""
+        return self.weight.to(dtype)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Dtype of the output, outside autocast."""
+        return self.weight.dtype
 
     def binary_weight(self) -> Tensor:
         """The weight of the layer once frozen: s * sign(w), shape and dtype of the latent weight, no gradient."""
@@ -243,7 +253,7 @@ def _mask(mask: Tensor | None) -> Tensor:
     return mask
 
 
-def _rebind_forward(layer: Any) -> None:
+def rebind_forward(layer: Any) -> None:
     """accelerate's hooks keep the bound forward of the class that a module had when they were added."""
     if "_old_forward" in layer.__dict__:
         layer._old_forward = type(layer).forward.__get__(layer)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..functional import Surrogate, hard, hard_above, inside, near
+from .bits import SignBits
+from .packed_product import packed_product
 from .product import Product
 
 
@@ -19,7 +21,7 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | SignBits,
         weight_scale: Tensor,
         activation_scale: Tensor | None,
         threshold: Tensor | None,
@@ -31,15 +33,20 @@ class _FrozenProduct(torch.autograd.Function):
         surrogate: str,
         width: float,
     ) -> Tensor:
-        binary_input = activation_scale is not None
-        operand = _signs(x, threshold, product) if binary_input else x
-        weight_signs = hard(weight)
-        z = product(operand, weight_signs, pad - offset)
-        if binary_input and weight.dim() > 2 and z.device.type != "cpu":
+        binary_input, shape = activation_scale is not None, weight.shape
+        others = [dim for dim in range(len(shape)) if dim != product.channel_dim]
+        if isinstance(weight, SignBits):
+            bits, latents, operand = weight, None, x  # no weight's gradient is made: nothing asks for the operand
+            z = packed_product(x, threshold, binary_input, weight, product, pad - offset)
+            row_sums = weight.row_sums(z.dtype) if offset else None
+        else:
+            bits, latents, operand = None, weight, _signs(x, threshold, product) if binary_input else x
+            weight_signs = hard(weight)
+            z = product(operand, weight_signs, pad - offset)
+            row_sums = weight_signs.sum(others) if offset else None
+        if binary_input and len(shape) > 2 and z.device.type != "cpu":
             z = z.round_()  # cuDNN may pick an algorithm (Winograd, FFT) that is off an integer by its last bits
-        others = [dim for dim in range(weight.dim()) if dim != product.channel_dim]
         scale = weight_scale if activation_scale is None else weight_scale * activation_scale
-        row_sums = weight_signs.sum(others) if offset else None
         shift = bias
         if row_sums is not None:
             shift = scale * (row_sums * offset) if bias is None else bias + scale * (row_sums * offset)
@@ -49,7 +56,7 @@ class _FrozenProduct(torch.autograd.Function):
         passes = surrogate != "zero"
         makes_grad_weight = passes and needs[1]  # the scales' gradients come from it then, else from z
         kept_z = z if (needs[2] or needs[3]) and not makes_grad_weight else None
-        if kept_z is not None and binary_input and weight.numel() < 2**15 * weight.shape[product.channel_dim]:
+        if kept_z is not None and binary_input and shape.numel() < 2**15 * shape[product.channel_dim]:
             kept_z = z.to(torch.int16)  # a sum of fewer than 2**15 signs
         keeps_x = makes_grad_weight if not binary_input else surrogate == "clipped_ste"
         window = None
@@ -65,7 +72,7 @@ class _FrozenProduct(torch.autograd.Function):
         ctx.save_for_backward(
             x if keeps_x else None,
             levels,
-            weight if (passes or not binary_input) and (needs[0] or needs[1] or needs[4]) else None,
+            latents if (passes or not binary_input) and (needs[0] or needs[1] or needs[4]) else None,
             weight_scale,
             activation_scale,
             threshold,
@@ -75,7 +82,7 @@ class _FrozenProduct(torch.autograd.Function):
         )
         ctx.clips = clips
         ctx.product, ctx.offset, ctx.pad, ctx.surrogate = product, offset, pad, surrogate
-        ctx.binary_input, ctx.shapes, ctx.others = binary_input, (x.shape, weight.shape), others
+        ctx.binary_input, ctx.shapes, ctx.others, ctx.bits = binary_input, (x.shape, shape), others, bits
         return y
 
     @staticmethod
@@ -89,7 +96,10 @@ class _FrozenProduct(torch.autograd.Function):
         grad_x = grad_weight = grad_s = grad_a = grad_threshold = None
         per_channel: Any = None  # dL/d(s a)
 
+        needs_signs = (wants_x or wants_threshold) and (passes or not ctx.binary_input)
         weight_signs = hard(weight) if weight is not None else None
+        if ctx.bits is not None and needs_signs:
+            weight_signs = ctx.bits.signs(grad.dtype)
         if weight_signs is not None and wants_weight and passes:
             if levels is not None:
                 operand = levels.to(grad.dtype)
@@ -113,8 +123,8 @@ class _FrozenProduct(torch.autograd.Function):
             grad_s = (per_channel if a is None else per_channel * a).sum_to_size(s.shape)
         if wants_a:
             grad_a = (per_channel * s).sum().reshape(a.shape)
-        if weight_signs is not None and (wants_x or wants_threshold) and (passes or not ctx.binary_input):
-            shape = [-1 if dim == product.channel_dim else 1 for dim in range(weight.dim())]
+        if weight_signs is not None and needs_signs:
+            shape = [-1 if dim == product.channel_dim else 1 for dim in range(weight_signs.dim())]
             grad_x = product.grad_input(grad, weight_signs.mul_(s.reshape(shape)), ctx.shapes[0])
             if ctx.binary_input and clipped:
                 grad_x = inside(grad_x, x, low, high)
@@ -132,7 +142,7 @@ def _signs(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:
 
 def frozen_product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | SignBits,
     weight_scale: Tensor,
     activation_scale: Tensor | None,
     threshold: Tensor | None,
@@ -159,7 +169,7 @@ def frozen_product(
 
     Args:
         x: input, (..., in_features) or (batch, in_channels, *size), float32 or float64.
-        weight: latent weight, same dtype.
+        weight: latent weight, same dtype, or the signs of a packed one, which gets no gradient.
         weight_scale: s, (out,) or (1,).
         activation_scale: a, (1,); None leaves the input real.
         threshold: b, one a feature (in,), or None for 0.

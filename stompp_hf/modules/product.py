@@ -17,6 +17,8 @@ class Product(Protocol):
     """Dimension of the weight that holds the output channels."""
     feature_dim: int
     """Dimension of the weight that holds the input features (those of one group, for a convolution)."""
+    groups: int
+    """Number of groups of a convolution; 1 for everything else."""
 
     def features(self, weight: Tensor) -> int:
         """Number of input features (channels, for a convolution)."""
@@ -54,6 +56,7 @@ class LinearProduct:
 
     channel_dim = 0
     feature_dim = 1
+    groups = 1
 
     def features(self, weight: Tensor) -> int:
         return weight.shape[self.feature_dim]

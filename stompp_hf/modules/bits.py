@@ -1,0 +1,71 @@
+"""Signs as bits, 8 a byte: the storage of packed weights."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pack_signs(u: Tensor) -> Tensor:
+    """The signs of u, 8 a byte; rows are padded to whole bytes.
+
+    Forward:  bit i of byte j of a row is 1 where sign(u[..., 8 j + i]) = +1; sign(0) = sign(-0) = +1; padding is 0
+    Shape and dtype: (..., n), any real dtype, to uint8 (..., ceil(n / 8)).
+    Source:   the layout is this library's choice.
+    """
+    ones = F.pad((u.detach() >= 0).view(torch.uint8), (0, -u.shape[-1] % 8))
+    places = torch.arange(8, dtype=torch.uint8, device=u.device)
+    return (ones.unflatten(-1, (ones.shape[-1] // 8, 8)) << places).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(bits: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `pack_signs`: +1 and -1, contiguous, (..., count) from uint8 (..., ceil(count / 8))."""
+    places, bytes_ = torch.arange(8, device=bits.device), torch.arange(256, device=bits.device)
+    table = ((bytes_[:, None] >> places) & 1).to(dtype).mul_(2.0).sub_(1.0)  # the 8 signs of each byte
+    return F.embedding(bits.int(), table).flatten(-2)[..., :count].contiguous()
+
+
+def count_ones(bits: Tensor) -> Tensor:
+    """Number of ones in each row, int64: (...,) from uint8 (..., bytes)."""
+    pairs = bits - ((bits >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
+
+
+@dataclass
+class SignBits:
+    """The signs of a weight as bits.
+
+    bits: uint8 (channels, ceil(weights of one output channel / 8)), a row for each output channel; shape: that of the
+    weight; channel_dim: its dimension of output channels.
+    """
+
+    bits: Tensor
+    shape: torch.Size
+    channel_dim: int = 0
+
+    @classmethod
+    def of(cls, weight: Tensor, channel_dim: int) -> "SignBits":
+        """The signs of a latent weight."""
+        return cls(pack_signs(weight.movedim(channel_dim, 0).flatten(1)), weight.shape, channel_dim)
+
+    @property
+    def row(self) -> list[int]:
+        """Shape of the weights of one output channel."""
+        return [size for dim, size in enumerate(self.shape) if dim != self.channel_dim]
+
+    @property
+    def fan_in(self) -> int:
+        """Number of weights of one output channel."""
+        return math.prod(self.row)
+
+    def signs(self, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
+        """sign(w) of output channels [first, last), laid out as the weight is, contiguous."""
+        rows = unpack_signs(self.bits[first:last], self.fan_in, dtype)
+        return rows.unflatten(1, self.row).movedim(0, self.channel_dim).contiguous()
+
+    def row_sums(self, dtype: torch.dtype) -> Tensor:
+        """Sum of the signs of each output channel, (channels,), exact."""
+        return (2 * count_ones(self.bits) - self.fan_in).to(dtype)
