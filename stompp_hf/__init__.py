@@ -16,6 +16,7 @@ from .modules import (
     BinaryLinear,
 )
 from .optim import create_optimizer, parameter_groups
+from .packing import pack_model, unpack_model
 from .plan import get_plan
 from .progression import Progression, calibrate
 from .quantization_config import StoMPPQuantizationConfig
@@ -45,7 +46,9 @@ __all__ = [
     "calibrate",
     "create_optimizer",
     "get_plan",
+    "pack_model",
     "parameter_groups",
     "report",
     "restore_model",
+    "unpack_model",
 ]

@@ -29,6 +29,10 @@ class NotCalibratedError(StoMPPError, RuntimeError):
     """A committed layer was run before its activation values were set."""
 
 
+class PackingError(StoMPPError, ValueError):
+    """A model cannot be packed or unpacked in the state in which it is."""
+
+
 class CheckpointError(StoMPPError, ValueError):
     """A checkpoint does not fit the model, or the run that it is to continue."""
 

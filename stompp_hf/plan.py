@@ -12,6 +12,7 @@ from .errors import CheckpointError, NotBinarizedError
 from .modules import BinaryLayer, Member
 
 FORMAT_VERSION = 1
+TRAINING_FORMAT, PACKED_FORMAT = "training", "packed"
 _ATTRIBUTE = "stompp_plan"
 
 
@@ -40,7 +41,8 @@ class Plan:
 
     bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, and shifted: ReLUs that became RPReLUs,
     with the binary layers that read them; attention: the implementation ("sdpa" or "eager") that binary attention
-    stands in for, if there is any; a reload goes back to it, so that it computes the same.
+    stands in for, if there is any; a reload goes back to it, so that it computes the same; packed: whether signs stand
+    in place of latent weights.
     """
 
     config: StoMPPConfig
@@ -50,6 +52,7 @@ class Plan:
     paused: dict[str, list[str]] = field(default_factory=dict)
     shifted: dict[str, list[str]] = field(default_factory=dict)
     attention: str | None = None
+    packed: bool = False
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the entries of one kind, in the order in which they freeze."""
@@ -83,6 +86,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return {
+            "format": PACKED_FORMAT if self.packed else TRAINING_FORMAT,
             "format_version": FORMAT_VERSION,
             "config": self.config.to_dict(),
             "modules": [asdict(entry) for entry in self.entries],
@@ -110,7 +114,8 @@ class Plan:
             entries = [Entry(**entry) for entry in values["modules"]]
             others = {name: dict(values.get(name) or {}) for name in ("left", "bypassed", "paused", "shifted")}
             config = StoMPPConfig.from_dict(values["config"])
-            plan = cls(config, entries, **others, attention=values.get("attention"))
+            packed = values.get("format") == PACKED_FORMAT
+            plan = cls(config, entries, **others, attention=values.get("attention"), packed=packed)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"quantization_config is damaged ({error!r}); save the model again.") from error
         if not entries or sorted({entry.stage for entry in entries}) != list(range(plan.stage_count)):

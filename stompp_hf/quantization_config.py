@@ -5,14 +5,15 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError
-from .plan import Plan
+from .plan import PACKED_FORMAT, TRAINING_FORMAT, Plan
 
 METHOD = "stompp"
-TRAINING_FORMAT = "training"
 
 
 class StoMPPQuantizationConfig(QuantizationConfigMixin):
     """The plan of a binarized model, in the form in which transformers saves and reads it.
+
+    format: "training" (latent weights) or "packed" (8 signs a byte); files of both have the same format_version.
 
     Holds plain JSON values; `plan()` gives the checked `Plan`. Unknown keys are kept: a newer release may add some,
     and `format_version` tells whether they matter.
@@ -26,9 +27,9 @@ class StoMPPQuantizationConfig(QuantizationConfigMixin):
 
     def plan(self) -> Plan:
         """The plan, checked; raises CheckpointError where the values are none."""
-        if self.format != TRAINING_FORMAT:
+        if self.format not in (TRAINING_FORMAT, PACKED_FORMAT):
             raise CheckpointError(
                 f"quantization_config: format={self.format!r} is unknown to this release, which reads "
-                f"{TRAINING_FORMAT!r}; install a newer stompp_hf."
+                f"{TRAINING_FORMAT!r} and {PACKED_FORMAT!r}; install a newer stompp_hf."
             )
         return Plan.from_dict(self.__dict__)

@@ -1,4 +1,4 @@
-"""Saving and reloading through transformers: the training format, as a quantization method of its own.
+"""Saving and reloading through transformers: the training format and the packed one, as a quantization method.
 
 A binarized model's config carries a `StoMPPQuantizationConfig`; `save_pretrained` writes it, and `from_pretrained`
 hands it to `StoMPPQuantizer`, which re-creates the binary layers before the weights are loaded. Importing this module
@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from .errors import CheckpointError
 from .modules import BinaryEmbedding, binary_class_of
 from .modules.activations import RPReLU
+from .packing import pack_members
 from .plan import Entry, members
 from .progression import Progression
 from .quantization_config import METHOD, StoMPPQuantizationConfig
@@ -54,20 +55,25 @@ class StoMPPQuantizer(HfQuantizer):
             }
             setattr(plan, changed, found)
         convert(model, plan)
+        if plan.packed:
+            pack_members(members(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if isinstance(kwargs.get("device_map"), dict) and "disk" in kwargs["device_map"].values():
             logger.warning("layers of this model are offloaded to disk; it can run, and cannot be trained.")
-        layers = members(model)
-        added = {name: layer.own_tensors() for name, layer in layers.items()}
-        added |= {name: m.own_tensors() for name, m in model.named_modules() if isinstance(m, RPReLU)}
-        for name, tensors in added.items():
+        layers: dict[str, Any] = {**members(model)}
+        shifted = {name: module for name, module in model.named_modules() if isinstance(module, RPReLU)}
+        for name, module in {**layers, **shifted}.items():
+            tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
             for own, tensor in tensors.items():
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(
-                        f"{name}.{own} is missing in the checkpoint, although its config.json says that the module was "
-                        "binarized: the weights were saved without it, or the file is not the one that belongs here."
+                        f"{name}.{own} is missing in the checkpoint, or of another shape there, although its "
+                        "config.json says that the module was binarized: the weights were saved without it, or the "
+                        "file is not the one that belongs here."
                     )
+                if own == "weight_bits" and tensor.dtype != torch.uint8:
+                    raise CheckpointError(f"{name}.{own} is {tensor.dtype} in the checkpoint, and must be uint8.")
         for layer in layers.values():
             layer.read_state()
         _align(model)
@@ -81,6 +87,8 @@ class StoMPPQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
         first = next(iter(layers.values()))
+        if model.stompp_plan.packed:
+            return model
         if first.total_steps:
             progression = Progression(model, first.total_steps)
             progression.step(first.step)

@@ -97,7 +97,7 @@ def convert(model: nn.Module, plan: Plan) -> None:
         _put_back(model)
         raise
     set_plan(model, plan)
-    _record(model, plan)
+    record(model, plan)
 
 
 def _put_back(model: nn.Module) -> None:
@@ -120,11 +120,11 @@ def restore_model(model: Model) -> Model:
     detach_all(root)
     _put_back(root)
     set_plan(root, None)
-    _record(root, None)
+    record(root, None)
     return model
 
 
-def _record(model: nn.Module, plan: Plan | None) -> None:
+def record(model: nn.Module, plan: Plan | None) -> None:
     """Let save_pretrained write the plan into config.json, where the model is a transformers one."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "save_pretrained"):

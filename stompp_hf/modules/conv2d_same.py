@@ -7,6 +7,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.padding import get_same_padding
 
 from .conv import BinaryConv
+from .packed import PackedLayer, register_packed
 from .registry import register
 
 
@@ -21,3 +22,10 @@ class BinaryConv2dSame(BinaryConv, Conv2dSame):
         sizes = zip(size, layer.kernel_size, layer.stride, layer.dilation, strict=True)
         totals = [get_same_padding(length, kernel, stride, dilation) for length, kernel, stride, dilation in sizes]
         return tuple((total // 2, total - total // 2) for total in totals)
+
+
+@register_packed
+class PackedConv2dSame(PackedLayer, BinaryConv2dSame):
+    """A packed Conv2dSame."""
+
+    binary_class = BinaryConv2dSame

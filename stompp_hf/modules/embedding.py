@@ -74,12 +74,16 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
 
     def _row_scales(self) -> Tensor:
         """s, one a row, (rows, 1); 0 for a padding row of zeros."""
-        scales = self.weight_scale.expand(self.weight.shape[0]).unsqueeze(1)
+        scales = self.weight_scale.expand(self.num_embeddings).unsqueeze(1)
         if self.padding_idx is None:
             return scales
         alive = torch.ones_like(scales)
-        alive[self.padding_idx] = (self.weight.detach()[self.padding_idx] != 0).any().to(alive.dtype)
+        alive[self.padding_idx] = self.padding_row_lives().to(alive.dtype)
         return scales * alive
+
+    def padding_row_lives(self) -> Tensor:
+        """Whether the padding row is not all zeros, as a boolean tensor of one element."""
+        return (self.weight.detach()[self.padding_idx] != 0).any()
 
     def _unfrozen(self, x: Tensor) -> Tensor:
         clip = self.stompp_config.weight_clip if self.stompp_config.binary_weights else None

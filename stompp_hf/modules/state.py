@@ -1,6 +1,6 @@
 """LayerState: the tensors that a binary layer owns beside its weight, and their starting values."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def finite_edge(buffer: Tensor | None) -> float | None:
 class LayerState(Member):
     """What a binary layer keeps: its own tensors, mirrors of them in Python, and its place in the progression."""
 
-    own_names = OWN_TENSORS
+    own_names: ClassVar[tuple[str, ...]] = OWN_TENSORS
     mask_names = ("weight_mask", "activation_mask")
     mirror_names = ("weight_ready", "activation_ready", "activation_offset", "weight_edge", "input_edges")
 

@@ -1,0 +1,241 @@
+"""Packed members: what is frozen for good, with the signs of its weight as bits in place of latents.
+
+A frozen member is packed in place (its `__class__` changes), so names, hooks and the readers of paused dropouts hold.
+Each packed class is a subclass of its binary class, and so of its nn class.
+"""
+
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import PackingError
+from .attention import BinaryAttention
+from .base import BinaryLayer, rebind_forward
+from .bits import SignBits, unpack_signs
+from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
+from .conv1d_transformers import BinaryConv1D
+from .embedding import BinaryEmbedding
+from .linear import BinaryLinear
+from .member import FROZEN, Member
+from .state import OWN_TENSORS
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class PackedMember(Member):
+    """A member that stays frozen. Its own tensors stay in float32 when a model is cast to half precision.
+
+    Raises:
+        PackingError: it is asked to thaw.
+    """
+
+    binary_class: ClassVar[type[Member]]
+    output_dtype = torch.float32
+
+    @classmethod
+    def buffers_of(cls, member: Any) -> dict[str, Tensor | None]:
+        """The buffers that a frozen member is packed into; it is not changed."""
+        return {}
+
+    @classmethod
+    def pack(cls, member: Any, buffers: dict[str, Tensor | None]) -> None:
+        """Turn a frozen member into this class, in place, with what `buffers_of` gave."""
+        member.__class__ = cls
+        for name, buffer in buffers.items():
+            member.register_buffer(name, buffer)
+        for tensor in member.own_tensors().values():
+            if tensor.dtype in _HALF:
+                tensor.data = tensor.data.float()
+        member.enter(FROZEN, 1.0)
+
+    def unpack(self) -> Member:
+        """Turn it back into its binary class, in place, and return it."""
+        member: Any = self
+        member.__dict__.pop("output_dtype", None)
+        member.__class__ = self.binary_class
+        return member  # type: ignore[no-any-return]
+
+    def enter(self, state: str, frozen_share: float) -> None:
+        if state != FROZEN:
+            raise PackingError(
+                f"{type(self).__name__} is packed, has no latent weights, and cannot be {state}. Call "
+                "stompp_hf.unpack_model(model) to train its weights again."
+            )
+        super().enter(state, frozen_share)
+
+    def masked_tensors(self) -> dict[str, torch.Size]:
+        return {}  # nothing is ever in transition
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=self.like.device)).dtype
+        own = self.own_tensors().values()
+        exact = {id(t) for tensor in own for t in (tensor, tensor.grad) if t is not None and t.is_floating_point()}
+
+        def moved(tensor: Tensor) -> Tensor:
+            result: Tensor = fn(tensor)
+            narrowed = id(tensor) in exact and result.dtype in _HALF
+            return tensor.detach().to(result.device, torch.float32) if narrowed else result
+
+        return super()._apply(moved, recurse)
+
+
+class PackedLayer(PackedMember, BinaryLayer):
+    """A frozen layer whose latent weight is replaced by its signs, 8 a byte.
+
+    Forward and gradients: those of the frozen binary layer, bit for bit in float32 (see `modules.frozen`); there is no
+    weight to get a gradient.
+    Tensors: weight_bits uint8 (out, ceil(weights of one output channel / 8)), and those of `BinaryLayer`, in float32 or
+    float64; bias as it was. `weight`, read-only, is made on the fly: s * sign(w), in the dtype of the output.
+    Source: the layout and the classes are this library's choice.
+    """
+
+    own_names: ClassVar[tuple[str, ...]] = ("weight_bits", *OWN_TENSORS)
+    weight_bits: Tensor
+    weight_shape: torch.Size
+
+    @classmethod
+    def buffers_of(cls, member: Any) -> dict[str, Tensor | None]:
+        return {"weight_bits": SignBits.of(member.weight, member.product.channel_dim).bits}
+
+    @classmethod
+    def pack(cls, member: Any, buffers: dict[str, Tensor | None]) -> None:
+        latents = member.weight
+        del member.weight
+        super().pack(member, buffers)
+        member.weight_shape, member.output_dtype = latents.shape, latents.dtype
+        rebind_forward(member)
+
+    def unpack(self) -> Member:
+        """Turn it back into its binary class, in place, with latents max(|s|, tiny) * sign(w).
+
+        Their signs are those of the packed weight whatever became of s, and their size is what the scale started from.
+        """
+        signs, size = self._bits().signs(self.weight_scale.dtype), self.weight_scale.detach().abs()
+        latents = signs.mul_(self._weight_shaped(size.clamp_min(torch.finfo(size.dtype).tiny)))
+        layer: Any = self
+        for name in ("weight_shape", *(name for name in self.own_names if name not in OWN_TENSORS)):
+            delattr(layer, name)
+        super().unpack()
+        layer.weight = nn.Parameter(latents)
+        rebind_forward(layer)
+        return layer  # type: ignore[no-any-return]
+
+    def restore(self) -> nn.Module:
+        layer: Any = self.unpack()
+        return layer.restore()  # type: ignore[no-any-return]
+
+    def _bits(self) -> SignBits:
+        return SignBits(self.weight_bits, self.weight_shape, self.product.channel_dim)
+
+    def _signed(self, dtype: torch.dtype) -> SignBits:
+        return self._bits()
+
+    def _weight_shaped(self, per_channel: Tensor) -> Tensor:
+        shape = [1] * len(self.weight_shape)
+        shape[self.product.channel_dim] = -1
+        return per_channel.reshape(shape)
+
+    weight: Any = property(lambda self: self.binary_weight(), doc="s * sign(w), read-only: a new tensor at each call.")
+
+    @property
+    def like(self) -> Tensor:
+        return self.weight_scale
+
+    def binary_weight(self) -> Tensor:
+        """s * sign(w), in the shape of the latent weight, no gradient."""
+        scale = self.weight_scale.detach()
+        return self._bits().signs(scale.dtype).mul_(self._weight_shaped(scale)).to(self.output_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, packed"
+
+
+PACKED_CLASSES: dict[type[Member], type[PackedMember]] = {}
+_Packed = TypeVar("_Packed", bound=type[PackedMember])
+
+
+def register_packed(packed_class: _Packed) -> _Packed:
+    """Class decorator: add a packed class under its `binary_class`."""
+    PACKED_CLASSES[packed_class.binary_class] = packed_class
+    return packed_class
+
+
+@register_packed
+class PackedLinear(PackedLayer, BinaryLinear):
+    """A packed nn.Linear."""
+
+    binary_class = BinaryLinear
+
+
+@register_packed
+class PackedConv1D(PackedLayer, BinaryConv1D):
+    """A packed Conv1D of transformers; its bits lie in rows of output channels, as everywhere."""
+
+    binary_class = BinaryConv1D
+
+
+@register_packed
+class PackedConv1d(PackedLayer, BinaryConv1d):
+    """A packed nn.Conv1d."""
+
+    binary_class = BinaryConv1d
+
+
+@register_packed
+class PackedConv2d(PackedLayer, BinaryConv2d):
+    """A packed nn.Conv2d."""
+
+    binary_class = BinaryConv2d
+
+
+@register_packed
+class PackedConv3d(PackedLayer, BinaryConv3d):
+    """A packed nn.Conv3d."""
+
+    binary_class = BinaryConv3d
+
+
+@register_packed
+class PackedEmbedding(PackedLayer, BinaryEmbedding):
+    """A packed nn.Embedding: only the rows that are asked for are unpacked.
+
+    One tensor more, where there is a padding row: padding_lives, bool (1,), whether that row is not all zeros.
+    """
+
+    binary_class = BinaryEmbedding
+    own_names = ("weight_bits", "padding_lives", *OWN_TENSORS)
+    padding_lives: Tensor | None
+
+    @classmethod
+    def buffers_of(cls, member: Any) -> dict[str, Tensor | None]:
+        lives = None if member.padding_idx is None else member.padding_row_lives().reshape(1)
+        return {**super().buffers_of(member), "padding_lives": lives}
+
+    def unpack(self) -> Member:
+        dead = self.padding_lives is not None and not bool(self.padding_lives)
+        embedding: Any = super().unpack()
+        if dead:
+            embedding.weight.data[embedding.padding_idx] = 0.0
+        return embedding  # type: ignore[no-any-return]
+
+    def padding_row_lives(self) -> Tensor:
+        assert self.padding_lives is not None
+        return self.padding_lives
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        scale = F.embedding(x, self._row_scales(), self.padding_idx)
+        rows = unpack_signs(self.weight_bits[x], self.embedding_dim, scale.dtype)
+        return (rows * scale).to(self.output_dtype)
+
+    def binary_weight(self) -> Tensor:
+        signs = self._bits().signs(self.weight_scale.dtype)
+        return signs.mul_(self._row_scales().detach()).to(self.output_dtype)
+
+
+@register_packed
+class PackedAttention(PackedMember, BinaryAttention):
+    """BinaryAttention, frozen for good; it has no weight."""
+
+    binary_class = BinaryAttention

@@ -1,0 +1,116 @@
+"""pack_model and unpack_model: from latent weights to 8 signs a byte and back, in place, all of them or none."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .errors import NonFiniteError, NotCalibratedError, PackingError
+from .modules import FROZEN, BinaryLayer, Member
+from .modules.packed import PACKED_CLASSES, PackedMember
+from .plan import Plan, get_plan, members, planned_model
+from .surgery import cast_to_float32, record
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def pack_model(model: Model, *, commit: bool = False) -> Model:
+    """Replace the latent weights of a frozen model by their signs, 8 a byte, in place, and return the same model.
+
+    Forward: bitwise what the frozen model computes in float32. `save_pretrained` then writes the packed format, which
+    `from_pretrained` reads after `import stompp_hf`. Scales, thresholds, biases and what is real stay parameters; the
+    latents are gone, and `unpack_model` makes new ones from scales and signs.
+
+    Args:
+        model: a binarized model, or a wrapper of one, with every stage frozen.
+        commit: freeze what is not frozen yet, here and now, as if the run had ended. Activation values must be there.
+
+    Raises:
+        NotBinarizedError: the model has no binary layers.
+        PackingError: it is packed already, is to stay in full precision, has stages that are not frozen (they are
+            named), or a binary layer without a packed class.
+        NotCalibratedError: a layer has no activation values.
+        NonFiniteError: a latent weight is NaN or infinite: its sign means nothing.
+    """
+    root = planned_model(model)
+    plan, found = get_plan(root), members(root)
+    _check(plan, found, commit)
+    if any(member.stage_state != FROZEN for member in found.values()):
+        total = max(1, *(member.total_steps for member in found.values()))
+        for member in found.values():
+            member.calibrate_weight()
+            member.enter(FROZEN, 1.0)
+            member.total_steps = member.step = total  # the run is over: an unpacked model stays frozen
+    pack_members(found)
+    plan.packed = True
+    record(root, plan)
+    return model
+
+
+def _check(plan: Plan, found: Mapping[str, Member], commit: bool) -> None:
+    if plan.packed:
+        raise PackingError("pack_model: this model is packed already; stompp_hf.unpack_model(model) undoes it.")
+    if plan.config.binarize == "nothing":
+        raise PackingError("pack_model: binarize='nothing' leaves every weight real, so there is nothing to pack.")
+    states = {entry.name: entry.stage_name for entry in plan.entries if found[entry.name].stage_state != FROZEN}
+    if states and not commit:
+        stages = list(dict.fromkeys(states.values()))
+        raise PackingError(
+            f"pack_model: {len(stages)} of {plan.stage_count} stages are not frozen yet: {', '.join(stages)}. Train to "
+            "the end of the run, or pack_model(model, commit=True) to freeze them now, untrained."
+        )
+    for name, member in found.items():
+        if plan.config.binary_activations and member.needs_activation_values and not member.activation_ready:
+            raise NotCalibratedError(
+                f"pack_model: {name} has no activation values yet. Set them from data: progression = "
+                "Progression(model, total_steps); progression.step(total_steps); stompp_hf.calibrate(model, batches); "
+                "then pack_model(model)."
+            )
+        if isinstance(member, BinaryLayer) and not bool(torch.isfinite(member.weight.detach()).all()):
+            raise NonFiniteError(
+                f"pack_model: the latent weight of {name} is not finite, and its signs mean nothing. Load the last "
+                "checkpoint from before it became so."
+            )
+
+
+def pack_members(found: Mapping[str, Member]) -> None:
+    """Pack members in place, without a look at their state: also those of a model on the meta device."""
+    classes = {name: PACKED_CLASSES.get(type(member)) for name, member in found.items()}
+    for name, packed_class in classes.items():
+        if packed_class is None:
+            raise PackingError(
+                f"pack_model: {name} is a {type(found[name]).__name__}, which has no packed class; declare one with "
+                "stompp_hf.modules.packed.register_packed."
+            )
+    plans: list[tuple[Any, Member, Any]] = [
+        (packed_class, found[name], packed_class.buffers_of(found[name]))
+        for name, packed_class in classes.items()
+        if packed_class is not None
+    ]
+    for packed_class, member, buffers in plans:
+        packed_class.pack(member, buffers)
+
+
+def unpack_model(model: Model) -> Model:
+    """Turn a packed model back into a trainable one, with every stage frozen, in place, and return the same model.
+
+    Forward: bitwise what the packed model computes in float32. New latents are max(|s|, tiny) * sign(w), with s the
+    weight scale (1 without scales): what the optimizer last saw is gone. A model in half precision is cast to float32.
+
+    Raises:
+        NotBinarizedError: the model has no binary layers.
+        PackingError: the model is not packed.
+    """
+    root = planned_model(model)
+    plan, found = get_plan(root), members(root)
+    if not plan.packed:
+        raise PackingError("unpack_model: this model is not packed; its latent weights are there.")
+    cast_to_float32(root, dataclasses.replace(plan.config, keep_dtype=False))
+    for member in found.values():
+        if isinstance(member, PackedMember):
+            member.unpack()
+    plan.packed = False
+    record(root, plan)
+    return model
