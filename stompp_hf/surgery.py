@@ -160,10 +160,11 @@ def report(model: nn.Module) -> str:
     """What was converted, in which stages, what was left real and why, and how many parameters become binary."""
     plan, layers = get_plan(model), binary_layers(model)
     binary = sum(layer.weight.numel() for layer in layers.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters()) + (binary if plan.packed else 0)
+    what = "are packed, 8 a byte" if plan.packed else "become binary"
     lines = [
         f"{len(plan.of_kind('layer'))} binary layers in {plan.stage_count} stages ({plan.config.binarize}, order "
-        f"{plan.config.order}); {binary:,} of {total:,} parameters ({binary / total:.1%}) become binary"
+        f"{plan.config.order}); {binary:,} of {total:,} parameters ({binary / total:.1%}) {what}"
     ]
     for stage, name in enumerate(plan.stage_names):
         inside = [entry.name for entry in plan.entries if entry.stage == stage]

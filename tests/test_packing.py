@@ -1,21 +1,39 @@
 """Packed models compute what the frozen ones do, bit for bit, and come back; the rest is refused, whole."""
 
+import copy
+import pickle
 from typing import Any
 
+import beyond
 import models
 import pytest
 import torch
 import vision
-from models import logits, quick, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import logits, quick, same_tensors, train
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from stompp_hf import (
+    BinaryLayer,
+    Progression,
     StoMPPConfig,
     binarize_model,
+    calibrate,
+    get_plan,
     pack_model,
+    report,
+    restore_model,
     unpack_model,
 )
-from stompp_hf.modules.packed import PackedLayer
-from stompp_hf.plan import binary_layers
+from stompp_hf.errors import NonFiniteError, NotBinarizedError, NotCalibratedError, PackingError
+from stompp_hf.modules import BinaryEmbedding, binary_class_of, packed_product
+from stompp_hf.modules.activations import Paused
+from stompp_hf.modules.packed import PackedAttention, PackedEmbedding, PackedLayer, PackedLinear
+from stompp_hf.packing import pack_members
+from stompp_hf.plan import binary_layers, members
 
 STEPS = 6
 BERT = models.CASES["bert"]
@@ -74,3 +92,344 @@ def test_every_architecture(name: str) -> None:
 def test_every_variant(name: str) -> None:
     case, options = VARIANTS[name]
     assert_packed_alike(*frozen(case, **options))
+
+
+# ---- single layers: all shapes, tiles, gradients ----
+
+PLAIN = {"linear": lambda: nn.Linear(11, 7), "transposed": lambda: Conv1D(7, 11), "conv": lambda: nn.Conv2d(4, 6, 3)}
+INPUTS = {"linear": (5, 11), "transposed": (5, 11), "conv": (2, 4, 6, 6)}
+
+
+def frozen_layer(plain: nn.Module, x: torch.Tensor, one_sided: bool = False, **options: Any) -> Any:
+    """A layer of its own, calibrated on x and frozen."""
+    options["activation_levels"] = "auto" if one_sided else "symmetric"
+    layer = binary_class_of(plain).convert(plain, StoMPPConfig(**options), "ReLU" if one_sided else None)
+    layer.calibrate_weight()
+    if layer.stompp_config.binary_activations:
+        layer.calibrate_activation(layer.product.rows(x))
+        assert layer.activation_offset == float(one_sided)
+    layer.enter("frozen", 1.0)
+    return layer
+
+
+def packed(layer: Any) -> Any:
+    """A packed copy."""
+    twin = copy.deepcopy(layer)
+    pack_members({"layer": twin})
+    return twin
+
+
+@st.composite
+def convolutions(draw: Any) -> tuple[nn.Module, torch.Tensor]:
+    """A convolution of any geometry and an input that it takes."""
+    dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    inner, outer = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 4))
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    padding = draw(st.sampled_from([0, 1, 2, *(["same"] if mode == "zeros" else [])]))
+    stride = 1 if padding == "same" else draw(st.integers(1, 2))
+    kernel, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    torch.manual_seed(draw(st.integers(0, 9)))
+    plain = getattr(nn, f"Conv{dims}d")(
+        inner, outer, kernel, stride, padding, dilation, groups, draw(st.booleans()), padding_mode=mode
+    )
+    return plain, torch.randn(2, inner, *[5] * dims)
+
+
+@given(convolutions(), st.booleans(), st.sampled_from(["zero", "one"]), st.booleans(), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_convolutions_of_any_geometry(
+    case: tuple[nn.Module, torch.Tensor], one_sided: bool, padding: str, real_input: bool, small_tiles: bool
+) -> None:
+    plain, x = case
+    options = {"conv_padding": padding, "binarize": "weights" if real_input else "weights_and_activations"}
+    layer = frozen_layer(plain, x.abs() if one_sided else x, one_sided and not real_input, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_product, "TILE", 20 if small_tiles else 2**20)
+        assert torch.equal(packed(layer)(x), layer(x))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.integers(1, 300), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_linear_layers_of_any_size(inner: int, outer: int, rows: int, tile: int, one_sided: bool) -> None:
+    torch.manual_seed(inner)
+    x = torch.randn(rows, inner)
+    for plain in (nn.Linear(inner, outer), Conv1D(outer, inner)):
+        layer = frozen_layer(plain, x.abs() if one_sided else x, one_sided)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packed_product, "TILE", tile)
+            assert torch.equal(packed(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("regime", ["zero", "ste", "clipped_ste", "windowed_ste"])
+@pytest.mark.parametrize("activations", ["real", "symmetric", "one-sided", "absorbed"])
+def test_gradients_are_those_of_a_frozen_layer(kind: str, regime: str, activations: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(INPUTS[kind])
+    binarize = "weights" if activations == "real" else "weights_and_activations"
+    one_sided = activations == "one-sided"
+    layer = frozen_layer(
+        PLAIN[kind](), x.abs() if one_sided else x, one_sided, binarize=binarize, frozen_gradient=regime
+    )
+    if activations == "absorbed":
+        layer.absorbed = "ReLU"
+    layer.weight.requires_grad_(False)
+    found = []
+    for each in (layer, packed(layer)):
+        inner = x.clone().requires_grad_()
+        each(inner).sin().sum().backward()
+        names = ("weight_scale", "activation_scale", "activation_threshold", "bias")
+        own = [getattr(each, name) for name in names]
+        found.append([inner.grad, *(None if tensor is None else tensor.grad for tensor in own)])
+    for left, right in zip(*found, strict=True):
+        assert (left is None and right is None) or torch.allclose(left, right, rtol=1e-6, atol=1e-6)
+    assert (found[1][0] is None) == (regime == "zero" and activations != "real")
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest float tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.entries = max(self.entries, result.numel())
+        return result
+
+
+def test_a_weight_is_unpacked_in_tiles() -> None:
+    x = torch.randn(1, 1024)
+    layer = packed(frozen_layer(nn.Linear(1024, 4096), x))
+    with Largest() as largest, torch.no_grad():
+        layer(x)
+    assert largest.entries == packed_product.TILE < layer.weight.numel() == 2**22
+    kept = [tensor.numel() for tensor in (*layer.parameters(), *layer.buffers()) if tensor.is_floating_point()]
+    assert sum(kept) < 4 * 4096
+    assert not any(isinstance(value, torch.Tensor) for value in vars(layer).values())
+
+
+# ---- a packed module among others ----
+
+
+@pytest.fixture(scope="module")
+def bert() -> tuple[Any, dict[str, Any], torch.Tensor]:
+    """A packed BERT, a batch, and its logits."""
+    model, batch = frozen("bert")
+    pack_model(model)
+    return model, batch, logits(model, batch)
+
+
+def test_packed_modules_are_what_they_replace(bert: tuple[Any, Any, Any]) -> None:
+    layer = bert[0].get_submodule("bert.encoder.layer.0.output.dense")
+    assert isinstance(layer, (PackedLinear, nn.Linear)) and (layer.in_features, layer.out_features) == (48, 32)
+    assert repr(layer) == (
+        "PackedLinear(in_features=48, out_features=32, bias=True, weights_and_activations, frozen, packed)"
+    )
+    values = layer.weight.unique(dim=None)
+    assert layer.weight.is_floating_point() and len(values) <= 64 and not layer.weight.requires_grad
+    assert torch.equal(layer.weight.abs(), layer.weight_scale.abs()[:, None].expand(32, 48))
+    with pytest.raises((AttributeError, KeyError), match="weight"):
+        layer.weight = torch.zeros(32, 48)
+    with pytest.raises(KeyError, match="weight"):
+        layer.weight = nn.Parameter(torch.zeros(32, 48))
+    assert "12 binary layers in 2 stages" in report(bert[0]) and "are packed, 8 a byte" in report(bert[0])
+
+
+def test_copies(bert: tuple[Any, Any, Any]) -> None:
+    model, batch, expected = bert
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin, batch), expected) and get_plan(twin).packed
+        assert same_tensors(twin.state_dict(), model.state_dict()) == []
+        unpack_model(twin)
+        assert torch.equal(logits(twin, batch), expected)
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_a_state_dict_goes_from_one_to_another(bert: tuple[Any, Any, Any]) -> None:
+    model, batch, expected = bert
+    other = binarize_model(BERT.build(seed=3), quick())
+    train(other, BERT, 0, STEPS, STEPS)
+    with pytest.raises(RuntimeError, match="weight_bits"):
+        other.load_state_dict(model.state_dict())
+    pack_model(other)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other, batch), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_leave_bits_and_what_carries_magnitude(bert: tuple[Any, Any, Any], dtype: torch.dtype) -> None:
+    model, batch, expected = copy.deepcopy(bert[0]), *bert[1:]
+    logits_before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.get_submodule("bert.encoder.layer.0.output.dense").weight_scale.grad = torch.ones(32)
+    model.to(dtype)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    for layer in binary_layers(model).values():
+        assert layer.weight_bits.dtype == torch.uint8 and layer.bias.dtype == dtype == layer.weight.dtype
+        assert {t.dtype for t in (layer.weight_scale, layer.activation_scale, layer.activation_threshold)} == {exact}
+    cast = logits(model, batch)
+    assert cast.dtype == dtype and torch.allclose(cast.float(), expected, atol=0.1)
+    model.float()
+    own = [f"{name}.{own}" for name, layer in members(model).items() for own in layer.own_tensors()]
+    assert all(torch.equal(model.state_dict()[name], logits_before[name]) for name in own)
+    if dtype == torch.float64:
+        assert torch.equal(logits(model, batch), expected)
+    pattern = torch.zeros(1, dtype=dtype)
+    restored = unpack_model(model.to(dtype))  # cast to float32, where it was half
+    assert {p.dtype for p in restored.parameters()} == {exact if pattern.dtype != exact else dtype}
+
+
+def test_autocast(bert: tuple[Any, Any, Any]) -> None:
+    model, batch, _ = bert
+    twin = unpack_model(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(model, batch), logits(twin, batch))
+
+
+def test_paused_dropouts_stay_paused_and_training_goes_on() -> None:
+    case = CASES["wav2vec2"]
+    model, batch = frozen("wav2vec2")
+    pack_model(model)
+    paused = [module for module in model.modules() if isinstance(module, Paused)]
+    x = torch.ones(64)
+    assert len(paused) == len(case.paused) and all(torch.equal(module.train()(x), x) for module in paused)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        model(**case.batch(1)).loss.backward()
+        optimizer.step()
+    moved = set(same_tensors(before, model.state_dict()))
+    assert any(name.endswith("weight_scale") for name in moved)
+    assert not any(name.endswith("weight_bits") for name in moved)
+    assert torch.equal(logits(model, batch), logits(unpack_model(model), batch))
+
+
+@pytest.mark.parametrize("name", beyond.CASES)
+def test_attention_and_embeddings(name: str) -> None:
+    case = beyond.CASES[name]
+    options = beyond.BOTH if name in ("bert", "llama") else {"attention": "binarize"}
+    model = binarize_model(beyond.build(name), quick(**options))
+    train(model, case, 0, STEPS, STEPS)
+    batch = case.batch(77)
+    before = logits(model, batch)
+    pack_model(model)
+    assert torch.equal(logits(model, batch), before)
+    assert sum(isinstance(m, PackedAttention) for m in model.modules()) == beyond.MODULES[name]
+    assert sum(isinstance(m, PackedEmbedding) for m in model.modules()) == (name in beyond.WORDS)
+    halved = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+    assert torch.isfinite(logits(copy.deepcopy(model).to(torch.bfloat16), halved)).all()
+    assert torch.equal(logits(unpack_model(model), batch), before)
+
+
+@pytest.mark.parametrize("scale", ["channel", "tensor", "none"])
+@pytest.mark.parametrize("padding", [None, "zero", "learnt"])
+def test_embeddings(scale: str, padding: str | None) -> None:
+    torch.manual_seed(0)
+    plain = nn.Embedding(10, 13, padding_idx=None if padding is None else 3)
+    if padding == "learnt":
+        plain.weight.data[3] = torch.randn(13)
+    options = {"weight_scale": scale, "learn_weight_scale": scale != "none"}
+    layer = BinaryEmbedding.convert(plain, StoMPPConfig(**options))
+    layer.calibrate_weight()
+    layer.enter("frozen", 1.0)
+    ids = torch.tensor([[0, 3, 9], [3, 3, 1]])
+    twin = packed(layer)
+    assert torch.equal(twin(ids), layer(ids)) and torch.equal(twin.weight, layer.binary_weight())
+    assert bool((twin(ids)[0, 1] == 0).all()) == (padding == "zero")
+    if scale != "none":
+        for each in (layer, twin):
+            each(ids).sin().sum().backward()
+        assert torch.equal(twin.weight_scale.grad, layer.weight_scale.grad)
+    twin.unpack()
+    assert type(twin) is BinaryEmbedding and torch.equal(twin(ids), layer(ids))
+
+
+def test_restoring_gives_a_plain_model_with_binary_weights(bert: tuple[Any, Any, Any]) -> None:
+    model = copy.deepcopy(bert[0])
+    weights = {name: layer.weight for name, layer in binary_layers(model).items()}
+    restore_model(model)
+    for name, weight in weights.items():
+        layer = model.get_submodule(name)
+        assert type(layer) is nn.Linear and torch.equal(layer.weight, weight)
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_latents_keep_their_signs_whatever_became_of_the_scale() -> None:
+    x = torch.randn(4, 6)
+    layer = frozen_layer(nn.Linear(6, 3), x)
+    layer.weight_scale.data = torch.tensor([0.5, -0.25, 0.0])
+    before, signs = layer(x), layer.weight.detach().sign()
+    twin = packed(layer)
+    assert torch.equal(twin(x), before)
+    twin.unpack()
+    assert torch.equal(twin(x), before) and torch.equal(twin.weight.detach().sign(), signs)
+    assert torch.equal(twin.weight.detach()[:2].abs(), torch.tensor([0.5, 0.25])[:, None].expand(2, 6))
+
+
+# ---- what is refused ----
+
+
+def unchanged(model: Any, error: type[Exception], match: str, **options: Any) -> None:
+    """Packing raises, and the model is as it was."""
+    before, classes = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    states = [layer.stage_state for layer in members(model).values()]
+    with pytest.raises(error, match=match):
+        pack_model(model, **options)
+    assert same_tensors(before, model.state_dict()) == []
+    assert [type(module) for module in model.modules()] == classes
+    assert [layer.stage_state for layer in members(model).values()] == states
+
+
+def test_unfinished_models() -> None:
+    model = binarize_model(BERT.build(), quick())
+    unchanged(
+        model,
+        PackingError,
+        r"2 of 2 stages are not frozen yet: bert.encoder.layer.0, bert.encoder.layer.1.*commit=True",
+    )
+    unchanged(model, NotCalibratedError, r"query has no activation values.*calibrate\(model, batches\)", commit=True)
+    train(model, BERT, 0, 8, 12)
+    unchanged(model, PackingError, r"1 of 2 stages are not frozen yet: bert.encoder.layer.1\.")
+    batch = BERT.batch(77)
+    committed = copy.deepcopy(model)
+    pack_model(committed, commit=True)
+    Progression(model, 12).step(12)
+    assert torch.equal(logits(committed, batch), logits(model, batch))
+    unpacked = unpack_model(committed)
+    progression = Progression(unpacked, 12)
+    assert progression.is_complete()
+    progression.step(progression.current_step)
+    assert torch.equal(logits(unpacked, batch), logits(model, batch))
+
+
+def test_the_call_that_the_error_names_works() -> None:
+    model = binarize_model(BERT.build(), quick())
+    progression = Progression(model, 10)
+    progression.step(10)
+    unchanged(model, NotCalibratedError, "calibrate")
+    calibrate(model, [BERT.batch()])
+    assert torch.isfinite(logits(pack_model(model), BERT.batch())).all()
+
+
+def test_what_else_cannot_be_packed(bert: tuple[Any, Any, Any]) -> None:
+    unchanged(bert[0], PackingError, "packed already")
+    with pytest.raises(NotBinarizedError, match="binarize_model"):
+        pack_model(nn.Linear(2, 2))
+    unchanged(binarize_model(BERT.build(), StoMPPConfig(binarize="nothing")), PackingError, "binarize='nothing'")
+    model, _ = frozen("bert")
+    with pytest.raises(PackingError, match="not packed"):
+        unpack_model(model)
+    query = model.get_submodule("bert.encoder.layer.1.attention.self.query")
+    query.weight.data[0, 0] = float("-inf")
+    unchanged(model, NonFiniteError, "layer.1.attention.self.query is not finite")
+    query.weight.data[0, 0] = 1.0
+    query.__class__ = type("Unknown", (type(query),), {})
+    unchanged(model, PackingError, "query is a Unknown, which has no packed class")
+
+
+def test_packed_models_do_not_thaw(bert: tuple[Any, Any, Any]) -> None:
+    model = copy.deepcopy(bert[0])
+    with pytest.raises(PackingError, match=r"cannot go back to the state 'transition'.*unpack_model"):
+        Progression(model, STEPS).step(0)
+    assert all(isinstance(layer, BinaryLayer) for layer in binary_layers(model).values())

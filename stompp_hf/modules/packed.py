@@ -60,8 +60,8 @@ class PackedMember(Member):
     def enter(self, state: str, frozen_share: float) -> None:
         if state != FROZEN:
             raise PackingError(
-                f"{type(self).__name__} is packed, has no latent weights, and cannot be {state}. Call "
-                "stompp_hf.unpack_model(model) to train its weights again."
+                f"{type(self).__name__} is packed, without latent weights, and cannot go back to the state {state!r}. "
+                "Call stompp_hf.unpack_model(model) to train its weights again."
             )
         super().enter(state, frozen_share)
 
