@@ -33,6 +33,7 @@ class StoMPPQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.shapes: dict[str, torch.Size] = {}
         if not self.pre_quantized:
             raise CheckpointError(
                 "from_pretrained(quantization_config=...) loads StoMPP checkpoints only. For a plain checkpoint: "
@@ -57,23 +58,25 @@ class StoMPPQuantizer(HfQuantizer):
         convert(model, plan)
         if plan.packed:
             pack_members(members(model))
+            for member in members(model).values():
+                member._is_hf_initialized = True  # type: ignore[assignment]  # init_weights() would look at its weight
+        self.shapes = {
+            f"{name}.{own}": tensor.shape
+            for name, m in _converted(model).items()
+            for own, tensor in _tensors(m).items()
+        }
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether transformers should leave a tensor's shape to us; its own error does not name the tensor."""
+        return param_name in self.shapes
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if isinstance(kwargs.get("device_map"), dict) and "disk" in kwargs["device_map"].values():
             logger.warning("layers of this model are offloaded to disk; it can run, and cannot be trained.")
-        layers: dict[str, Any] = {**members(model)}
-        shifted = {name: module for name, module in model.named_modules() if isinstance(module, RPReLU)}
-        for name, module in {**layers, **shifted}.items():
-            tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-            for own, tensor in tensors.items():
-                if not getattr(tensor, "_is_hf_initialized", False):
-                    raise CheckpointError(
-                        f"{name}.{own} is missing in the checkpoint, or of another shape there, although its "
-                        "config.json says that the module was binarized: the weights were saved without it, or the "
-                        "file is not the one that belongs here."
-                    )
-                if own == "weight_bits" and tensor.dtype != torch.uint8:
-                    raise CheckpointError(f"{name}.{own} is {tensor.dtype} in the checkpoint, and must be uint8.")
+        for name, module in _converted(model).items():
+            for own, tensor in _tensors(module).items():
+                self._check(f"{name}.{own}", tensor)
+        layers = members(model)
         for layer in layers.values():
             layer.read_state()
         _align(model)
@@ -97,6 +100,20 @@ class StoMPPQuantizer(HfQuantizer):
             logger.warning("loaded as %s: fine to run, but small updates vanish when it is trained.", kwargs["dtype"])
         return model
 
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        if not getattr(tensor, "_is_hf_initialized", False):
+            raise CheckpointError(
+                f"{name} is missing in the checkpoint, although its config.json says that the module was binarized: "
+                "the weights were saved without it, or the file is not the one that belongs here."
+            )
+        if tensor.shape != self.shapes[name]:
+            raise CheckpointError(
+                f"{name} has the shape {list(tensor.shape)} in the checkpoint, and by its config.json it should have "
+                f"{list(self.shapes[name])}: one of the two is not the file that belongs here."
+            )
+        if name.endswith(".weight_bits") and tensor.dtype != torch.uint8:
+            raise CheckpointError(f"{name} is {tensor.dtype} in the checkpoint, and must be torch.uint8.")
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
@@ -107,6 +124,15 @@ class StoMPPQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True
+
+
+def _converted(model: PreTrainedModel) -> dict[str, Any]:
+    """The modules to which binarization added tensors, by name."""
+    return {**members(model), **{name: m for name, m in model.named_modules() if isinstance(m, RPReLU)}}
+
+
+def _tensors(module: Any) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
 
 
 def _align(model: PreTrainedModel) -> None:
