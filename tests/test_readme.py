@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
+from stompp_hf import get_plan
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -36,8 +38,8 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     assert isinstance(tmp_path, Path)
     monkeypatch.chdir(tmp_path)
     python = blocks("python")
-    assert len(python) == 5
-    training, reloading, refinements, teaching, loop = (
+    assert len(python) == 6
+    training, reloading, refinements, teaching, loop, shipping = (
         block.replace("bert-base-uncased", "checkpoint") for block in python
     )
 
@@ -68,6 +70,12 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     names["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
     exec(loop, names)
     assert names["progression"].is_complete()  # type: ignore[attr-defined]
+
+    expected = model.eval()(**inputs).logits
+    exec(shipping, names)
+    shipped = names["model"]
+    assert shipped is not model and get_plan(shipped).packed  # type: ignore[arg-type]
+    torch.testing.assert_close(shipped(**inputs).logits, expected, rtol=1e-6, atol=1e-7)  # type: ignore[operator]
 
 
 def fresh(names: dict[str, object]) -> torch.nn.Module:
