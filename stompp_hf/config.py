@@ -5,11 +5,12 @@ import difflib
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .errors import ConfigError
 from .schedules import SCHEDULES
 
+METHOD = "stompp"
 ORDERS = ("forward", "reverse", "global")
 
 
@@ -27,6 +28,9 @@ class StoMPPConfig:
     Raises:
         ConfigError: an option, or a pair of options, that makes no sense; the message shows a call that works.
     """
+
+    quant_method: ClassVar[str] = METHOD
+    """No option: by this name from_pretrained(..., quantization_config=StoMPPConfig(...)) finds this library."""
 
     binarize: Literal["weights_and_activations", "weights", "nothing"] = _option(
         "weights_and_activations",

@@ -4,10 +4,9 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .config import METHOD
 from .errors import CheckpointError
 from .plan import PACKED_FORMAT, TRAINING_FORMAT, Plan
-
-METHOD = "stompp"
 
 
 class StoMPPQuantizationConfig(QuantizationConfigMixin):

@@ -1,7 +1,8 @@
 """Saving and reloading through transformers: the training format and the packed one, as a quantization method.
 
 A binarized model's config carries a `StoMPPQuantizationConfig`; `save_pretrained` writes it, and `from_pretrained`
-hands it to `StoMPPQuantizer`, which re-creates the binary layers before the weights are loaded. Importing this module
+hands it to `StoMPPQuantizer`, which re-creates the binary layers before the weights are loaded. A plain checkpoint that
+is loaded with `quantization_config=StoMPPConfig(...)` is binarized once its weights are there. Importing this module
 registers both; without that import transformers would fill the layers at random.
 """
 
@@ -13,14 +14,15 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from .config import METHOD, StoMPPConfig
 from .errors import CheckpointError
 from .modules import BinaryEmbedding, binary_class_of
 from .modules.activations import RPReLU
 from .packing import pack_members
 from .plan import Entry, members
 from .progression import Progression
-from .quantization_config import METHOD, StoMPPQuantizationConfig
-from .surgery import convert
+from .quantization_config import StoMPPQuantizationConfig
+from .surgery import binarize_model, convert
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +31,21 @@ class StoMPPQuantizer(HfQuantizer):
     """Re-creates binary layers for `from_pretrained`; afterwards the model is an ordinary, trainable one."""
 
     requires_calibration = False
-    quantization_config: StoMPPQuantizationConfig
+    quantization_config: StoMPPQuantizationConfig | StoMPPConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.shapes: dict[str, torch.Size] = {}
-        if not self.pre_quantized:
+        if not self.pre_quantized and not isinstance(quantization_config, StoMPPConfig):
             raise CheckpointError(
-                "from_pretrained(quantization_config=...) loads StoMPP checkpoints only. For a plain checkpoint: "
-                "model = AutoModel....from_pretrained(path); model = stompp_hf.binarize_model(model, StoMPPConfig())."
+                f"from_pretrained(quantization_config=...) of a plain checkpoint takes a StoMPPConfig, as in "
+                f"quantization_config=StoMPPConfig(), and not a {type(quantization_config).__name__}; or load it "
+                "without, and call model = stompp_hf.binarize_model(model, StoMPPConfig())."
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if isinstance(self.quantization_config, StoMPPConfig):
+            return  # the probe needs weights: binarize_model runs once they are there
         plan = self.quantization_config.plan()
         prefix = model.base_model_prefix
         modules = dict(model.named_modules())
@@ -73,6 +78,10 @@ class StoMPPQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if isinstance(kwargs.get("device_map"), dict) and "disk" in kwargs["device_map"].values():
             logger.warning("layers of this model are offloaded to disk; it can run, and cannot be trained.")
+        if isinstance(self.quantization_config, StoMPPConfig):
+            _unmark(model)
+            _align(model)
+            return binarize_model(model, self.quantization_config)
         for name, module in _converted(model).items():
             for own, tensor in _tensors(module).items():
                 self._check(f"{name}.{own}", tensor)
@@ -80,15 +89,8 @@ class StoMPPQuantizer(HfQuantizer):
         for layer in layers.values():
             layer.read_state()
         _align(model)
-        # From here on the model is a plain one to transformers and Trainer; only its config remembers.
+        _unmark(model)
         model.config.quantization_config = StoMPPQuantizationConfig(**model.stompp_plan.to_dict())
-        model.is_quantized = False
-        for attribute in ("hf_quantizer", "quantization_method"):
-            if attribute in model.__dict__:
-                delattr(model, attribute)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._is_quantized = False
         first = next(iter(layers.values()))
         if model.stompp_plan.packed:
             return model
@@ -133,6 +135,18 @@ def _converted(model: PreTrainedModel) -> dict[str, Any]:
 
 def _tensors(module: Any) -> dict[str, torch.Tensor]:
     return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
+def _unmark(model: PreTrainedModel) -> None:
+    """From here on the model is a plain one to transformers and Trainer; only its config remembers."""
+    del model.config.quantization_config
+    model.is_quantized = False
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if attribute in model.__dict__:
+            delattr(model, attribute)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
 
 
 def _align(model: PreTrainedModel) -> None:

@@ -30,7 +30,7 @@ from stompp_hf import (
     get_plan,
     restore_model,
 )
-from stompp_hf.errors import CheckpointError, ConfigError
+from stompp_hf.errors import CheckpointError, ConfigError, PatternError
 from stompp_hf.modules import OWN_TENSORS, BinaryLayer
 from stompp_hf.plan import binary_layers
 
@@ -291,8 +291,40 @@ def test_unknown_options(checkpoint: Path) -> None:
         load(checkpoint)
 
 
-def test_a_plain_checkpoint_is_not_binarized_by_loading(tmp_path: Path) -> None:
+def test_a_plain_checkpoint_is_no_stompp_checkpoint(tmp_path: Path) -> None:
     BERT.build().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"loads StoMPP checkpoints only.*binarize_model"):
+    with pytest.raises(CheckpointError, match=r"takes a StoMPPConfig.*binarize_model"):
         load(tmp_path, quantization_config=StoMPPQuantizationConfig())
     assert len(binary_layers(binarize_model(load(tmp_path), StoMPPConfig()))) == 12
+
+
+# ---- binarizing at load ----
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-tied", "t5"])
+def test_a_plain_checkpoint_is_binarized_at_load(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    case.build().save_pretrained(tmp_path / "plain")
+    plain = case.auto.from_pretrained(tmp_path / "plain")
+    model = case.auto.from_pretrained(tmp_path / "plain", quantization_config=quick())
+    assert torch.equal(logits(model, case.batch()), logits(plain, case.batch()))
+    twin = binarize_model(plain, quick())
+    assert get_plan(model) == get_plan(twin) and same_tensors(model.state_dict(), twin.state_dict()) == []
+    assert not model.is_quantized and not model.training
+    for each in (model, twin):
+        train(each, case, 0, STEPS, STEPS)
+    assert same_tensors(model.state_dict(), twin.state_dict()) == []
+    model.save_pretrained(tmp_path / "trained")
+    assert torch.equal(
+        logits(case.auto.from_pretrained(tmp_path / "trained"), case.batch()), logits(twin, case.batch())
+    )
+
+
+def test_binarizing_at_load_casts_and_refuses_as_binarize_model_does(checkpoint: Path, tmp_path: Path) -> None:
+    BERT.build().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    model = load(tmp_path / "half", quantization_config=quick())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    with pytest.raises(PatternError, match="nowhere"):
+        load(tmp_path / "half", quantization_config=quick(exclude_modules=["nowhere"]))
+    with pytest.raises(ValueError, match="StoMPPConfig"):
+        load(checkpoint, quantization_config=quick())
