@@ -5,7 +5,7 @@ import difflib
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from .errors import ConfigError
 from .schedules import SCHEDULES
@@ -28,9 +28,6 @@ class StoMPPConfig:
     Raises:
         ConfigError: an option, or a pair of options, that makes no sense; the message shows a call that works.
     """
-
-    quant_method: ClassVar[str] = METHOD
-    """No option: by this name from_pretrained(..., quantization_config=StoMPPConfig(...)) finds this library."""
 
     binarize: Literal["weights_and_activations", "weights", "nothing"] = _option(
         "weights_and_activations",
@@ -186,6 +183,11 @@ class StoMPPConfig:
 
     def _refuse(self, name: str, why: str) -> None:
         raise ConfigError(f"StoMPPConfig: {name}={getattr(self, name)!r} {why}.")
+
+    @property
+    def quant_method(self) -> str:
+        """The name by which from_pretrained(..., quantization_config=StoMPPConfig(...)) finds this library."""
+        return METHOD
 
     @property
     def order_patterns(self) -> list[str]:
