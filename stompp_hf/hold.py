@@ -9,6 +9,17 @@ from .errors import ConfigError
 from .modules import FROZEN, TRANSITION, BinaryLayer
 
 
+def hookable(optimizer: Any, option: str, instead: str) -> Any:
+    """The optimizer itself, without accelerate's wrapper; raises ConfigError if its steps cannot be hooked."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not hasattr(inner, "register_step_pre_hook") or not hasattr(inner, "register_step_post_hook"):
+        raise ConfigError(
+            f"{option} needs an optimizer whose steps can be hooked, and {type(inner).__name__} has no step hooks. Use "
+            f"a torch.optim optimizer, or {instead}."
+        )
+    return inner
+
+
 def hold_frozen(optimizer: Any, layers: list[BinaryLayer]) -> list[Any]:
     """Register step hooks on an optimizer: fully frozen weights are skipped, frozen entries get their latent back.
 
@@ -17,12 +28,7 @@ def hold_frozen(optimizer: Any, layers: list[BinaryLayer]) -> list[Any]:
     Raises:
         ConfigError: the optimizer has no step hooks.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the user's optimizer
-    if not hasattr(inner, "register_step_pre_hook") or not hasattr(inner, "register_step_post_hook"):
-        raise ConfigError(
-            f"frozen_gradient='zero' needs an optimizer whose steps can be hooked, to hold frozen entries, and "
-            f"{type(inner).__name__} has no step hooks. Use a torch.optim optimizer, or frozen_gradient='ste'."
-        )
+    inner = hookable(optimizer, "frozen_gradient='zero'", "frozen_gradient='ste'")
     before: list[tuple[BinaryLayer, Tensor]] = []
 
     def keep(*_: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .hold import hookable
 
 
 def first_steps(model: nn.Module, begins: dict[str, int]) -> list[tuple[nn.Parameter, int]]:
@@ -46,12 +46,7 @@ def slow_pending(
     Raises:
         ConfigError: the optimizer has no step hooks.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the user's optimizer
-    if not hasattr(inner, "register_step_pre_hook") or not hasattr(inner, "register_step_post_hook"):
-        raise ConfigError(
-            f"pending_lr={factor} needs an optimizer whose steps can be hooked, and {type(inner).__name__} has no step "
-            "hooks. Use a torch.optim optimizer, or pending_lr=1.0."
-        )
+    inner = hookable(optimizer, f"pending_lr={factor}", "pending_lr=1.0")
     parameters = list(parameters)
     before: list[tuple[nn.Parameter, Tensor]] = []
 

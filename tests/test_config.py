@@ -14,7 +14,7 @@ from stompp_hf.schedules import SCHEDULES
 
 UNUSUAL: dict[str, Any] = {
     "binarize": "weights",
-    "frozen_gradient": "windowed_ste",
+    "frozen_gradient": "clipped_ste",
     "surrogate_width": 2.5,
     "pending_lr": 0.25,
     "order": "encoder.layer.3,encoder.layer.1",

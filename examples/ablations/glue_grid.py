@@ -123,7 +123,7 @@ def _table(tasks: list[str], seeds: list[int]) -> TextPreset:
 
 
 def _depth(tasks: list[str], seeds: list[int]) -> TextPreset:
-    methods = ["full_precision", "vanilla_ste", "stompp_ste"]
+    methods = ["full_precision", "vanilla_identity", "vanilla_ste", "stompp_ste"]
     cells = [
         TextCell(tasks[0], method, BEST.get(method, 4e-4), seed, layers)
         for layers in (2, 6, 12)
