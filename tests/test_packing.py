@@ -9,12 +9,8 @@ import models
 import pytest
 import torch
 import vision
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import logits, quick, same_tensors, train
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.pytorch_utils import Conv1D
 
 from stompp_hf import (
     BinaryLayer,
@@ -29,10 +25,8 @@ from stompp_hf import (
     unpack_model,
 )
 from stompp_hf.errors import NonFiniteError, NotBinarizedError, NotCalibratedError, PackingError
-from stompp_hf.modules import BinaryEmbedding, binary_class_of, packed_product
 from stompp_hf.modules.activations import Paused
 from stompp_hf.modules.packed import PackedAttention, PackedEmbedding, PackedLayer, PackedLinear
-from stompp_hf.packing import pack_members
 from stompp_hf.plan import binary_layers, members
 
 STEPS = 6
@@ -92,121 +86,6 @@ def test_every_architecture(name: str) -> None:
 def test_every_variant(name: str) -> None:
     case, options = VARIANTS[name]
     assert_packed_alike(*frozen(case, **options))
-
-
-# ---- single layers: all shapes, tiles, gradients ----
-
-PLAIN = {"linear": lambda: nn.Linear(11, 7), "transposed": lambda: Conv1D(7, 11), "conv": lambda: nn.Conv2d(4, 6, 3)}
-INPUTS = {"linear": (5, 11), "transposed": (5, 11), "conv": (2, 4, 6, 6)}
-
-
-def frozen_layer(plain: nn.Module, x: torch.Tensor, one_sided: bool = False, **options: Any) -> Any:
-    """A layer of its own, calibrated on x and frozen."""
-    options["activation_levels"] = "auto" if one_sided else "symmetric"
-    layer = binary_class_of(plain).convert(plain, StoMPPConfig(**options), "ReLU" if one_sided else None)
-    layer.calibrate_weight()
-    if layer.stompp_config.binary_activations:
-        layer.calibrate_activation(layer.product.rows(x))
-        assert layer.activation_offset == float(one_sided)
-    layer.enter("frozen", 1.0)
-    return layer
-
-
-def packed(layer: Any) -> Any:
-    """A packed copy."""
-    twin = copy.deepcopy(layer)
-    pack_members({"layer": twin})
-    return twin
-
-
-@st.composite
-def convolutions(draw: Any) -> tuple[nn.Module, torch.Tensor]:
-    """A convolution of any geometry and an input that it takes."""
-    dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    inner, outer = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 4))
-    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    padding = draw(st.sampled_from([0, 1, 2, *(["same"] if mode == "zeros" else [])]))
-    stride = 1 if padding == "same" else draw(st.integers(1, 2))
-    kernel, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    torch.manual_seed(draw(st.integers(0, 9)))
-    plain = getattr(nn, f"Conv{dims}d")(
-        inner, outer, kernel, stride, padding, dilation, groups, draw(st.booleans()), padding_mode=mode
-    )
-    return plain, torch.randn(2, inner, *[5] * dims)
-
-
-@given(convolutions(), st.booleans(), st.sampled_from(["zero", "one"]), st.booleans(), st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_convolutions_of_any_geometry(
-    case: tuple[nn.Module, torch.Tensor], one_sided: bool, padding: str, real_input: bool, small_tiles: bool
-) -> None:
-    plain, x = case
-    options = {"conv_padding": padding, "binarize": "weights" if real_input else "weights_and_activations"}
-    layer = frozen_layer(plain, x.abs() if one_sided else x, one_sided and not real_input, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_product, "TILE", 20 if small_tiles else 2**20)
-        assert torch.equal(packed(layer)(x), layer(x))
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.integers(1, 300), st.booleans())
-@settings(max_examples=100, deadline=None)
-def test_linear_layers_of_any_size(inner: int, outer: int, rows: int, tile: int, one_sided: bool) -> None:
-    torch.manual_seed(inner)
-    x = torch.randn(rows, inner)
-    for plain in (nn.Linear(inner, outer), Conv1D(outer, inner)):
-        layer = frozen_layer(plain, x.abs() if one_sided else x, one_sided)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(packed_product, "TILE", tile)
-            assert torch.equal(packed(layer)(x), layer(x))
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("regime", ["zero", "ste", "clipped_ste", "windowed_ste"])
-@pytest.mark.parametrize("activations", ["real", "symmetric", "one-sided", "absorbed"])
-def test_gradients_are_those_of_a_frozen_layer(kind: str, regime: str, activations: str) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(INPUTS[kind])
-    binarize = "weights" if activations == "real" else "weights_and_activations"
-    one_sided = activations == "one-sided"
-    layer = frozen_layer(
-        PLAIN[kind](), x.abs() if one_sided else x, one_sided, binarize=binarize, frozen_gradient=regime
-    )
-    if activations == "absorbed":
-        layer.absorbed = "ReLU"
-    layer.weight.requires_grad_(False)
-    found = []
-    for each in (layer, packed(layer)):
-        inner = x.clone().requires_grad_()
-        each(inner).sin().sum().backward()
-        names = ("weight_scale", "activation_scale", "activation_threshold", "bias")
-        own = [getattr(each, name) for name in names]
-        found.append([inner.grad, *(None if tensor is None else tensor.grad for tensor in own)])
-    for left, right in zip(*found, strict=True):
-        assert (left is None and right is None) or torch.allclose(left, right, rtol=1e-6, atol=1e-6)
-    assert (found[1][0] is None) == (regime == "zero" and activations != "real")
-
-
-class Largest(TorchDispatchMode):
-    """Notes the largest float tensor that any operation makes."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.is_floating_point():
-            self.entries = max(self.entries, result.numel())
-        return result
-
-
-def test_a_weight_is_unpacked_in_tiles() -> None:
-    x = torch.randn(1, 1024)
-    layer = packed(frozen_layer(nn.Linear(1024, 4096), x))
-    with Largest() as largest, torch.no_grad():
-        layer(x)
-    assert largest.entries == packed_product.TILE < layer.weight.numel() == 2**22
-    kept = [tensor.numel() for tensor in (*layer.parameters(), *layer.buffers()) if tensor.is_floating_point()]
-    assert sum(kept) < 4 * 4096
-    assert not any(isinstance(value, torch.Tensor) for value in vars(layer).values())
 
 
 # ---- a packed module among others ----
@@ -322,29 +201,6 @@ def test_attention_and_embeddings(name: str) -> None:
     assert torch.equal(logits(unpack_model(model), batch), before)
 
 
-@pytest.mark.parametrize("scale", ["channel", "tensor", "none"])
-@pytest.mark.parametrize("padding", [None, "zero", "learnt"])
-def test_embeddings(scale: str, padding: str | None) -> None:
-    torch.manual_seed(0)
-    plain = nn.Embedding(10, 13, padding_idx=None if padding is None else 3)
-    if padding == "learnt":
-        plain.weight.data[3] = torch.randn(13)
-    options = {"weight_scale": scale, "learn_weight_scale": scale != "none"}
-    layer = BinaryEmbedding.convert(plain, StoMPPConfig(**options))
-    layer.calibrate_weight()
-    layer.enter("frozen", 1.0)
-    ids = torch.tensor([[0, 3, 9], [3, 3, 1]])
-    twin = packed(layer)
-    assert torch.equal(twin(ids), layer(ids)) and torch.equal(twin.weight, layer.binary_weight())
-    assert bool((twin(ids)[0, 1] == 0).all()) == (padding == "zero")
-    if scale != "none":
-        for each in (layer, twin):
-            each(ids).sin().sum().backward()
-        assert torch.equal(twin.weight_scale.grad, layer.weight_scale.grad)
-    twin.unpack()
-    assert type(twin) is BinaryEmbedding and torch.equal(twin(ids), layer(ids))
-
-
 def test_restoring_gives_a_plain_model_with_binary_weights(bert: tuple[Any, Any, Any]) -> None:
     model = copy.deepcopy(bert[0])
     weights = {name: layer.weight for name, layer in binary_layers(model).items()}
@@ -353,18 +209,6 @@ def test_restoring_gives_a_plain_model_with_binary_weights(bert: tuple[Any, Any,
         layer = model.get_submodule(name)
         assert type(layer) is nn.Linear and torch.equal(layer.weight, weight)
     assert not hasattr(model.config, "quantization_config")
-
-
-def test_latents_keep_their_signs_whatever_became_of_the_scale() -> None:
-    x = torch.randn(4, 6)
-    layer = frozen_layer(nn.Linear(6, 3), x)
-    layer.weight_scale.data = torch.tensor([0.5, -0.25, 0.0])
-    before, signs = layer(x), layer.weight.detach().sign()
-    twin = packed(layer)
-    assert torch.equal(twin(x), before)
-    twin.unpack()
-    assert torch.equal(twin(x), before) and torch.equal(twin.weight.detach().sign(), signs)
-    assert torch.equal(twin.weight.detach()[:2].abs(), torch.tensor([0.5, 0.25])[:, None].expand(2, 6))
 
 
 # ---- what is refused ----

@@ -17,7 +17,15 @@ from test_conv import REGIMES, Conv, build, check
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from stompp_hf import Progression, binarize_model, get_plan, restore_model
+from stompp_hf import (
+    Progression,
+    binarize_model,
+    calibrate,
+    get_plan,
+    pack_model,
+    restore_model,
+    unpack_model,
+)
 from stompp_hf.errors import NothingToBinarizeError
 from stompp_hf.plan import binary_layers
 
@@ -136,8 +144,10 @@ def test_models_as_they_are(name: str, case: Case, timm: Any) -> None:
     for layer in binary_layers(model).values():
         assert layer.stage_state == "frozen"
         assert_binary(layer)
-    assert torch.isfinite(outputs(model)).all()
-    restore_model(model)
+    frozen = outputs(model)
+    assert torch.isfinite(frozen).all()
+    assert torch.equal(outputs(pack_model(model)), frozen)
+    restore_model(unpack_model(model))
     assert {name: type(module) for name, module in model.named_modules()} == kinds
 
 
@@ -194,6 +204,19 @@ def test_same_padding_equals_reference(size: tuple[int, int], stride: tuple[int,
         layer.enter("pending", 0.0)
         if regime.absorbed is None:
             assert torch.equal(layer(x), before)
+
+
+def test_a_packed_layer_keeps_its_padding(timm: Any) -> None:
+    from timm.layers import Conv2dSame
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 9, 8)
+    model = nn.Sequential(Conv2dSame(4, 6, 3, stride=2), nn.ReLU(), Conv2dSame(6, 4, 2, stride=2, groups=2))
+    binarize_model(model, quick(first_layer="binarize", head="binarize", end=0.0), x)
+    Progression(model, 1).step(0)
+    frozen = calibrate(model, [x])(x)
+    assert torch.equal(pack_model(model)(x), frozen)
+    assert [type(layer).__name__ for layer in binary_layers(model).values()] == ["PackedConv2dSame"] * 2
 
 
 def test_same_padding_follows_the_size(timm: Any) -> None:
