@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -46,6 +46,9 @@ class GlueArguments:
         default=0,
         metadata={"help": "Evaluate on the last N training examples, which nothing trains on, in place of validation."},
     )
+    learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "Every cell at each of these, in place of its own."}
+    )
     only: list[str] | None = field(default=None, metadata={"help": "Shell-style patterns of the cells to run."})
     workers: int = field(default=1, metadata={"help": "Processes at a time."})
     threads: int = field(default=1, metadata={"help": "CPU threads of each."})
@@ -61,7 +64,10 @@ def selected(args: GlueArguments) -> TextPreset:
     if unknown:
         raise SystemExit(f"--tasks {' '.join(unknown)}: choose among {', '.join(METRICS)}.")
     preset = PRESETS[args.preset](args.tasks, args.seeds)
-    cells = [c for c in preset.cells if not args.only or any(fnmatch.fnmatchcase(c.id, p) for p in args.only)]
+    cells = preset.cells
+    if args.learning_rates:
+        cells = list(dict.fromkeys(replace(c, lr=lr) for c in cells for lr in args.learning_rates))
+    cells = [c for c in cells if not args.only or any(fnmatch.fnmatchcase(c.id, p) for p in args.only)]
     if not cells:
         raise SystemExit(f"--only {' '.join(args.only or [])}: no cell's id fits; see them with --list_cells True.")
     return TextPreset(preset.recipe, cells)
