@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import transformers
 import yaml
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-from stompp_hf import DistillationCallback
+from stompp_hf import DistillationCallback, StoMPPConfig
 
 
 def as_words(path: str) -> list[str]:
@@ -41,6 +43,22 @@ def read_words(words: Iterable[str]) -> Words:
     given = {word[2:] for word in split if word.startswith("--")}
     presets = [value for name, value in itertools.pairwise(split) if name == "--preset"]
     return Words(rest, given, presets[-1] if presets else None)
+
+
+def config_of(method: str, stompp: StoMPPConfig) -> StoMPPConfig:
+    """The options of `--method`: StoMPP's own, or a baseline with the same ones."""
+    if method == "vanilla_ste":
+        return stompp.as_vanilla_ste()
+    return stompp.as_full_precision() if method == "full_precision" else stompp
+
+
+def set_up_logging(args: TrainingArguments) -> None:
+    """Python's logging at Trainer's levels; stompp_hf speaks on the first process only."""
+    level = args.get_process_log_level()
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
+    logging.getLogger("stompp_hf").setLevel(logging.INFO if args.local_rank in (-1, 0) else logging.ERROR)
+    transformers.utils.logging.set_verbosity(level)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 @dataclass

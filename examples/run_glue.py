@@ -8,16 +8,14 @@
 In the shape of transformers' run_glue.py, with a fourth group of options: StoMPPConfig.
 """
 
-import logging
 import os
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import transformers
 from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
-from options import TeacherArguments, read_words
+from options import TeacherArguments, config_of, read_words, set_up_logging
 from stage_edges import EvaluateAtStageEdges
 from transformers import (
     AutoConfig,
@@ -41,8 +39,6 @@ from stompp_hf import (
     report,
 )
 from stompp_hf.errors import NotBinarizedError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -144,17 +140,9 @@ def is_binarized(model: Any) -> bool:
 def main() -> dict[str, float]:
     """Train, evaluate, predict; returns the metrics that were printed."""
     model_args, data_args, training_args, stompp = parse(sys.argv[1:])
-    logging.basicConfig(
-        format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=training_args.get_process_log_level()
-    )
-    logging.getLogger("stompp_hf").setLevel(logging.INFO if training_args.local_rank in (-1, 0) else logging.ERROR)
-    transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_logging(training_args)
     set_seed(training_args.seed)
-    if model_args.method == "vanilla_ste":
-        stompp = stompp.as_vanilla_ste()
-    elif model_args.method == "full_precision":
-        stompp = stompp.as_full_precision()
+    stompp = config_of(model_args.method, stompp)
 
     task = load_task(data_args, model_args.cache_dir)
     model, tokenizer = load_model(model_args, task)

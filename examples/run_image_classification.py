@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from image_data import DataArguments, Task, collate, load_task, prepare
 from image_model import ModelArguments, load_config, load_model, load_processor
-from options import read_words
+from options import config_of, read_words, set_up_logging
 from stage_edges import EvaluateAtStageEdges
 from transformers import (
     AutoModelForImageClassification,
@@ -108,10 +107,7 @@ def train(
 ) -> tuple[Trainer, dict[str, float]]:
     """Train, evaluate and save one model; the trainer and the metrics of its evaluation."""
     set_seed(args.seed)
-    if model_args.method == "vanilla_ste":
-        stompp = stompp.as_vanilla_ste()
-    elif model_args.method == "full_precision":
-        stompp = stompp.as_full_precision()
+    stompp = config_of(model_args.method, stompp)
     config = load_config(model_args, task.labels)
     processor, pixels = load_processor(model_args, data_args, config)
     checkpoint: Any = args.resume_from_checkpoint
@@ -233,12 +229,7 @@ def print_course(trainer: Trainer, summary: dict[str, float]) -> None:
 def main() -> dict[str, Any]:
     """Train, evaluate, compare; returns the metrics that were printed."""
     model_args, data_args, args, stompp = parse(sys.argv[1:])
-    logging.basicConfig(
-        format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=args.get_process_log_level()
-    )
-    logging.getLogger("stompp_hf").setLevel(logging.INFO if args.local_rank in (-1, 0) else logging.ERROR)
-    transformers.utils.logging.set_verbosity(args.get_process_log_level())
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_logging(args)
     with args.main_process_first(desc="reading the data"):
         task = load_task(data_args, model_args.cache_dir, model_args.token)
     if model_args.compare:

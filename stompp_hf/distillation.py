@@ -6,7 +6,6 @@ model. Matching the teacher's hidden states at the blocks gives each stage that 
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -40,11 +39,15 @@ def snapshot(model: nn.Module) -> nn.Module:
             f"{type(root).__name__} is sharded over processes and cannot be its own teacher: fine-tune it first, and "
             "give teacher=PATH."
         )
-    teacher = copy.deepcopy(root)
-    for member in members(teacher).values():
+    return as_if_pending(copy.deepcopy(root)).eval().requires_grad_(False)
+
+
+def as_if_pending(model: Any) -> Any:
+    """The same binarized model, as it computes before anything is frozen; in place."""
+    for member in members(model).values():
         member.enter(PENDING, 0.0)
         member.observer = None
-    return teacher.eval().requires_grad_(False)
+    return model
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, real: Tensor | None = None) -> Tensor:
@@ -150,10 +153,9 @@ class Distiller:
         """Whether the last loss that was added has got a gradient."""
         self.autocast: torch.dtype | None = None
         """What the teacher computes in, if not in its own dtype: Trainer's autocast begins inside the student."""
-        self._model = weakref.ref(planned_model(model))
-        self._blocks = list(blocks_of(model).values())
-        self._names = list(blocks_of(model))
-        if hidden and not self._blocks:
+        blocks = blocks_of(model)
+        self._names = list(blocks)
+        if hidden and not blocks:
             raise DistillationError(
                 f"{type(model).__name__} has no repeated blocks whose hidden states could be compared; use hidden=0."
             )
@@ -168,7 +170,7 @@ class Distiller:
             root.register_forward_hook(self._after, with_kwargs=True),
         ]
         if hidden:
-            self._handles += [b.register_forward_hook(self._keeps(i)) for i, b in enumerate(self._blocks)]
+            self._handles += [b.register_forward_hook(self._keeps(i)) for i, b in enumerate(blocks.values())]
         self._teacher_handles: list[Any] = []
         self.teacher = teacher
 

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .distillation import Distiller, check_weights, snapshot
+from .distillation import Distiller, as_if_pending, check_weights, snapshot
 from .errors import CheckpointError, ConfigError, DistillationError
-from .modules import PENDING
-from .plan import binary_layers, members, planned_model
-from .progression import Progression
+from .plan import get_plan, members, planned_model
+from .progression import windows
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +72,8 @@ class DistillationCallback(TrainerCallback):
             teacher: Any = self.teacher
             self._teach(root, _load(root, teacher) if isinstance(teacher, (str, os.PathLike)) else teacher, args)
             return
-        layers = binary_layers(root)
-        total = next(iter(layers.values())).total_steps or state.max_steps
-        self._snapshot_at = min(window.begin for window in Progression(root, total).windows.values())
+        total = next(iter(members(root).values())).total_steps or state.max_steps
+        self._snapshot_at = min(window.begin for window in windows(get_plan(root), total).values())
         if state.global_step > self._snapshot_at:
             self._resume(root, args)
         elif self._snapshot_at == 0:
@@ -91,10 +89,7 @@ class DistillationCallback(TrainerCallback):
                 f"{folder} is gone: it held the teacher of the run that this one goes on with. Put it back, or give "
                 "another one: DistillationCallback(teacher=PATH)."
             )
-        teacher = _load(root, folder)
-        for member in members(teacher).values():
-            member.enter(PENDING, 0.0)
-        self._teach(root, teacher, args)
+        self._teach(root, as_if_pending(_load(root, folder)), args)
 
     def _teach(self, root: Any, teacher: Any, args: Any) -> None:
         self.distiller = Distiller(root, teacher, **self.weights)

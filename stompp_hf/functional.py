@@ -148,7 +148,7 @@ class _MixActivation(torch.autograd.Function):
         grad_u = grad_real = grad_scale = grad_threshold = None
         clipped = inside(grad, u, *ctx.edges) if real is None or ctx.surrogate == "clipped_ste" else grad
         passed = {"zero": None, "clipped_ste": clipped}.get(ctx.surrogate, grad)
-        if ctx.surrogate == "windowed_ste":
+        if ctx.surrogate == "windowed_ste" and (wants_u or wants_threshold):
             passed = grad * near(u, threshold, scale, ctx.width)
         if wants_real:
             grad_real = inside(grad, real, *ctx.edges) * (1.0 - mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 from stompp_hf import BinaryAttention, StoMPPConfig
 from stompp_hf.errors import NotCalibratedError
 from stompp_hf.modules import FROZEN, PENDING, TRANSITION, attention
-from stompp_hf.modules.attention import SITES, Call
+from stompp_hf.modules.attention import PROJECTED, SITES, Call
 from stompp_hf.modules.binary_matmul import Operand, binary_matmul
 from stompp_hf.modules.calibration import Observer
 
@@ -96,7 +96,7 @@ def expected(module: BinaryAttention, tensors: list[Tensor], kind: str, scaling:
     heads, key_heads, regime = module.heads, module.key_heads, module.stompp_config.frozen_gradient
     groups = heads // key_heads
     found: dict[str, Any] = {"y": torch.zeros_like(g), "weights": torch.zeros(BATCH, heads, QUERIES, KEYS).double()}
-    found |= {site: torch.zeros_like(t) for site, t in zip(SITES, tensors, strict=False)}
+    found |= {site: torch.zeros_like(t) for site, t in zip(PROJECTED, tensors, strict=True)}
     for site in SITES:
         for what in ("scale", "threshold"):
             tensor = getattr(module, f"{site}_{what}")
@@ -161,7 +161,7 @@ def test_products_and_gradients(surrogate, state, shape, kind, options, monkeypa
     assert_close(y, wanted["y"])
     assert_close(weights, wanted["weights"])
     assert wanted["y"].abs().max() > 0.1
-    for site, tensor in zip(SITES, tensors, strict=False):
+    for site, tensor in zip(PROJECTED, tensors, strict=True):
         assert_close(tensor.grad, wanted[site])
     for name, tensor in module.named_parameters():
         assert_close(tensor.grad, wanted[name])

@@ -9,7 +9,6 @@ options, log and metrics are kept in cells/ID, and options.json there runs it ag
 a stop, and it goes on with the cells that are missing. Needs the extra `examples`.
 """
 
-import fnmatch
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cells import chosen, write_json
 from datasets import Dataset
 from glue_grid import LABELS, METRICS, PRESETS, TextCell, TextPreset
 from report import Interval, interval, spread
@@ -66,11 +66,8 @@ def selected(args: GlueArguments) -> TextPreset:
     preset = PRESETS[args.preset](args.tasks, args.seeds)
     cells = preset.cells
     if args.learning_rates:
-        cells = list(dict.fromkeys(replace(c, lr=lr) for c in cells for lr in args.learning_rates))
-    cells = [c for c in cells if not args.only or any(fnmatch.fnmatchcase(c.id, p) for p in args.only)]
-    if not cells:
-        raise SystemExit(f"--only {' '.join(args.only or [])}: no cell's id fits; see them with --list_cells True.")
-    return TextPreset(preset.recipe, cells)
+        cells = [replace(cell, lr=lr) for cell in cells for lr in args.learning_rates]
+    return TextPreset(preset.recipe, chosen(cells, args.only))
 
 
 def resized(model: str, layers: int, folder: Path) -> str:
@@ -245,9 +242,7 @@ def main(words: list[str] | None = None) -> None:
                 logger.error("%s failed: %s", cell.id, error)
                 continue
             record = {"id": cell.id, "cell": asdict(cell), "options": rest[cell], **future.result()}
-            part = folder / "cells" / f"{cell.id}.part"
-            part.write_text(json.dumps(record) + "\n", encoding="utf-8")
-            part.replace(part.with_suffix(".json"))
+            write_json(folder / "cells" / f"{cell.id}.json", record)
             logger.info(
                 "%d of %d: %s: %.2f, %.0f s", number, len(rest), cell.id, score(cell, record), record["seconds"]
             )

@@ -10,7 +10,6 @@ Files have an image column (img or image, encoded) and a label column, as CIFAR-
 `examples`; plots need the extra `plots`.
 """
 
-import fnmatch
 import json
 import logging
 import multiprocessing
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import chosen, write_json
 from data import Data, cached, load
 from grid import PRESETS, Cell, Preset, Recipe, settings
 from report import write_report
@@ -61,19 +61,7 @@ def selected(args: RunArguments) -> Preset:
     given = {name: getattr(args, name) for name in ("epochs", "train_images", "width", "max_grad_norm")}
     recipe = replace(preset.recipe, **{name: value for name, value in given.items() if value is not None})
     cells = preset.cells if args.lr is None else [replace(cell, lr=args.lr) for cell in preset.cells]
-    cells = list({cell.id: cell for cell in cells}.values())
-    if args.only:
-        cells = [cell for cell in cells if any(fnmatch.fnmatchcase(cell.id, pattern) for pattern in args.only)]
-    if not cells:
-        raise SystemExit(f"--only {' '.join(args.only or [])}: no cell's id fits; see them with --list_cells True.")
-    return Preset(recipe, cells)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    part.replace(path)
+    return Preset(recipe, chosen(cells, args.only))
 
 
 def missing(cells: list[Cell], recipe: Recipe, made_from: str, folder: Path) -> list[Cell]:

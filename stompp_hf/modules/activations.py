@@ -115,10 +115,6 @@ class RPReLU(Changed, nn.ReLU):
             self.register_parameter(name, parameter)
         self.trailing = trailing
 
-    def own_tensors(self) -> dict[str, Tensor]:
-        """The parameters that it added, by name."""
-        return {name: getattr(self, name) for name in RPRELU_TENSORS}
-
     def restore(self) -> nn.Module:
         for name in (*RPRELU_TENSORS, "trailing"):
             if hasattr(self, name):

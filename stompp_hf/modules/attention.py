@@ -20,7 +20,8 @@ from .calibration import MAX_ROWS, Observer, activation_values, recomputing
 from .member import FROZEN, PENDING, TRANSITION, Member
 from .state import finite_edge
 
-SITES = ("query", "key", "value", "probability")
+PROJECTED = ("query", "key", "value")
+SITES = (*PROJECTED, "probability")
 
 SLOTS = 128
 """Entries of the probabilities' mask for each head; the key at position j has entry j mod SLOTS."""
@@ -115,7 +116,7 @@ class BinaryAttention(Member, nn.Module):
     mask_names = tuple(f"{site}_mask" for site in SITES)
     own_names = (
         *(f"{site}_{what}" for site in SITES for what in ("scale", "threshold")),
-        *(f"{site}_{what}" for site in SITES[:3] for what in ("low", "high")),
+        *(f"{site}_{what}" for site in PROJECTED for what in ("low", "high")),
         "stompp_state",
     )
     mirror_names = ("activation_ready", "edges")
@@ -129,7 +130,7 @@ class BinaryAttention(Member, nn.Module):
         value: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         clip = config.activation_clip or float("inf")
         learns, fixed = config.learn_activation_threshold, config.activation_threshold == "none"
-        for site in SITES[:3]:
+        for site in PROJECTED:
             features = self._features(site)
             self._own(f"{site}_scale", torch.ones(features[0], **value), config.learn_activation_scale)
             self._own(f"{site}_threshold", None if fixed else torch.zeros(features, **value), learns)
@@ -139,7 +140,7 @@ class BinaryAttention(Member, nn.Module):
         self._own("probability_threshold", torch.full((self.heads,), 0.5, **value), learns)
         self._begin(config, like.device)
         own = (None, None) if config.activation_clip is None else (-config.activation_clip, config.activation_clip)
-        self.edges: dict[str, Edges] = {**dict.fromkeys(SITES[:3], own), "probability": (None, None)}
+        self.edges: dict[str, Edges] = {**dict.fromkeys(PROJECTED, own), "probability": (None, None)}
 
     # ---- what Progression asks for ----
 
@@ -148,7 +149,7 @@ class BinaryAttention(Member, nn.Module):
         return self.query_scale
 
     def masked_tensors(self) -> dict[str, torch.Size]:
-        shapes = {f"{site}_mask": self._features(site) for site in SITES[:3]}
+        shapes = {f"{site}_mask": self._features(site) for site in PROJECTED}
         return {**shapes, "probability_mask": torch.Size((self.heads, SLOTS))}
 
     def _features(self, site: str) -> torch.Size:
@@ -186,7 +187,7 @@ class BinaryAttention(Member, nn.Module):
         def edges(site: str) -> Edges:
             return finite_edge(getattr(self, f"{site}_low")), finite_edge(getattr(self, f"{site}_high"))
 
-        self.edges = {**{site: edges(site) for site in SITES[:3]}, "probability": (None, None)}
+        self.edges = {**{site: edges(site) for site in PROJECTED}, "probability": (None, None)}
 
     # ---- forward ----
 
@@ -232,7 +233,7 @@ class BinaryAttention(Member, nn.Module):
         """Queries, keys and values as (batch, key heads, groups, positions, size), in a dtype that sums exactly."""
         exact = torch.float64 if self.like.dtype == torch.float64 else torch.float32
         grouped_ones = (grouped(u, self.key_heads).to(exact) for u in operands)
-        return [self._operand(site, u) for site, u in zip(SITES, grouped_ones, strict=False)]
+        return [self._operand(site, u) for site, u in zip(PROJECTED, grouped_ones, strict=True)]
 
     def _operand(self, site: str, u: Tensor) -> Operand:
         def placed(what: str) -> Any:  # (heads,) or (heads, size), to broadcast over u
@@ -261,7 +262,7 @@ class BinaryAttention(Member, nn.Module):
         """Show the operands to the observer; committed before any window, the first call sets the values at once."""
         observer: Any = self.observer
         begins = self.frozen_share > 0.0 and not self.activation_ready
-        for site, u in zip(SITES, (query, key, value), strict=False):
+        for site, u in zip(PROJECTED, (query, key, value), strict=True):
             rows = u.transpose(1, 2).flatten(2)
             observer.at(site).see(rows.flatten(0, 1), rows.shape[:2])
             if begins:
