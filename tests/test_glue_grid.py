@@ -52,6 +52,17 @@ def test_cells_are_run_once_and_can_be_repeated_by_hand(
     assert not list(tmp_path.rglob("*.safetensors"))
     with pytest.raises(SystemExit, match="num_train_epochs"):
         glue.main([*out, "--options", '{"num_train_epochs": 3}'])
+    elsewhere = ["--output_dir", str(tmp_path / "elsewhere"), "--known", str(tmp_path / "results.json")]
+    glue.main([*words, *elsewhere])
+    assert "3 cells, 0 of them to run" in caplog.text
+    assert (tmp_path / "elsewhere" / "results.md").read_text() == text
+    assert str(tmp_path) not in (tmp_path / "results.json").read_text()
+
+
+def test_a_table_at_several_learning_rates(words: list[str], tmp_path: Path) -> None:
+    asked = ["--output_dir", str(tmp_path), "--learning_rates", "1e-3", "2e-3", "--only", "*-vanilla_ste-*"]
+    (args,) = glue.HfArgumentParser(glue.GlueArguments).parse_args_into_dataclasses([*words, *asked])
+    assert [cell.id for cell in glue.selected(args).cells] == [f"sst2-vanilla_ste-lr{lr}-s0" for lr in (0.001, 0.002)]
 
 
 def test_a_cell_that_fails_is_named_and_tried_again(words: list[str], tmp_path: Path) -> None:

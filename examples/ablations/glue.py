@@ -6,7 +6,8 @@
 
 GLUE holds a folder a task with train.parquet and validation.parquet, as on the hub. Each cell is a process; its
 options, log and metrics are kept in cells/ID, and options.json there runs it again by hand. Run the same command after
-a stop, and it goes on with the cells that are missing. Needs the extra `examples`.
+a stop, and it goes on with the cells that are missing; --known takes the results.json of another machine's part of the
+grid. Needs the extra `examples`.
 """
 
 import json
@@ -54,6 +55,9 @@ class GlueArguments:
     threads: int = field(default=1, metadata={"help": "CPU threads of each."})
     options: str | None = field(
         default=None, metadata={"help": "JSON with options for every cell, in place of its own."}
+    )
+    known: list[str] | None = field(
+        default=None, metadata={"help": "results.json of earlier runs: their cells are not run again, and reported."}
     )
     list_cells: bool = field(default=False, metadata={"help": "Print the ids of the cells, and stop."})
 
@@ -144,9 +148,17 @@ def run_cell(options: dict[str, Any], threads: int) -> dict[str, Any]:
     }
 
 
-def read(folder: Path) -> dict[TextCell, dict[str, Any]]:
-    """All finished cells, by cell."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
+def portable(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without what differs from machine to machine: where things lie, not what they are."""
+    names = {key: Path(options[key]) for key in ("model_name_or_path", "train_file", "validation_file")}
+    named = {key: "/".join(path.parts[-2 if path.suffix else -1 :]) for key, path in names.items()}
+    return {key: value for key, value in {**options, **named}.items() if key != "output_dir"}
+
+
+def read(folder: Path, known: list[str] | None = None) -> dict[TextCell, dict[str, Any]]:
+    """All finished cells, by cell; the folder's own come before known ones."""
+    records = [record for path in known or [] for record in json.loads(Path(path).read_text(encoding="utf-8"))]
+    records += [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
     return {TextCell(**record["cell"]): record for record in records}
 
 
@@ -202,13 +214,14 @@ def table(results: dict[TextCell, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_report(folder: Path) -> str:
-    """Write results.json and results.md, and return the latter."""
-    results = read(folder)
+def write_report(folder: Path, known: list[str] | None = None) -> str:
+    """Write results.json, a line a cell, and results.md, and return the latter."""
+    results = read(folder, known)
     if not results:
         raise SystemExit(f"{folder} has no finished cell.")
     text = f"# Binary fine-tuning\n\n{table(results)}\n"
-    (folder / "results.json").write_text(json.dumps(list(results.values())) + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(record) for _, record in sorted(results.items(), key=lambda item: item[0].id))
+    (folder / "results.json").write_text(f"[{lines}]\n", encoding="utf-8")
     (folder / "results.md").write_text(text, encoding="utf-8")
     return text
 
@@ -224,13 +237,14 @@ def main(words: list[str] | None = None) -> None:
     folder = Path(args.output_dir)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     rest: dict[TextCell, dict[str, Any]] = {}
+    done = read(folder, args.known)
     for cell in preset.cells:
-        options, path = options_of(cell, preset, args, folder), folder / "cells" / f"{cell.id}.json"
-        if not path.exists():
+        options = options_of(cell, preset, args, folder)
+        if cell not in done:
             rest[cell] = options
-        elif (then := json.loads(path.read_text(encoding="utf-8"))["options"]) != options:
-            changed = sorted(k for k in {*then, *options} if then.get(k) != options.get(k))
-            raise SystemExit(f"{path} was made with other options ({', '.join(changed)}). Use another --output_dir.")
+        elif (then := done[cell]["options"]) != (now := portable(options)):
+            changed = sorted(k for k in {*then, *now} if then.get(k) != now.get(k))
+            raise SystemExit(f"{cell.id} was made with other options ({', '.join(changed)}). Use another --output_dir.")
     logger.info("%d cells, %d of them to run, on %d workers", len(preset.cells), len(rest), args.workers)
     failed = []
     with ThreadPoolExecutor(args.workers) as pool:
@@ -241,13 +255,13 @@ def main(words: list[str] | None = None) -> None:
                 failed.append(cell.id)
                 logger.error("%s failed: %s", cell.id, error)
                 continue
-            record = {"id": cell.id, "cell": asdict(cell), "options": rest[cell], **future.result()}
+            record = {"id": cell.id, "cell": asdict(cell), "options": portable(rest[cell]), **future.result()}
             write_json(folder / "cells" / f"{cell.id}.json", record)
             logger.info(
                 "%d of %d: %s: %.2f, %.0f s", number, len(rest), cell.id, score(cell, record), record["seconds"]
             )
-    if read(folder):
-        print(write_report(folder))
+    if read(folder, args.known):
+        print(write_report(folder, args.known))
     if failed:
         raise SystemExit(f"{len(failed)} cells failed: {', '.join(failed)}. Run again to retry them.")
 
