@@ -79,7 +79,7 @@ def test_every_cell_is_a_valid_run(preset: str, tmp_path: Path) -> None:
     assert len({cell.id for cell in made.cells}) == len(made.cells)
     for cell in made.cells:
         path = tmp_path / "options.json"
-        path.write_text(json.dumps({**made.recipe.options(), **cell.options(), "output_dir": str(tmp_path)}))
+        path.write_text(json.dumps({**made.recipe.options(cell.task), **cell.options(), "output_dir": str(tmp_path)}))
         model, _, training, stompp = run_glue.parse([str(path)])
         assert training.seed == stompp.mask_seed == cell.seed
         if cell.rule == "paper":
@@ -92,7 +92,7 @@ def test_the_shipped_recipe_is_the_grids() -> None:
     """The config file of the fine-tuning recipe has the options of the grid's last method."""
     parts = run_glue.parse([str(ROOT / "examples" / "configs" / "glue_binary.yaml")])
     cell = TextCell("sst2", "stompp_ste_distilled", glue_grid.BEST["stompp_ste_distilled"])
-    for name, value in {**glue_grid.TextRecipe(0, 3).options(), **cell.options()}.items():
+    for name, value in {**glue_grid.TextRecipe(0, 3).options(cell.task), **cell.options()}.items():
         found = next(getattr(part, name) for part in parts if hasattr(part, name))
         if name not in (
             "task_name",

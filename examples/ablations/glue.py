@@ -117,7 +117,7 @@ def options_of(cell: TextCell, preset: TextPreset, args: GlueArguments, folder: 
     if args.held_out:
         validation = held_out(data / "train.parquet", args.held_out, preset.recipe.train_samples, folder / "data")
     return {
-        **preset.recipe.options(), **cell.options(), "model_name_or_path": model,
+        **preset.recipe.options(cell.task), **cell.options(), "model_name_or_path": model,
         "train_file": str(data / "train.parquet"), "validation_file": str(validation),
         **json.loads(args.options or "{}"), "output_dir": str(folder / "cells" / cell.id),
     }  # fmt: skip
