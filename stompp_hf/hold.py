@@ -1,9 +1,10 @@
 """Hold frozen latents against the optimizer, so that sign(latent) is the committed sign and nothing has to be saved."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConfigError
 from .modules import FROZEN, TRANSITION, BinaryLayer
@@ -47,3 +48,34 @@ def hold_frozen(optimizer: Any, layers: list[BinaryLayer]) -> list[Any]:
         before.clear()
 
     return [inner.register_step_pre_hook(keep), inner.register_step_post_hook(put_back)]
+
+
+def skip_blocked(optimizer: Any, parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """Register hooks that leave parameters alone which no gradient reached, as in one process.
+
+    Those are what stands before a frozen STE-free layer, and scales of pending layers. DistributedDataParallel without
+    find_unused_parameters gives them zeros, with which decay and momentum would go on, and Adam would count steps.
+
+    Returns the hooks' handles.
+
+    Raises:
+        ConfigError: the optimizer has no step hooks.
+    """
+    inner = hookable(optimizer, "training on several processes", "train on one")
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    reached: set[int] = set()
+
+    def mark(parameter: Tensor) -> None:
+        if parameter.grad is not None:  # what the processes add up comes later
+            reached.add(id(parameter))
+
+    def skip(*_: Any) -> None:
+        for parameter in parameters:
+            if id(parameter) not in reached:
+                parameter.grad = None
+        reached.clear()
+
+    return [
+        *(parameter.register_post_accumulate_grad_hook(mark) for parameter in parameters),
+        inner.register_step_pre_hook(skip),
+    ]

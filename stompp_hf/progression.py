@@ -1,6 +1,7 @@
 """Progression: from (step, total steps) to the state of every stage. Drives the masks; knows no Trainer."""
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from torch import nn
 
 from .config import StoMPPConfig
 from .errors import CheckpointError, ConfigError, NonFiniteError
-from .hold import hold_frozen
+from .hold import hold_frozen, skip_blocked
 from .masks import SoftRefreshMask
 from .modules import FROZEN, PENDING, TRANSITION, BinaryLayer, Member
-from .modules.calibration import Observer, padding_masks
+from .modules.calibration import Observer, in_processes, padding_masks, reduced
 from .pending_lr import first_steps, slow_pending
 from .plan import Plan, members, planned_model
 from .probe import run, undisturbed
@@ -254,8 +255,13 @@ class Progression:
         self._handles.append(self.model.register_forward_pre_hook(note_masks, with_kwargs=True))
 
     def _take_observed(self, step: int) -> None:
-        for layer in self.layers.values():
-            if layer.observer is not None and layer.observer.rows and step != self.current_step:
+        looking = [layer for layer in self.layers.values() if layer.observer is not None and step != self.current_step]
+        if looking:
+            # A layer that ran on any process takes its values on all of them: they are summed over processes.
+            ran = [int(bool(layer.observer and layer.observer.rows)) for layer in looking]
+            ran = reduced(torch.tensor(ran, device=looking[0].like.device), "max").tolist()
+            for layer in itertools.compress(looking, ran):
+                assert layer.observer is not None
                 layer.calibrate_observed(layer.observer)
                 layer.observer = None
         if all(layer.observer is None for layer in self.layers.values()):
@@ -271,16 +277,19 @@ class Progression:
 
         Forward: STE-free, after each optimizer step, latents of frozen entries are what they were before it, so the
         sign of a frozen entry cannot change while it stays frozen; unfrozen entries, scales and biases go on learning.
-        With pending_lr below 1, what is still pending moves by that share of the optimizer's step.
+        With pending_lr below 1, what is still pending moves by that share of the optimizer's step. In several processes
+        parameters that no gradient reaches are skipped, as they are in one.
 
         Args:
             optimizer: a torch optimizer, or accelerate's wrapper of one.
 
         Raises:
-            ConfigError: the optimizer has no step hooks.
+            ConfigError: the optimizer has no step hooks, and one is needed.
         """
         if self.config.frozen_gradient == "zero" and self.config.binarize != "nothing":
             self._holds += hold_frozen(optimizer, list(self._weighted().values()))
+        if in_processes() and not any(hasattr(p, "full_tensor") for p in self.model.parameters()):
+            self._holds += skip_blocked(optimizer, self.model.parameters())
         if self.config.pending_lr != 1.0:
             parameters = first_steps(self.model, {name: window.begin for name, window in self.windows.items()})
             self._holds += slow_pending(optimizer, parameters, self.config.pending_lr, lambda: self.current_step)

@@ -11,7 +11,7 @@ from .config import StoMPPConfig
 from .errors import AlreadyBinarizedError, CheckpointError, ConfigError
 from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, binary_class_of
 from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
-from .plan import Plan, binary_layers, get_plan, planned_model, set_plan
+from .plan import Plan, binary_layers, get_plan, members, planned_model, set_plan
 from .quantization_config import StoMPPQuantizationConfig
 from .selection import select
 
@@ -98,6 +98,18 @@ def convert(model: nn.Module, plan: Plan) -> None:
         raise
     set_plan(model, plan)
     record(model, plan)
+    setattr(model, _NOT_BROADCAST, [*getattr(model, _NOT_BROADCAST, []), *_own_buffers(model)])
+
+
+_NOT_BROADCAST = "_ddp_params_and_buffers_to_ignore"
+"""Where DistributedDataParallel looks for names that it is not to send from rank 0 to the others at each forward."""
+
+
+def _own_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that binarization added: equal on all processes, since they come from sums over them."""
+    return [
+        f"{name}.{own}" for name, member in members(model).items() for own, _ in member.named_buffers(recurse=False)
+    ]
 
 
 def _put_back(model: nn.Module) -> None:
@@ -114,7 +126,12 @@ def restore_model(model: Model) -> Model:
         NotBinarizedError: the model has no binary layers.
     """
     layers = binary_layers(model)
-    root = planned_model(model)
+    root: Any = planned_model(model)
+    own = set(_own_buffers(root))
+    others = [name for name in getattr(root, _NOT_BROADCAST) if name not in own]
+    delattr(root, _NOT_BROADCAST)
+    if others:
+        setattr(root, _NOT_BROADCAST, others)
     for layer in layers.values():
         layer.restore()
     detach_all(root)

@@ -203,10 +203,8 @@ class BinaryAttention(Member, nn.Module):
                 self._look(query, key, value, call)
         if self.stage_state == PENDING or (self.stage_state == TRANSITION and self.frozen_share == 0.0):
             clip = self.stompp_config.activation_clip if self.stompp_config.binary_activations else None
-            operands = (
-                (query, key, value) if clip is None else (F.hardtanh(u, -clip, clip) for u in (query, key, value))
-            )
-            return call.plain(*operands)
+            clipped = [u if clip is None else F.hardtanh(u, -clip, clip) for u in (query, key, value)]
+            return call.plain(self.with_idle(clipped[0]), *clipped[1:])
         if not self.activation_ready:
             raise NotCalibratedError(
                 f"BinaryAttention (stage state {self.stage_state}) has no values yet: they are set by the first "

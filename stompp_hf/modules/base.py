@@ -127,7 +127,7 @@ class BinaryLayer(LayerState):
                 # Committed before any step of a window: the first call decides, so that later layers see what is so.
                 self.calibrate_activation(observer.rows[0])
         if state == PENDING or (state == TRANSITION and self.frozen_share == 0.0):
-            return self._unfrozen(x)
+            return self._unfrozen(self.with_idle(x))
         if not self.activation_ready and self.needs_activation_values:
             raise NotCalibratedError(
                 f"{type(self).__name__} (stage state {state}) has no activation values yet: they are set by the first "

@@ -52,6 +52,10 @@ class Observer:
                 return mask.bool()
         return None
 
+    def seen(self, features: int, like: Tensor) -> Tensor:
+        """All rows, (rows, features); none at all where only other processes ran the module."""
+        return torch.cat(self.rows) if self.rows else like.detach().new_empty(0, features)
+
     def see(self, rows: Tensor, places: torch.Size, limit: int = MAX_ROWS) -> None:
         """Keep (at most `limit`, evenly thinned) rows of a call's input, without padded positions if known."""
         if recomputing():
@@ -79,9 +83,14 @@ class ActivationValues:
     offset: float
 
 
-def _reduce(value: Tensor, how: str = "sum") -> Tensor:
+def in_processes() -> bool:
+    """Whether torch.distributed runs."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def reduced(value: Tensor, how: str = "sum") -> Tensor:
     """Over all ranks when torch.distributed runs, so that equal values come from different data."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_processes():
         operations = torch.distributed.ReduceOp
         operation = {"sum": operations.SUM, "min": operations.MIN, "max": operations.MAX}[how]
         torch.distributed.all_reduce(value, op=operation)
@@ -103,23 +112,23 @@ def activation_values(rows: Tensor, threshold: str, levels: str, producer: str |
         levels: "symmetric" or "auto".
         producer: class name of the module whose output this is, if known.
     """
-    count = _reduce(torch.tensor(float(rows.shape[0]), dtype=rows.dtype, device=rows.device)).clamp(min=1.0)
+    count = reduced(torch.tensor(float(rows.shape[0]), dtype=rows.dtype, device=rows.device)).clamp(min=1.0)
     features = rows.shape[1]
     empty = rows.shape[0] == 0
-    low = _reduce(rows.new_tensor(torch.inf) if empty else rows.min(), "min").reshape(1)
-    high = _reduce(rows.new_tensor(-torch.inf) if empty else rows.max(), "max").reshape(1)
+    low = reduced(rows.new_tensor(torch.inf) if empty else rows.min(), "min").reshape(1)
+    high = reduced(rows.new_tensor(-torch.inf) if empty else rows.max(), "max").reshape(1)
     widest = torch.stack([high - low, high.abs(), low.abs()]).amax(0)
     margin = RANGE_MARGIN * torch.where(widest > 0, widest, torch.ones_like(widest))
     named = producer is not None and any(word in producer.lower() for word in ONE_SIDED_PRODUCERS)
     if levels == "auto" and (named or bool(low >= 0)) and bool(high > 0):
-        cut = _reduce(rows.clamp(min=0).sum()) / (count * features)
+        cut = reduced(rows.clamp(min=0).sum()) / (count * features)
         for _ in range(10):
             above = rows > cut
-            total = _reduce(torch.stack([(rows * above).sum(), above.sum().to(rows.dtype)]))
+            total = reduced(torch.stack([(rows * above).sum(), above.sum().to(rows.dtype)]))
             cut = total[0] / total[1].clamp(min=1.0) / 2
         scale = cut.reshape(1)
         return ActivationValues(scale, scale.expand(features).clone(), low - margin, high + margin, 1.0)
-    start = _reduce(rows.sum(0)) / count if threshold == "mean" else rows.new_zeros(features)
-    scale = (_reduce((rows - start).abs().sum()) / (count * features)).reshape(1)
+    start = reduced(rows.sum(0)) / count if threshold == "mean" else rows.new_zeros(features)
+    scale = (reduced((rows - start).abs().sum()) / (count * features)).reshape(1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a constant input must not kill the layer
     return ActivationValues(scale, start, low - margin, high + margin, 0.0)

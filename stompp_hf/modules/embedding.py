@@ -88,6 +88,7 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
     def _unfrozen(self, x: Tensor) -> Tensor:
         clip = self.stompp_config.weight_clip if self.stompp_config.binary_weights else None
         rows: Tensor = nn.Embedding.forward(self, x)  # type: ignore[arg-type]
+        rows = self.with_idle(rows)
         return rows if clip is None else F.hardtanh(rows, -clip, clip)
 
     def _in_transition(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import StoMPPConfig
-from .calibration import Observer
+from .calibration import Observer, in_processes
 
 PENDING, TRANSITION, FROZEN = "pending", "transition", "frozen"
 
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
     _Module = nn.Module
 else:
     _Module = object
+
+
+class _Keep(torch.autograd.Function):
+    """x itself; the other tensors are in its graph, and get undefined gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.others = len(others)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad, *[None] * ctx.others
 
 
 class Member(_Module):
@@ -91,6 +104,17 @@ class Member(_Module):
         if state != TRANSITION:
             for name in self.mask_names:
                 setattr(self, name, None)
+
+    def with_idle(self, x: Tensor) -> Tensor:
+        """x, with the parameters in its graph that a pending member does not use yet; in several processes only.
+
+        Without find_unused_parameters, DistributedDataParallel waits for a gradient of every parameter.
+        """
+        if not (in_processes() and torch.is_grad_enabled()):
+            return x
+        own = (getattr(self, name, None) for name in self.own_names)
+        idle = [tensor for tensor in own if tensor is not None and tensor.requires_grad]
+        return _Keep.apply(x, *idle) if idle else x  # type: ignore[no-any-return]
 
     def _read_edges(self) -> None:
         """Mirror the clips' edges."""

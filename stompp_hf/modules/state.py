@@ -96,7 +96,7 @@ class LayerState(Member):
         self.activation_ready = True
 
     def calibrate_observed(self, observer: Observer) -> None:
-        self.calibrate_activation(torch.cat(observer.rows))
+        self.calibrate_activation(observer.seen(self.product.features(self.weight), self.weight))
 
     def _set_activation(self, values: ActivationValues) -> None:
         config = self.stompp_config
