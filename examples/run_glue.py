@@ -28,7 +28,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from stompp_hf import (
     StoMPPConfig,
@@ -36,6 +35,7 @@ from stompp_hf import (
     binarize_model,
     create_optimizer,
     get_plan,
+    last_whole_checkpoint,
     report,
 )
 from stompp_hf.errors import NotBinarizedError
@@ -184,7 +184,7 @@ def main() -> dict[str, float]:
     if training_args.do_train:
         checkpoint: Any = training_args.resume_from_checkpoint
         if checkpoint in (True, "True", "true"):
-            checkpoint = get_last_checkpoint(training_args.output_dir)
+            checkpoint = last_whole_checkpoint(training_args.output_dir)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = {**result.metrics, "train_samples": len(data["train"])}
         trainer.save_model()

@@ -30,9 +30,15 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from stompp_hf import StoMPPConfig, StoMPPTrainerCallback, create_optimizer, get_plan, report
+from stompp_hf import (
+    StoMPPConfig,
+    StoMPPTrainerCallback,
+    create_optimizer,
+    get_plan,
+    last_whole_checkpoint,
+    report,
+)
 from stompp_hf.plan import binary_layers
 
 logger = logging.getLogger(__name__)
@@ -112,7 +118,7 @@ def train(
     processor, pixels = load_processor(model_args, data_args, config)
     checkpoint: Any = args.resume_from_checkpoint
     if checkpoint in (True, "True", "true"):
-        checkpoint = get_last_checkpoint(args.output_dir)
+        checkpoint = last_whole_checkpoint(args.output_dir)
     model = load_model(model_args, config, pixels.size, stompp, checkpoint)
     data = prepare(task, data_args, pixels, args.seed)
     wanted = {"train": args.do_train, "validation": args.do_eval}

@@ -1,6 +1,7 @@
 """StoMPP for Hugging Face Transformers: train networks with 1-bit weights and activations, stage by stage."""
 
 from .callback import StoMPPTrainerCallback
+from .checkpoints import last_whole_checkpoint
 from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
@@ -46,6 +47,7 @@ __all__ = [
     "calibrate",
     "create_optimizer",
     "get_plan",
+    "last_whole_checkpoint",
     "pack_model",
     "parameter_groups",
     "report",

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
+from .checkpoints import last_whole_checkpoint
 from .errors import CheckpointError, NotBinarizedError
 from .metrics import FlipRatio, frozen_fraction
 from .plan import binary_layers, get_plan, planned_model
@@ -73,7 +73,11 @@ class StoMPPTrainerCallback(TrainerCallback):
     # ---- attach: what needs the Trainer itself ----
 
     def attach(self, trainer: Any) -> "StoMPPTrainerCallback":
-        """Join a Trainer (adding this callback if it is not among its own), and wrap its log, evaluate and train."""
+        """Join a Trainer (adding this callback if it is not among its own), and wrap its log, evaluate and train.
+
+        From then on `resume_from_checkpoint=True` takes the last *whole* checkpoint, and a save with several processes
+        is over, and older checkpoints are deleted, only once all of them have written their part.
+        """
         if self._trainer is trainer:  # wrapped already: a second flip ratio a record would always be 0
             return self
         if self not in trainer.callback_handler.callbacks:
@@ -100,11 +104,26 @@ class StoMPPTrainerCallback(TrainerCallback):
             return metrics
 
         def train_checked(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_whole_checkpoint(trainer.args.output_dir)
+                if resume_from_checkpoint is None:
+                    raise CheckpointError(
+                        f"resume_from_checkpoint=True: {trainer.args.output_dir} has no whole checkpoint. Start "
+                        "without it, or name a folder."
+                    )
             if resume_from_checkpoint:
-                _check_folder(trainer.model, resume_from_checkpoint, trainer.args.output_dir)
+                _check_folder(trainer.model, resume_from_checkpoint)
             return train(resume_from_checkpoint, *args, **kwargs)
 
         trainer.log, trainer.evaluate, trainer.train = log_with_metrics, evaluate_twice, train_checked
+        save_random_state = getattr(trainer, "_save_rng_state", None)
+        if trainer.args.world_size > 1 and save_random_state is not None:
+
+            def save_together(output_dir: str) -> None:
+                save_random_state(output_dir)
+                trainer.accelerator.wait_for_everyone()  # rank 0 goes on to trainer_state.json, and deletes older ones
+
+            trainer._save_rng_state = save_together
         return self
 
     def _calibration_data(self) -> list[Any]:
@@ -247,15 +266,14 @@ class StoMPPTrainerCallback(TrainerCallback):
         return self.progression
 
 
-def _check_folder(model: Any, checkpoint: Any, output_dir: str) -> None:
+def _check_folder(model: Any, checkpoint: Any) -> None:
     """Refuse a plain checkpoint before torch does, whose error would be about the optimizer's parameter groups."""
     get_plan(model)
-    folder = get_last_checkpoint(output_dir) if checkpoint is True else str(checkpoint)
-    path = Path(folder or "", "config.json")
-    if not folder or not path.is_file():
+    path = Path(checkpoint, "config.json")
+    if not path.is_file():
         return  # Trainer says that there is no checkpoint; other models keep no config.json
     if "quantization_config" not in json.loads(path.read_text(encoding="utf-8")):
         raise CheckpointError(
-            f"{folder} was saved before binarize_model: it holds no StoMPP state. Resume from a checkpoint of this "
+            f"{checkpoint} was saved before binarize_model: it holds no StoMPP state. Resume from a checkpoint of this "
             "run, or start without resume_from_checkpoint."
         )
