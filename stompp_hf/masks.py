@@ -38,6 +38,7 @@ class SoftRefreshMask:
         self.refresh_rate = refresh_rate
         self._draws = torch.zeros(numel, dtype=torch.int16)
         self._step: int | None = None
+        self._filled: tuple[int, int, int, int] | None = None
 
     def _redraw(self, step: int) -> None:
         slot = self._draws[step % self.refresh_rate :: self.refresh_rate]
@@ -62,8 +63,13 @@ class SoftRefreshMask:
     def fill(self, mask: torch.Tensor, step: int, p: float) -> torch.Tensor:
         """Write the mask at `step` and frozen fraction `p` into `mask` (any shape and float dtype), and return it."""
         level = min(_LEVELS, max(0, round(p * _LEVELS)))
+        if self._filled == (id(mask), mask._version, step, level):
+            return mask  # Trainer's callback asks at the end of one step and at the begin of the next
         draws = self.draws(step)
         if level == 0:
-            return mask.zero_()
-        frozen = draws <= level - 1 - _LEVELS // 2
-        return mask.copy_(frozen.view(mask.shape), non_blocking=False)
+            mask.zero_()
+        else:
+            frozen = draws <= level - 1 - _LEVELS // 2
+            mask.copy_(frozen.view(mask.shape), non_blocking=False)
+        self._filled = (id(mask), mask._version, step, level)
+        return mask

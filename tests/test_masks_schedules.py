@@ -249,3 +249,20 @@ def test_global_random_state_is_left_alone() -> None:
     state = torch.get_rng_state()
     frozen(mask_of(), 5, 0.5)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_mask_that_is_there_already_is_not_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless anything else wrote to it, or it is another tensor, step or fraction."""
+    mask, made = torch.zeros(64), SoftRefreshMask(64, 0, "m", 4)
+    drawn: list[int] = []
+    draws = made.draws
+    monkeypatch.setattr(made, "draws", lambda step: drawn.append(step) or draws(step))
+    expected = made.fill(mask, 9, 0.5).clone()
+    made.fill(mask, 9, 0.5)
+    assert drawn == [9]
+    mask[0] = 7.0
+    assert torch.equal(made.fill(mask, 9, 0.5), expected)
+    assert torch.equal(made.fill(torch.zeros(64), 9, 0.5), expected)
+    made.fill(mask, 9, 0.6)
+    made.fill(mask, 10, 0.6)
+    assert drawn == [9, 9, 9, 9, 10]
