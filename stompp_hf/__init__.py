@@ -1,7 +1,6 @@
 """StoMPP for Hugging Face Transformers: train networks with 1-bit weights and activations, stage by stage."""
 
 from .callback import StoMPPTrainerCallback
-from .checkpoints import last_whole_checkpoint
 from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
@@ -22,6 +21,7 @@ from .plan import get_plan
 from .progression import Progression, calibrate
 from .quantization_config import StoMPPQuantizationConfig
 from .quantizer import StoMPPQuantizer
+from .resuming import last_whole_checkpoint
 from .surgery import binarize_model, report, restore_model
 
 __version__ = "0.1.0"

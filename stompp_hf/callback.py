@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .checkpoints import last_whole_checkpoint
 from .errors import CheckpointError, NotBinarizedError
 from .metrics import FlipRatio, frozen_fraction
 from .plan import binary_layers, get_plan, planned_model
 from .progression import Progression
+from .resuming import last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
