@@ -69,6 +69,7 @@ class StoMPPTrainerCallback(TrainerCallback):
         self.progression: Progression | None = None
         self._flips: FlipRatio | None = None
         self._holds_complete = False
+        self._stands = 0  # the step at which a finished base stays, whatever is trained beside it
         self._trainer: Any = None
         self._evaluating = False
 
@@ -156,8 +157,10 @@ class StoMPPTrainerCallback(TrainerCallback):
         # Where the model itself stands: ahead of Trainer's count if an earlier run, or another process, trained it.
         ahead = first.step if first.step > state.global_step or (adapted and finished) else 0
         restarted = self.progression is not None and self.progression.model is root
-        self.progression = Progression(root, state.max_steps, rescale=self.rescale)
+        total = first.total_steps if adapted and finished and first.total_steps else state.max_steps
+        self.progression = Progression(root, total, rescale=self.rescale)
         self._holds_complete = ahead > 0 and self.progression.is_complete(ahead)
+        self._stands = ahead if adapted else 0
         if self._holds_complete and not adapted:
             logger.warning(
                 "this model is fully binary already, and stays so: training goes on with every stage frozen. To "
@@ -207,7 +210,9 @@ class StoMPPTrainerCallback(TrainerCallback):
                 )
 
     def _place(self, global_step: int) -> int:
-        return max(global_step, self._required().total_steps) if self._holds_complete else global_step
+        if not self._holds_complete:
+            return global_step
+        return self._stands or max(global_step, self._required().total_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._required().step(self._place(state.global_step))
