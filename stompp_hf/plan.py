@@ -153,7 +153,7 @@ def planned_model(model: nn.Module) -> nn.Module:
         NotBinarizedError: there is none.
     """
     for module in model.modules():
-        if isinstance(getattr(module, _ATTRIBUTE, None), Plan):
+        if isinstance(vars(module).get(_ATTRIBUTE), Plan):  # its own: PEFT's wrappers pass on what they have not
             return module
     raise NotBinarizedError(
         f"{type(model).__name__} has no binary layers. Call `model = stompp_hf.binarize_model(model, StoMPPConfig())` "

@@ -32,8 +32,9 @@ BINARY = {"bert": {BinaryLinear, BinaryEmbedding}, "gpt2": {BinaryConv1D}, "resn
 FORMATS = ("training", "packed")
 
 RELOAD = """
-import sys, torch, transformers, stompp_hf
+import sys, torch, peft, transformers
 from peft import PeftModel
+import stompp_hf  # after PEFT, for once
 folder, results = sys.argv[1], {}
 for name, (auto, base, batch) in torch.load(f"{folder}/jobs.pt").items():
     model = getattr(transformers, auto).from_pretrained(f"{folder}/{base}")
@@ -42,6 +43,11 @@ for name, (auto, base, batch) in torch.load(f"{folder}/jobs.pt").items():
         results[name] = model(**batch).logits
         with model.disable_adapter():
             results[f"{name} off"] = model(**batch).logits
+    try:
+        model.merge_and_unload()
+    except stompp_hf.errors.AdapterError:
+        continue
+    raise SystemExit("merged")
 torch.save(results, f"{folder}/results.pt")
 """
 
