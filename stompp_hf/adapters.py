@@ -41,9 +41,20 @@ def base_model(model: nn.Module) -> nn.Module:
     return base_model(inner.model) if "BaseTuner" in kinds else model
 
 
+def _is_a(cls: type, name: str) -> bool:
+    return any(base.__name__ == name for base in cls.__mro__)
+
+
 def is_tuner_layer(module: nn.Module) -> bool:
     """Whether a module is a PEFT adapter around a layer of the model."""
-    return any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__)
+    return _is_a(type(module), "BaseTunerLayer")
+
+
+def adapter_parts(model: nn.Module) -> set[nn.Module]:
+    """The modules that PEFT has put into a model, without those that it has put them around."""
+    outer = [module for module in model.modules() if is_tuner_layer(module)]
+    added = [child for module in outer for name, child in module.named_children() if name != "base_layer"]
+    return {part for child in added for part in child.modules()}
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -56,7 +67,7 @@ def adapter_reason(model: nn.Module, name: str) -> str | None:
     path = name.split(".")
     for depth in range(len(path)):
         outer = model.get_submodule(".".join(path[:depth]))
-        if any(cls.__name__ == "ModulesToSaveWrapper" for cls in type(outer).__mro__):
+        if _is_a(type(outer), "ModulesToSaveWrapper"):
             return "PEFT trains and saves it whole (modules_to_save)"
         if is_tuner_layer(outer) and path[depth] != "base_layer":
             return "it is part of an adapter"
