@@ -9,14 +9,17 @@ import copy
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
 from .errors import AdapterError
-from .modules import FROZEN, BinaryLayer, Member
+from .modules import FROZEN, BinaryConv1D, BinaryLayer, BinaryLinear, Member
 from .plan import plain_name
+
+logger = logging.getLogger(__name__)
 
 BESIDE = frozenset(
     {
@@ -121,9 +124,14 @@ def _check_adapter(tuner: Any, model: nn.Module, adapter_name: str, state_dict: 
             reasons[name] = f"target_parameters={parameters} adds to the layer's weight"
         elif isinstance(member, nn.Embedding) and tokens and (not isinstance(tokens, dict) or _names(name, tokens)):
             reasons[name] = "trainable_token_indices replaces rows of the layer's weight"
-        elif reason and _is_target(tuner, config, name, state_dict):
+        elif reason and _is_target(tuner, config, name, member, state_dict):
             reasons[name] = reason
     _refuse(reasons, f"the adapter {adapter_name!r}")
+    if not config.inference_mode and any(m.stompp_config.frozen_gradient == "zero" for m in found.values()):
+        logger.warning(
+            "this base is STE-free: its frozen layers pass no gradient on, and an adapter in front of them learns "
+            "through shortcuts alone. A base that was trained with frozen_gradient='windowed_ste' passes one."
+        )
 
 
 def _inside(name: str, key: str) -> bool:
@@ -132,11 +140,11 @@ def _inside(name: str, key: str) -> bool:
     return any(".".join(path[: depth + 1]).endswith(key) for depth in range(len(path)))
 
 
-def _is_target(tuner: Any, config: Any, name: str, state_dict: Any) -> bool:
+def _is_target(tuner: Any, config: Any, name: str, layer: BinaryLayer, state_dict: Any) -> bool:
     if state_dict:  # PEFT then goes by the names of what is to be loaded
         return any(str(key).startswith(f"{name}.") for key in state_dict)
     if str(_option(config, "target_modules")).lower() == "all-linear":
-        return True
+        return isinstance(layer, (BinaryLinear, BinaryConv1D))
     return bool(tuner._check_target_module_exists(config, name))
 
 

@@ -212,6 +212,15 @@ def test_a_second_adapter_is_looked_at_too(bases: Any) -> None:
         bare.add_adapter(LoraConfig(r=2, target_modules=["query"], use_dora=True))
 
 
+def test_a_base_that_passes_no_gradient_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    case = models.CASES["bert"]
+    for regime in ("windowed_ste", "zero"):
+        model = binarize_model(case.build(), quick(frozen_gradient=regime))
+        with caplog.at_level("WARNING", "stompp_hf.adapters"):
+            get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
+        assert ("this base is STE-free" in caplog.text) == (regime == "zero")
+
+
 def test_the_refused_ones_do_touch_the_weight(bases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the guard the watch sees them: it is no test that cannot fail."""
     monkeypatch.setattr(adapters, "_needs_weight", lambda config: None)
