@@ -1,10 +1,11 @@
-"""Options of the examples: files first, then the command line; and the ones about a teacher, which both share."""
+"""Options of the examples: files first, then the command line; and the ones about a teacher and about an adapter."""
 
 import itertools
 import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import transformers
 import yaml
@@ -88,3 +89,38 @@ class TeacherArguments:
                 temperature=self.teacher_temperature,
             )
             trainer.add_callback(callback)
+
+
+@dataclass
+class LoraArguments:
+    """A small real-valued adapter beside a finished 1-bit base."""
+
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train a LoRA adapter of this rank, and the head; the base, a finished binary or packed checkpoint "
+            "in --model_name_or_path, stays as it is. Only the adapter is saved."
+        },
+    )
+    lora_alpha: float = field(default=16.0, metadata={"help": "The adapter is scaled by alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Ends of the names of layers that get an adapter; PEFT's choice if not given."},
+    )
+
+    def adapted(self, model: Any, finished: bool) -> Any:
+        """The model inside PEFT's wrapper; `finished` says whether every stage of the base is frozen."""
+        if not finished:
+            raise ValueError(
+                "--lora_rank needs a finished binary base: train one with this script first (without --lora_rank), and "
+                "give its folder, or that of `python -m stompp_hf pack`, as --model_name_or_path."
+            )
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ImportError('--lora_rank needs PEFT: pip install -e ".[peft]"') from error
+        options = {"r": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        return get_peft_model(
+            model, LoraConfig(task_type="SEQ_CLS", target_modules=self.lora_target_modules, **options)
+        )

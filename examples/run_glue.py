@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
-from options import TeacherArguments, config_of, read_words, set_up_logging
+from options import LoraArguments, TeacherArguments, config_of, read_words, set_up_logging
 from stage_edges import EvaluateAtStageEdges
 from transformers import (
     AutoConfig,
@@ -39,10 +39,11 @@ from stompp_hf import (
     report,
 )
 from stompp_hf.errors import NotBinarizedError
+from stompp_hf.metrics import frozen_fraction
 
 
 @dataclass
-class ModelArguments(TeacherArguments):
+class ModelArguments(TeacherArguments, LoraArguments):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(
@@ -153,7 +154,12 @@ def main() -> dict[str, float]:
     # Classifiers take num_items_in_batch and ignore it. Without this, Trainer would believe that they divide by it, and
     # multiply gradients by the number of processes and of accumulated batches.
     model.accepts_loss_kwargs = False
-    if not is_binarized(model):
+    adapter = model_args.lora_rank is not None
+    if adapter:
+        if model_args.teacher is not None:
+            raise ValueError("--teacher is for a base that becomes binary; leave it out beside --lora_rank.")
+        model = model_args.adapted(model, finished=is_binarized(model) and frozen_fraction(model) == 1.0)
+    elif not is_binarized(model):
         model = binarize_model(model, stompp)
     with training_args.main_process_first(desc="tokenizing"):
         data = prepare(task, tokenizer, data_args)
@@ -175,9 +181,10 @@ def main() -> dict[str, float]:
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
         optimizers=(create_optimizer(model, training_args), None) if training_args.do_train else (None, None),
     )
-    callback.attach(trainer)
-    model_args.add_to(trainer, model_args.method)
-    if model_args.evaluate_stages and training_args.do_train and training_args.do_eval:
+    if not adapter:  # the base is finished: nothing is left to freeze
+        callback.attach(trainer)
+        model_args.add_to(trainer, model_args.method)
+    if not adapter and model_args.evaluate_stages and training_args.do_train and training_args.do_eval:
         trainer.add_callback(EvaluateAtStageEdges(callback))
 
     summary: dict[str, float] = {}
@@ -200,7 +207,9 @@ def main() -> dict[str, float]:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
         summary.update(metrics)
-        if training_args.do_train and trainer.is_world_process_zero():
+        if adapter and trainer.is_world_process_zero():
+            print_adapter(model, training_args.output_dir, model_args.ignore_mismatched_sizes)
+        elif training_args.do_train and trainer.is_world_process_zero():
             print_course(trainer, task, data["validation"])
     if training_args.do_predict and "test" in data:
         write_predictions(trainer, task, data["test"].remove_columns("labels"), training_args.output_dir)
@@ -244,6 +253,18 @@ def print_course(trainer: Trainer, task: Any, validation: Any) -> None:
         print(f"full precision (before the first stage froze): {full_precision:.4f}")
     if progression is not None and progression.is_complete() and plan.config.binarize != "nothing" and rows:
         print(f"fully binary ({plan.config.binarize.replace('_', ' ')}): {rows[-1][key]:.4f}")
+
+
+def print_adapter(model: Any, folder: str, another_head: bool) -> None:
+    """What was trained beside what, and how to load it."""
+    trained, total = model.get_nb_trainable_parameters()
+    base = f'"{model.get_base_model().name_or_path}"'
+    if another_head:
+        base += f", num_labels={model.config.num_labels}, ignore_mismatched_sizes=True"
+    print(report(model).splitlines()[0])
+    print(f"adapter and head: {trained:,} of {total:,} parameters, in {folder}; the base did not change. To load both:")
+    print(f"    base = AutoModelForSequenceClassification.from_pretrained({base})  # after `import stompp_hf`")
+    print(f'    model = peft.PeftModel.from_pretrained(base, "{folder}")')
 
 
 def write_predictions(trainer: Trainer, task: Any, data: Any, folder: str) -> None:

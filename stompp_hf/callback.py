@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from .adapters import has_adapters
 from .errors import CheckpointError, NotBinarizedError
 from .metrics import FlipRatio, frozen_fraction
-from .plan import binary_layers, get_plan, planned_model
+from .modules import FROZEN
+from .plan import binary_layers, get_plan, members, planned_model
 from .progression import Progression
 from .resuming import last_whole_checkpoint
 
@@ -67,6 +69,7 @@ class StoMPPTrainerCallback(TrainerCallback):
         self.progression: Progression | None = None
         self._flips: FlipRatio | None = None
         self._holds_complete = False
+        self._stands = 0  # the step at which a finished base stays, whatever is trained beside it
         self._trainer: Any = None
         self._evaluating = False
 
@@ -163,19 +166,27 @@ class StoMPPTrainerCallback(TrainerCallback):
     def _bind(self, model: Any, state: Any) -> None:
         layers, root = binary_layers(model), planned_model(model)
         first = next(iter(layers.values()))
-        if state.global_step > 0:
+        finished = all(member.stage_state == FROZEN for member in members(root).values())
+        adapted = has_adapters(model)  # then Trainer's checkpoints hold the adapter alone, and nothing of the base
+        if adapted and not finished:
+            self._check_adapted(first.step, state.global_step)
+        elif state.global_step > 0 and not adapted:
             prefix = getattr(root, "base_model_prefix", "")
             self._check_resumed(layers, get_plan(root).fingerprint(prefix), state.global_step)
         # Where the model itself stands: ahead of Trainer's count if an earlier run, or another process, trained it.
-        ahead = first.step if first.step > state.global_step else 0
+        ahead = first.step if first.step > state.global_step or (adapted and finished) else 0
         restarted = self.progression is not None and self.progression.model is root
-        self.progression = Progression(root, state.max_steps, rescale=self.rescale)
+        total = first.total_steps if adapted and finished and first.total_steps else state.max_steps
+        self.progression = Progression(root, total, rescale=self.rescale)
         self._holds_complete = ahead > 0 and self.progression.is_complete(ahead)
-        if self._holds_complete:
+        self._stands = ahead if adapted else 0
+        if self._holds_complete and not adapted:
             logger.warning(
                 "this model is fully binary already, and stays so: training goes on with every stage frozen. To "
                 "freeze it anew: restore_model(model), then binarize_model(model, config)."
             )
+        elif self._holds_complete:
+            logger.info("the base is fully binary and stays as it is; the adapter trains beside it.")
         elif ahead and restarted:  # auto_find_batch_size, for one
             logger.warning("training begins anew at step %d: stages that were frozen thaw.", state.global_step)
         elif ahead:
@@ -184,6 +195,18 @@ class StoMPPTrainerCallback(TrainerCallback):
                 f"step {state.global_step}. To go on: trainer.train(resume_from_checkpoint=...). To start over: "
                 "restore_model(model), then binarize_model(model, config)."
             )
+
+    def _check_adapted(self, base: int, step: int) -> None:
+        if base < step:
+            raise CheckpointError(
+                f"training resumes at step {step}, and the base stands at step {base} of its progression: checkpoints "
+                "of a model with PEFT adapters hold the adapter alone. Start without resume_from_checkpoint; or make "
+                "the base binary first, save it, and train the adapter beside it."
+            )
+        logger.warning(
+            "the base becomes binary around an adapter, and Trainer saves the adapter alone. When training has ended, "
+            "save the base too: model.unload().save_pretrained(...)."
+        )
 
     def _check_resumed(self, layers: dict[str, Any], fingerprint: int, step: int) -> None:
         empty = [name for name, layer in layers.items() if not layer.total_steps]
@@ -206,7 +229,9 @@ class StoMPPTrainerCallback(TrainerCallback):
                 )
 
     def _place(self, global_step: int) -> int:
-        return max(global_step, self._required().total_steps) if self._holds_complete else global_step
+        if not self._holds_complete:
+            return global_step
+        return self._stands or max(global_step, self._required().total_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._required().step(self._place(state.global_step))

@@ -47,3 +47,7 @@ class ShapeError(StoMPPError, ValueError):
 
 class DistillationError(StoMPPError, ValueError):
     """A teacher and a student cannot be compared, or the teacher's loss is never used."""
+
+
+class AdapterError(StoMPPError, ValueError):
+    """A PEFT adapter would be merged into a binary weight, or needs that weight to compute."""

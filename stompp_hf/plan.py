@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -53,6 +54,20 @@ class Plan:
     shifted: dict[str, list[str]] = field(default_factory=dict)
     attention: str | None = None
     packed: bool = False
+
+    def renamed(self, rename: Callable[[str], str]) -> "Plan":
+        """The same plan with other names for the modules of the model."""
+
+        def all_renamed(found: dict[str, list[str]]) -> dict[str, list[str]]:
+            return {rename(name): [rename(reader) for reader in readers] for name, readers in found.items()}
+
+        return replace(
+            self,
+            entries=[replace(e, name=rename(e.name), stage_name=rename(e.stage_name)) for e in self.entries],
+            bypassed={rename(name): how for name, how in self.bypassed.items()},
+            paused=all_renamed(self.paused),
+            shifted=all_renamed(self.shifted),
+        )
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the entries of one kind, in the order in which they freeze."""
@@ -138,7 +153,7 @@ def planned_model(model: nn.Module) -> nn.Module:
         NotBinarizedError: there is none.
     """
     for module in model.modules():
-        if isinstance(getattr(module, _ATTRIBUTE, None), Plan):
+        if isinstance(vars(module).get(_ATTRIBUTE), Plan):  # its own: PEFT's wrappers pass on what they have not
             return module
     raise NotBinarizedError(
         f"{type(model).__name__} has no binary layers. Call `model = stompp_hf.binarize_model(model, StoMPPConfig())` "
@@ -152,12 +167,38 @@ def get_plan(model: nn.Module) -> Plan:
     return plan
 
 
+def plain_name(name: str) -> str:
+    """The name that a layer has without the PEFT adapters around it: plans hold that one, whatever comes and goes."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module of a plain name, inside whatever PEFT wrapped around it or around a module on the way.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module: Any = model
+    for part in name.split("."):
+        while part not in module._modules and (inner := _wrapped(module)) is not None:
+            module = inner
+        module = module.get_submodule(part)
+    while not isinstance(module, Member) and (inner := _wrapped(module)) is not None:
+        module = inner
+    return module  # type: ignore[no-any-return]
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    inner = (module._modules.get(name) for name in ("base_layer", "original_module"))
+    return next((module for module in inner if module is not None), None)
+
+
 def members(model: nn.Module) -> dict[str, Member]:
     """Everything that freezes, by name, in the order in which it does: layers, embeddings, attention products."""
     root = planned_model(model)
     found: dict[str, Member] = {}
     for entry in get_plan(root).entries:
-        module = root.get_submodule(entry.name)
+        module = submodule(root, entry.name)
         if not isinstance(module, Member):
             raise NotBinarizedError(
                 f"{entry.name} should be a binary layer and is a {type(module).__name__}: it was replaced after "

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import adapter_reason
 from .attention_interface import CHILD
 from .beyond_layers import Beyond, find
 from .config import StoMPPConfig
@@ -88,18 +89,7 @@ def _unfit(model: nn.Module, name: str, module: nn.Module, owners: dict[int, lis
         return f"its weight is stored as {weight.dtype}"
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         return "its forward was replaced on the instance (kernelize, a monkey patch), so a new class has no effect"
-    return _adapter_reason(model, name)
-
-
-def _adapter_reason(model: nn.Module, name: str) -> str | None:
-    path = name.split(".")
-    for depth in range(len(path)):
-        kinds = {cls.__name__ for cls in type(model.get_submodule(".".join(path[:depth]))).__mro__}
-        if "ModulesToSaveWrapper" in kinds:
-            return "PEFT trains and saves it whole (modules_to_save)"
-        if "BaseTunerLayer" in kinds and path[depth] != "base_layer":
-            return "it is part of an adapter"
-    return None
+    return adapter_reason(model, name)
 
 
 def _pattern_reason(name: str, config: StoMPPConfig) -> str | None:

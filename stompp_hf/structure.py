@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import adapter_parts
 from .config import StoMPPConfig
 from .dataflow import shortcuts
 from .probe import Trace
@@ -14,7 +15,8 @@ _DOWNSAMPLING = ("shortcut", "downsample", "downsampling", "downsampling_layer")
 
 
 def _weighted(module: nn.Module) -> int:
-    return sum(isinstance(inner, WEIGHTED) for inner in module.modules())
+    added = adapter_parts(module)
+    return sum(isinstance(inner, WEIGHTED) and inner not in added for inner in module.modules())
 
 
 def _repeats(container: nn.Module, block: nn.Module | None) -> bool:

@@ -6,12 +6,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .adapters import base_model, check_wrapped
 from .attention_interface import NAMES, attach, detach_all, switch
 from .config import StoMPPConfig
 from .errors import AlreadyBinarizedError, CheckpointError, ConfigError
 from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, binary_class_of
 from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
-from .plan import Plan, binary_layers, get_plan, members, planned_model, set_plan
+from .plan import Plan, binary_layers, get_plan, members, plain_name, planned_model, set_plan, submodule
 from .quantization_config import StoMPPQuantizationConfig
 from .selection import select
 
@@ -27,7 +28,8 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
     before `Trainer(...)` or an optimizer is created, since layers gain learnable scales and thresholds.
 
     Args:
-        model: any nn.Module; a transformers model is probed with inputs made from its config.
+        model: any nn.Module; a transformers model is probed with inputs made from its config. Inside PEFT's wrappers
+            the base becomes binary, and adapters stay real.
         config: the options; the defaults suit fine-tuning.
         example_inputs: one small batch (keyword arguments, a tuple, or one tensor) for the probe.
 
@@ -36,6 +38,7 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
         NothingToBinarizeError: no layer is left to binarize.
         PatternError: a pattern of the configuration matches nothing.
         ConfigError: the configuration asks for more stages than there are layers.
+        AdapterError: PEFT put an adapter around a layer that reads or changes its weight (DoRA), or merged it.
     """
     config = StoMPPConfig() if config is None else config
     if not isinstance(config, StoMPPConfig):
@@ -45,13 +48,15 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
             "binarize_model: this model has binary layers already (was it loaded from a StoMPP checkpoint?). "
             "Train it as it is, or call stompp_hf.restore_model(model) first."
         )
-    selection = select(model, config, example_inputs)
+    root = base_model(model)
+    selection = select(root, config, example_inputs)
+    check_wrapped(root, [entry.name for entry in selection.entries])
     cast_to_float32(model, config)
     near = selection.neighbours
     plan = Plan(
         config, selection.entries, selection.left, near.bypassed, near.paused, near.shifted, selection.attention
     )
-    convert(model, plan)
+    convert(root, plan.renamed(plain_name))
     logger.info("%s", report(model))
     return model
 
@@ -63,11 +68,11 @@ def convert(model: nn.Module, plan: Plan) -> None:
     try:
         for entry in plan.entries:
             if entry.kind == "attention":
-                parent = model.get_submodule(entry.name.rpartition(".")[0])
+                parent = submodule(model, entry.name.rpartition(".")[0])
                 like = next(parent.parameters(), next(model.parameters()))
                 attach(parent, BinaryAttention(plan.config, entry.shape or [], like))
                 continue
-            module = model.get_submodule(entry.name)
+            module = submodule(model, entry.name)
             begun.append(module)
             binary_class = BinaryEmbedding if entry.kind == "embedding" else binary_class_of(module)
             if binary_class is None:
@@ -75,17 +80,17 @@ def convert(model: nn.Module, plan: Plan) -> None:
             shape = tuple(entry.shape) if element and entry.shape else None
             binary_class.convert(module, plan.config, entry.producer, entry.absorbed, shape)
         for name in plan.bypassed:
-            activation: Any = model.get_submodule(name)
+            activation: Any = submodule(model, name)
             activation.__class__ = BYPASSED[type(activation)]
         for name, readers in plan.shifted.items():
-            shifted: Any = model.get_submodule(name)
-            reader: Any = model.get_submodule(readers[0])
+            shifted: Any = submodule(model, name)
+            reader: Any = submodule(model, readers[0])
             shifted.__class__ = RPReLU
             spread = reader.product.per_feature(reader.weight.new_empty(1), reader.weight)
             shifted.begin(reader.product.features(reader.weight), spread.dim() - 1, reader.weight.detach())
         for name, readers in plan.paused.items():
-            dropout: Any = model.get_submodule(name)
-            dropout.readers = [model.get_submodule(reader) for reader in readers]
+            dropout: Any = submodule(model, name)
+            dropout.readers = [submodule(model, reader) for reader in readers]
             dropout.__class__ = PAUSED[type(dropout)]
         if plan.attention is not None:
             switch(model, dict.fromkeys(NAMES, NAMES[plan.attention]))
@@ -128,9 +133,7 @@ def restore_model(model: Model) -> Model:
     layers = binary_layers(model)
     root: Any = planned_model(model)
     own = set(_own_buffers(root))
-    others = [name for name in getattr(root, _NOT_BROADCAST) if name not in own]
-    delattr(root, _NOT_BROADCAST)
-    if others:
+    if others := [name for name in root.__dict__.pop(_NOT_BROADCAST, []) if name not in own]:
         setattr(root, _NOT_BROADCAST, others)
     for layer in layers.values():
         layer.restore()

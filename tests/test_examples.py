@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
+
+from stompp_hf import Progression, binarize_model, calibrate, pack_model
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 from glue_data import grammar_dataset, local_metrics, majority_share  # noqa: E402
+from options import LoraArguments  # noqa: E402
 
 TINY = [
     *("--grammar_train_samples", "96", "--grammar_eval_samples", "32", "--per_device_train_batch_size", "8"),
@@ -49,6 +53,17 @@ inputs.pop("token_type_ids", None)
 torch.save(model(**inputs).logits.detach(), sys.argv[2])
 """
 
+RELOAD_BOTH = f"""
+import sys, torch, stompp_hf
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+base = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
+inputs = AutoTokenizer.from_pretrained(sys.argv[2])({SENTENCE!r}, return_tensors="pt")
+inputs.pop("token_type_ids", None)
+torch.save(model(**inputs).logits.detach(), sys.argv[3])
+"""
+
 
 def run(*words: str, processes: int = 0) -> str:
     """Run a script with the repository's examples, through accelerate if on `processes`, and return what it printed."""
@@ -74,6 +89,26 @@ def test_embedded_run_and_reload(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["eval_samples"] == 32
     assert "stompp" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_adapter_beside_a_packed_base(tmp_path: Path) -> None:
+    """The config file trains an adapter, and saves nothing else; base and adapter reload in another process."""
+    base, out, trained, reloaded = (str(tmp_path / name) for name in ("base", "adapter", "trained", "reloaded"))
+    tiny_bert(tmp_path / "base", labels=2)
+    model = binarize_model(AutoModelForSequenceClassification.from_pretrained(base))
+    with pytest.raises(ValueError, match="--lora_rank needs a finished binary base"):
+        LoraArguments(lora_rank=2).adapted(model, finished=False)
+    Progression(model, 1).step(1)
+    calibrate(model, [{"input_ids": torch.arange(1, 17).reshape(2, 8)}])
+    pack_model(model).save_pretrained(base)
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    words = ["examples/configs/glue_lora.yaml", "--model_name_or_path", base, "--output_dir", out, *TINY]
+    printed = run("-c", TRAIN, trained, *words)
+    assert "are packed, 8 a byte" in printed and f'PeftModel.from_pretrained(base, "{out}")' in printed
+    assert not list((tmp_path / "adapter").rglob("model*.safetensors"))
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+    run("-c", RELOAD_BOTH, base, out, reloaded)
+    assert torch.equal(torch.load(trained), torch.load(reloaded))
 
 
 def test_launch_with_a_yaml_file_and_resume(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     assert isinstance(tmp_path, Path)
     monkeypatch.chdir(tmp_path)
     python = blocks("python")
-    assert len(python) == 6
-    training, reloading, refinements, teaching, loop, shipping = (
+    assert len(python) == 7
+    training, reloading, refinements, teaching, loop, shipping, adapting = (
         block.replace("bert-base-uncased", "checkpoint") for block in python
     )
 
@@ -76,6 +76,13 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     shipped = names["model"]
     assert shipped is not model and get_plan(shipped).packed  # type: ignore[arg-type]
     torch.testing.assert_close(shipped(**inputs).logits, expected, rtol=1e-6, atol=1e-7)  # type: ignore[operator]
+
+    training, reloading = adapting.rsplit("\n\n", 1)
+    exec(training, names)
+    trained = names["model"].eval()(**inputs).logits  # type: ignore[attr-defined]
+    exec(reloading, names)
+    assert torch.equal(names["model"](**inputs).logits, trained)  # type: ignore[operator]
+    assert not torch.equal(trained, expected)
 
 
 def fresh(names: dict[str, object]) -> torch.nn.Module:

@@ -47,6 +47,10 @@ class BinaryLayer(LayerState):
 
     plain_class: ClassVar[type[nn.Module]]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Binary layers are converted or copied, never built: what PEFT builds as type(base_layer)(...) is to be real.
+        return cls.plain_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
     @classmethod
     def convert(
         cls,

@@ -137,7 +137,15 @@ class PackedLayer(PackedMember, BinaryLayer):
         shape[self.product.channel_dim] = -1
         return per_channel.reshape(shape)
 
-    weight: Any = property(lambda self: self.binary_weight(), doc="s * sign(w), read-only: a new tensor at each call.")
+    @property
+    def weight(self) -> Any:
+        """s * sign(w), read-only: a new tensor at each call."""
+        return self.binary_weight()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if not torch.equal(value, self.binary_weight()):  # PEFT's unload() gives a layer the weight that it has
+            raise AttributeError(f"the weight of a {type(self).__name__} is read-only; stompp_hf.unpack_model(model).")
 
     @property
     def like(self) -> Tensor:
