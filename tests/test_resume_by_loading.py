@@ -1,7 +1,7 @@
 """A checkpoint of mid-progression is all that a new process needs: loaded, not binarized, it goes on bit for bit.
 
-Unlike in test_kill_resume.py, the resuming script builds its model from the checkpoint. It runs in an interpreter of its
-own, which never calls binarize_model (see `load` in train_and_die.py).
+Unlike in test_kill_resume.py, the resuming script builds its model from the checkpoint. It runs in an interpreter of
+its own, which never calls binarize_model (see `load` in train_and_die.py).
 """
 
 import json
