@@ -45,7 +45,7 @@ def export_onnx(
     """Write a frozen or packed model as an ONNX file; the model itself is not changed. Returns the file's path.
 
     The file holds a binary weight as bits, 8 a byte (uint8), and unpacks it with standard operators (Cast, Gather from
-    a table of 256 rows, Reshape, Slice). A runtime that folds constants does that once, when it loads the file, and then
+    a table of 256 rows, Reshape, Slice). A runtime that folds constants does so once, when it loads the file, and then
     multiplies in float32, as fast as any float model; nothing is faster for being binary. Inputs keep their names,
     outputs have those of the model's output fields that are tensors (else output, or output_0, output_1 ...).
 
@@ -63,7 +63,8 @@ def export_onnx(
         opset_version: of ONNX's operators, 18 or later.
 
     Raises:
-        ExportError: a package of the extra is not installed, no inputs can be made up, or torch cannot record the model.
+        ExportError: a package of the extra `onnx` is missing, no inputs can be made up, an argument makes no sense, or
+            torch cannot record the model.
         NotBinarizedError, PackingError, NotCalibratedError, NonFiniteError: as `pack_model`.
     """
     _check_packages()
