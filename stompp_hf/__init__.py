@@ -15,6 +15,7 @@ from .modules import (
     BinaryLayer,
     BinaryLinear,
 )
+from .onnx_export import export_onnx
 from .optim import create_optimizer, parameter_groups
 from .packing import pack_model, unpack_model
 from .plan import get_plan
@@ -46,6 +47,7 @@ __all__ = [
     "binarize_model",
     "calibrate",
     "create_optimizer",
+    "export_onnx",
     "get_plan",
     "last_whole_checkpoint",
     "pack_model",

@@ -1,4 +1,4 @@
-"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`."""
+"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`, `... export-onnx`."""
 
 import argparse
 import shutil
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from .errors import CheckpointError, StoMPPError
 from .inspecting import inspect, read_config
+from .onnx_export import export_onnx
 from .packing import pack_model, unpack_model
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
@@ -74,8 +75,15 @@ def main(words: list[str] | None = None) -> int:
         command.add_argument("source", type=Path, help="folder of save_pretrained")
         command.add_argument("target", type=Path, help="new folder")
     pack.add_argument("--commit", action="store_true", help="freeze the stages that are not frozen yet, untrained")
+    export = commands.add_parser("export-onnx", help="an ONNX file of standard operators, 8 weights a byte")
+    export.add_argument("source", type=Path, help="folder of save_pretrained")
+    export.add_argument("target", type=Path, help="the file")
     args = parser.parse_args(words)
     try:
+        if args.command == "export-onnx":
+            path = export_onnx(load(args.source), args.target)
+            print(f"{path}: {path.stat().st_size:,} bytes")
+            return 0
         if args.command == "pack":
             rewrite(args.source, args.target, lambda model: pack_model(model, commit=args.commit))
         elif args.command == "unpack":

@@ -33,6 +33,10 @@ class PackingError(StoMPPError, ValueError):
     """A model cannot be packed or unpacked in the state in which it is."""
 
 
+class ExportError(StoMPPError, RuntimeError):
+    """A model cannot be written in another library's format, here and now."""
+
+
 class CheckpointError(StoMPPError, ValueError):
     """A checkpoint does not fit the model, or the run that it is to continue."""
 

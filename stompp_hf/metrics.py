@@ -15,8 +15,8 @@ SAMPLE = 65_536
 def frozen_fraction(model: nn.Module) -> float:
     """Share of the binary layers' weight entries that are frozen now, between 0 and 1 (target share in a window)."""
     layers = binary_layers(model).values()
-    frozen = sum(layer.frozen_share * layer.weight.numel() for layer in layers)
-    return float(frozen / sum(layer.weight.numel() for layer in layers))
+    frozen = sum(layer.frozen_share * layer.weight_count for layer in layers)
+    return float(frozen / sum(layer.weight_count for layer in layers))
 
 
 def _signs(layer: BinaryLayer) -> Tensor:
@@ -87,8 +87,8 @@ def blocked_upstream(model: nn.Module) -> float:
     names = list(flow)
     moving = [index for index, name in enumerate(names) if layers[name].stage_state == TRANSITION]
     above = names[: moving[0]] if moving else []
-    total = sum(layers[name].weight.numel() for name in above)
-    return sum(flow[name].blocked * layers[name].weight.numel() for name in above) / total if total else 0.0
+    total = sum(layers[name].weight_count for name in above)
+    return sum(flow[name].blocked * layers[name].weight_count for name in above) / total if total else 0.0
 
 
 def blocked_unfrozen(model: nn.Module) -> float:

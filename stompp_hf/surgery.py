@@ -179,7 +179,7 @@ def cast_to_float32(model: nn.Module, config: StoMPPConfig) -> None:
 def report(model: nn.Module) -> str:
     """What was converted, in which stages, what was left real and why, and how many parameters become binary."""
     plan, layers = get_plan(model), binary_layers(model)
-    binary = sum(layer.weight.numel() for layer in layers.values())
+    binary = sum(layer.weight_count for layer in layers.values())
     total = sum(parameter.numel() for parameter in model.parameters()) + (binary if plan.packed else 0)
     what = "are packed, 8 a byte" if plan.packed else "become binary"
     lines = [

@@ -206,6 +206,12 @@ def test_training_cost_benchmark() -> None:
         assert f"| all frozen | {method} |" in printed
 
 
+def test_onnx_file_benchmark() -> None:
+    printed = run("examples/benchmarks/onnx_file.py", "--shapes", "tiny", "--batch", "2", "--repeats", "1")
+    for name in ("plain float32", "W1A1", "W1A1, binary embedding", "W1A32"):
+        assert f"| {name} |" in printed
+
+
 def test_grammar_needs_more_than_a_bag_of_words() -> None:
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression

@@ -25,7 +25,9 @@ from stompp_hf import (
     unpack_model,
 )
 from stompp_hf.errors import NonFiniteError, NotBinarizedError, NotCalibratedError, PackingError
+from stompp_hf.metrics import frozen_fraction
 from stompp_hf.modules.activations import Paused
+from stompp_hf.modules.bits import SignBits
 from stompp_hf.modules.packed import PackedAttention, PackedEmbedding, PackedLayer, PackedLinear
 from stompp_hf.plan import binary_layers, members
 
@@ -44,6 +46,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rprelu": ("resnet", {"relu": "rprelu"}),
     "dropped relu": ("mobilenet_v2", {"relu": "drop"}),
     "zero gradient": ("bert", {"frozen_gradient": "zero"}),
+    "everything": ("vit", {"first_layer": "binarize", "head": "binarize"}),
+    "every convolution": ("resnet", {"first_layer": "binarize", "head": "binarize", "downsampling": "binarize"}),
 }
 
 
@@ -88,6 +92,19 @@ def test_every_variant(name: str) -> None:
     assert_packed_alike(*frozen(case, **options))
 
 
+@pytest.mark.parametrize("binarize", ["weights_and_activations", "weights"])
+@pytest.mark.parametrize("shortcuts", [False, True])
+def test_a_net_of_ones_own(shortcuts: bool, binarize: str) -> None:
+    """Depthwise, grouped and strided convolutions, and one that pads by reflection."""
+    model = vision.conv_net(shortcuts=shortcuts, binarize=binarize)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    vision.train(model, Progression(model, STEPS), optimizer, 0, STEPS)
+    x = vision.images(77)
+    before = model.eval()(x)
+    assert torch.equal(pack_model(model)(x), before) and len(binary_layers(model)) == 4
+    assert torch.equal(unpack_model(model)(x), before)
+
+
 # ---- a packed module among others ----
 
 
@@ -113,6 +130,18 @@ def test_packed_modules_are_what_they_replace(bert: tuple[Any, Any, Any]) -> Non
     with pytest.raises(KeyError, match="weight"):
         layer.weight = nn.Parameter(torch.zeros(32, 48))
     assert "12 binary layers in 2 stages" in report(bert[0]) and "are packed, 8 a byte" in report(bert[0])
+
+
+def test_to_count_weights_none_is_unpacked(bert: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unpacked(*args: Any) -> None:
+        raise AssertionError("a weight was unpacked")
+
+    unpackable = copy.deepcopy(bert[0])
+    counts = [report(unpack_model(unpackable)).split(";")[1].split(" become")[0], frozen_fraction(unpackable)]
+    monkeypatch.setattr(SignBits, "signs", unpacked)
+    with pytest.raises(AssertionError, match="unpacked"):
+        binary_layers(bert[0])["bert.encoder.layer.0.output.dense"].weight  # noqa: B018  # made on the fly
+    assert [report(bert[0]).split(";")[1].split(" are packed")[0], frozen_fraction(bert[0])] == counts
 
 
 def test_copies(bert: tuple[Any, Any, Any]) -> None:

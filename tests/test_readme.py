@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
@@ -38,8 +39,8 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     assert isinstance(tmp_path, Path)
     monkeypatch.chdir(tmp_path)
     python = blocks("python")
-    assert len(python) == 7
-    training, reloading, refinements, teaching, loop, shipping, adapting = (
+    assert len(python) == 8
+    training, reloading, refinements, teaching, loop, shipping, exporting, adapting = (
         block.replace("bert-base-uncased", "checkpoint") for block in python
     )
 
@@ -76,6 +77,11 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     shipped = names["model"]
     assert shipped is not model and get_plan(shipped).packed  # type: ignore[arg-type]
     torch.testing.assert_close(shipped(**inputs).logits, expected, rtol=1e-6, atol=1e-7)  # type: ignore[operator]
+
+    exec(exporting, names)
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    feed = {"input_ids": inputs["input_ids"].numpy(), "attention_mask": torch.ones(1, 6, dtype=torch.long).numpy()}
+    torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), expected, rtol=1e-4, atol=5e-6)
 
     training, reloading = adapting.rsplit("\n\n", 1)
     exec(training, names)

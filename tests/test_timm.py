@@ -280,3 +280,8 @@ def test_wrapped_models(begin: Callable[..., Any], name: str, timm: Any, tmp_pat
     for layer in binary_layers(reload).values():
         assert layer.stage_state == "frozen"
         assert_binary(layer)
+    frozen = outputs(reload)
+    pack_model(reload).save_pretrained(tmp_path / "packed")
+    assert torch.equal(outputs(reload), frozen)
+    packed = AutoModelForImageClassification.from_pretrained(tmp_path / "packed")
+    assert get_plan(packed).packed and torch.equal(outputs(packed), frozen)

@@ -19,10 +19,16 @@ from typing import Any
 
 import torch
 from models import CASES, quick
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
-from stompp_hf import StoMPPTrainerCallback, binarize_model
+from stompp_hf import DistillationCallback, StoMPPTrainerCallback, binarize_model
 from stompp_hf.plan import binary_layers
 
 logger = logging.getLogger(__name__)
@@ -77,16 +83,21 @@ class Killer(TrainerCallback):
 
 
 def run(job: dict[str, Any]) -> None:
-    """One training run, from the last checkpoint in its folder if there is one."""
+    """One training run, from the last checkpoint in its folder if there is one; `load`: the model is loaded from it."""
     out = job["out"]
     Path(out).mkdir(parents=True, exist_ok=True)
-    model = binarize_model(CASES["bert"].build(), quick(frozen_gradient=job["regime"], **WINDOWS))
+    checkpoint = get_last_checkpoint(out)
+    if job.get("load"):
+        model = AutoModelForSequenceClassification.from_pretrained(checkpoint)
+    else:
+        config = quick(frozen_gradient=job["regime"], **WINDOWS, **job.get("options", {}))
+        model = binarize_model(CASES["bert"].build(), config)
     args = arguments(out, optim=job["optim"], gradient_accumulation_steps=2, max_steps=job.get("max_steps", TOTAL))
-    callbacks = [StoMPPTrainerCallback(), Recorder(out)]
+    callbacks = [StoMPPTrainerCallback(), Recorder(out), *([DistillationCallback()] if job.get("teacher") else [])]
     if job.get("kill"):
         callbacks.append(Killer(*job["kill"]))
     trainer = Trainer(model, args, train_dataset=rows(), callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(out))
+    trainer.train(resume_from_checkpoint=checkpoint)
     torch.save(model.state_dict(), Path(out, "final.pt"))
     Path(out, "history.json").write_text(json.dumps(trainer.state.log_history))
 

@@ -243,6 +243,11 @@ class BinaryLayer(LayerState):
         """Dtype of the output, outside autocast."""
         return self.weight.dtype
 
+    @property
+    def weight_count(self) -> int:
+        """Number of binary weights."""
+        return self.weight.numel()
+
     def binary_weight(self) -> Tensor:
         """The weight of the layer once frozen: s * sign(w), shape and dtype of the latent weight, no gradient."""
         return (hard(self.weight.detach()) * self._weight_shaped(self.weight_scale.detach())).contiguous()

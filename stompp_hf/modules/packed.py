@@ -151,6 +151,10 @@ class PackedLayer(PackedMember, BinaryLayer):
     def like(self) -> Tensor:
         return self.weight_scale
 
+    @property
+    def weight_count(self) -> int:
+        return self.weight_shape.numel()
+
     def binary_weight(self) -> Tensor:
         """s * sign(w), in the shape of the latent weight, no gradient."""
         scale = self.weight_scale.detach()

@@ -1,0 +1,228 @@
+"""export_onnx: a frozen model as one ONNX file of standard operators, its binary weights 8 a byte.
+
+torch.onnx records the graph (the dynamo exporter); what is ours is the form that binary layers take in it, and that
+their bits stay bits: no optimizer unpacks them before the file is written.
+"""
+
+import copy
+import importlib.util
+import inspect
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ExportError
+from .modules.exported import export_form, sign_table
+from .packing import pack_model
+from .plan import get_plan, members
+from .probe import example_inputs_of, run
+
+logger = logging.getLogger(__name__)
+
+OPSET = 18
+"""Operator set of the file: the first that torch's exporter writes without a conversion."""
+
+PACKAGES = ("onnx", "onnxscript")
+
+Axes = Mapping[str, Mapping[int, str]]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    dynamic_axes: Axes | None = None,
+    opset_version: int = OPSET,
+) -> Path:
+    """Write a frozen or packed model as an ONNX file; the model itself is not changed. Returns the file's path.
+
+    The file holds a binary weight as bits, 8 a byte (uint8), and unpacks it with standard operators (Cast, Gather from
+    a table of 256 rows, Reshape, Slice). A runtime that folds constants does so once, when it loads the file, and then
+    multiplies in float32, as fast as any float model; nothing is faster for being binary. Inputs keep their names,
+    outputs have those of the model's output fields that are tensors (else output, or output_0, output_1 ...).
+
+    Forward: in float32, that of the packed model: the sums of signs are exact, scales are applied after them, and
+    sign(0) = +1. What is real (norms, attention, heads) is rounded as the runtime rounds it, and a value that comes
+    close to a threshold may fall on its other side. A NaN activation counts as -1 here.
+
+    Args:
+        model: a binarized model, or a wrapper of one, with every stage frozen; or a packed one.
+        path: of the file. What lies there is replaced once the new file is complete.
+        example_inputs: one small batch (keyword arguments, a tuple, or one tensor); made from the config if None.
+        dynamic_axes: names of the dimensions that may have another size, by input and dimension. By default the first
+            dimension of every tensor is the "batch", and the second of a two-dimensional integer tensor the "sequence"
+            ("decoder_sequence" where the input's name begins with decoder_). Axes of the same name have equal sizes.
+        opset_version: of ONNX's operators, 18 or later.
+
+    Raises:
+        ExportError: a package of the extra `onnx` is missing, no inputs can be made up, an argument makes no sense, or
+            torch cannot record the model.
+        NotBinarizedError, PackingError, NotCalibratedError, NonFiniteError: as `pack_model`.
+    """
+    _check_packages()
+    path = Path(path)
+    if opset_version < OPSET or path.is_dir():
+        raise ExportError(
+            f"export_onnx writes operator sets from {OPSET} on, and not {opset_version}."
+            if opset_version < OPSET
+            else f"export_onnx: {path} is a folder; name the file in it, as in {path / 'model.onnx'}."
+        )
+    twin = _twin(model)
+    inputs = _by_name(model, example_inputs)
+    axes = _axes(inputs) if dynamic_axes is None else _chosen(inputs, dynamic_axes)
+    inputs = {name: _not_one(value, axes[name]) for name, value in inputs.items()}
+    graph = _Recorded(twin, inputs)
+    tensors, outputs = graph.tensors(inputs), graph.outputs(inputs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="# The axis name")  # axes of two inputs that share one
+            program: Any = torch.onnx.export(
+                graph,
+                tuple(tensors.values()),
+                input_names=list(tensors),
+                output_names=outputs,
+                dynamic_shapes={"tensors": tuple(axes[name] or None for name in tensors)},
+                opset_version=opset_version,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(
+            f"export_onnx: torch cannot record {type(model).__name__} ({type(error).__name__}). Where the reason is a "
+            "dimension that this model keeps fixed, leave it out: dynamic_axes={'input_ids': {0: 'batch'}}; other "
+            "example_inputs may help, or attn_implementation='eager' when it is loaded, before binarize_model."
+        ) from error
+    _optimize(program.model)
+    _save(program, path)
+    return path
+
+
+def _check_packages() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"export_onnx needs {' and '.join(missing)}: pip install 'stompp-hf[onnx]', or pip install "
+            f"{' '.join(missing)}."
+        )
+
+
+def _by_name(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """Example inputs by the name of the argument that they are given for."""
+    inputs = example_inputs_of(model) if example_inputs is None else example_inputs
+    if inputs is None:
+        raise ExportError(
+            f"export_onnx cannot make up inputs for {type(model).__name__}: pass example_inputs=, one small batch."
+        )
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    arguments = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    return dict(inspect.signature(model.forward).bind(*arguments).arguments)
+
+
+def _axes(inputs: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    found: dict[str, dict[int, str]] = {}
+    for name, value in inputs.items():
+        tensor = isinstance(value, Tensor) and value.dim() > 0
+        found[name] = {0: "batch"} if tensor else {}
+        if tensor and value.dim() == 2 and not value.is_floating_point():
+            found[name][1] = "decoder_sequence" if name.startswith("decoder_") else "sequence"
+    return found
+
+
+def _chosen(inputs: Mapping[str, Any], dynamic_axes: Axes) -> dict[str, dict[int, str]]:
+    """The caller's axes, for every input."""
+    for name, axes in dynamic_axes.items():
+        dims = inputs[name].dim() if isinstance(inputs.get(name), Tensor) else 0
+        if not all(0 <= axis < dims for axis in axes) or name not in inputs:
+            raise ExportError(
+                f"export_onnx: dynamic_axes names {name!r} with the dimensions {list(axes)}, and the example inputs "
+                f"are {', '.join(inputs)}; give dimensions of those, from 0, as in {{'input_ids': {{0: 'batch'}}}}."
+            )
+    return {name: dict(dynamic_axes.get(name, {})) for name in inputs}
+
+
+def _not_one(value: Any, axes: Mapping[int, str]) -> Any:
+    """An example without a dynamic dimension of size 1, which torch would take for one that is always 1."""
+    for axis in axes:
+        if value.shape[axis] == 1:
+            value = value.repeat_interleave(2, axis)
+    return value
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in float32 whose members have the form to be recorded."""
+    twin = copy.deepcopy(model)
+    if not get_plan(twin).packed:
+        pack_model(twin)
+    twin.float().cpu().eval().requires_grad_(False)
+    table = sign_table()
+    for member in members(twin).values():
+        export_form(member, table)
+    if getattr(getattr(twin, "config", None), "use_cache", False):
+        twin.config.use_cache = False  # type: ignore[union-attr]  # a cache is no output of a graph
+    return twin
+
+
+class _Recorded(nn.Module):
+    """A model as a function from tensors to tensors, in a fixed order."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+        self.names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+        self.fixed = {name: value for name, value in inputs.items() if name not in self.names}
+
+    def tensors(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The inputs of the graph, in order; floating-point ones in float32."""
+        found = {name: inputs[name].cpu() for name in self.names}
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+
+    def _fields(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = run(self.model, {**tensors, **self.fixed})
+        if isinstance(found, Tensor):
+            return {"output": found}
+        fields = found if isinstance(found, Mapping) else {f"output_{i}": value for i, value in enumerate(found)}
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+
+    def outputs(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Names of the graph's outputs."""
+        with torch.no_grad():
+            return list(self._fields(self.tensors(inputs)))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._fields(dict(zip(self.names, tensors, strict=True))).values())
+
+
+def _optimize(graph: Any) -> None:
+    """Clean the graph up, and leave bits as they are: folding them would write 32 bits a weight into the file."""
+    from onnx_ir import DataType
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass
+    from onnxscript.optimizer import optimize_ir
+
+    def should_fold(node: Any) -> bool | None:
+        packed = any(value is not None and value.dtype == DataType.UINT8 for value in node.inputs)
+        return False if packed else None
+
+    DeduplicateInitializersPass(size_limit=2**12)(graph)  # the table
+    optimize_ir(graph, should_fold=should_fold)
+    ClearMetadataAndDocStringPass()(graph)  # stack traces, the larger part of a small file
+    for value in list(graph.graph.initializers.values()):
+        value.name = value.name.removeprefix("model.")  # that of the wrapper: here names are the checkpoint's
+
+
+def _save(program: Any, path: Path) -> None:
+    """Write the file beside its place, and put it there when it is complete (with the data of one beyond 2 GB)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        program.save(Path(folder, path.name))
+        for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):
+            part.replace(path.parent / part.name)
