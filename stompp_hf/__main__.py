@@ -8,11 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import transformers
-from safetensors import SafetensorError
-
+from .checkpoint_files import architecture, model_class, read_config, weight_files
 from .errors import CheckpointError, StoMPPError
-from .inspecting import inspect, read_config
+from .inspecting import inspect
 from .packing import pack_model, unpack_model
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
@@ -26,18 +24,20 @@ def load(folder: Path) -> Any:
     Raises:
         CheckpointError: no checkpoint, not one of ours, damaged, or of a class that transformers has not.
     """
-    config = read_config(folder)
-    architecture = (config.get("architectures") or [""])[0]
-    cls = getattr(transformers, architecture, None)
+    name = architecture(read_config(folder))
+    cls = model_class(name)
     if cls is None:
         raise CheckpointError(
-            f"{folder}: its config.json names the class {architecture!r}, which transformers has not. Load it in "
-            "Python, call stompp_hf.pack_model(model), and save_pretrained."
+            f"{folder}: its config.json names the class {name!r}, which transformers has not. Load it in Python, call "
+            "stompp_hf.pack_model(model), and save_pretrained."
         )
+    weight_files(folder)  # no pickle takes the place of safetensors that are missing
     try:
-        return cls.from_pretrained(folder)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder} is damaged or cut off: {error}") from error
+        return cls.from_pretrained(folder, use_safetensors=True)
+    except StoMPPError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    except Exception as error:  # whatever transformers makes of a damaged file
+        raise CheckpointError(f"{folder} is damaged or cut off: {type(error).__name__}: {error}") from error
 
 
 def rewrite(source: Path, target: Path, change: Callable[[Any], Any]) -> None:
