@@ -34,8 +34,8 @@ def load(folder: Path) -> Any:
     weight_files(folder)  # no pickle takes the place of safetensors that are missing
     try:
         return cls.from_pretrained(folder, use_safetensors=True)
-    except StoMPPError as error:
-        raise type(error)(f"{folder}: {error}") from error
+    except StoMPPError:
+        raise
     except Exception as error:  # whatever transformers makes of a damaged file
         raise CheckpointError(f"{folder} is damaged or cut off: {type(error).__name__}: {error}") from error
 
@@ -82,7 +82,9 @@ def main(words: list[str] | None = None) -> int:
             rewrite(args.source, args.target, unpack_model)
         print(inspect(args.folder if args.command == "inspect" else args.target))
     except StoMPPError as error:
-        print(f"error: {error}", file=sys.stderr)
+        folder = str(args.folder if args.command == "inspect" else args.source)
+        where = "" if folder in str(error) else f"{folder}: "
+        print(f"error: {where}{error}", file=sys.stderr)
         return 1
     return 0
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .checkpoint_files import headers
@@ -69,6 +69,9 @@ def check_tensors(model: PreTrainedModel, expected: dict[str, Tensor]) -> None:
         reason = module.damage() if isinstance(module, Member) else None
         if reason is not None:
             raise CheckpointError(f"{name}: {reason}: the file is damaged, or was not written by stompp_hf.")
+    for name, tensor in _saved(model).items():
+        if isinstance(tensor, nn.Parameter):
+            _check_float(name, tensor)
     if type(model).__name__ not in (getattr(model.config, "architectures", None) or []):
         return
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
@@ -85,10 +88,15 @@ def _check(name: str, tensor: Tensor, expected: Tensor) -> None:
             f"{name} has the shape {list(tensor.shape)} in the checkpoint, and by its config.json it should have "
             f"{list(expected.shape)}: {BELONGS}"
         )
-    if expected.is_floating_point() != tensor.is_floating_point():
-        raise CheckpointError(f"{name} is {tensor.dtype} in the checkpoint, and must be a floating-point number.")
-    if not expected.is_floating_point() and tensor.dtype != expected.dtype:
+    if expected.is_floating_point():
+        _check_float(name, tensor)
+    elif tensor.dtype != expected.dtype:
         raise CheckpointError(f"{name} is {tensor.dtype} in the checkpoint, and must be {expected.dtype}.")
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name} is {tensor.dtype} in the checkpoint, and must be of a floating-point dtype.")
 
 
 def _refuse_missing(name: str) -> None:
