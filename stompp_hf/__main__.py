@@ -12,6 +12,7 @@ from .checkpoint_files import architecture, model_class, read_config, weight_fil
 from .errors import CheckpointError, StoMPPError
 from .inspecting import inspect
 from .packing import pack_model, unpack_model
+from .plan import FLOAT32, STORED
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 """Endings of files that are not copied beside the new weights; training state has them too."""
@@ -74,10 +75,11 @@ def main(words: list[str] | None = None) -> int:
         command.add_argument("source", type=Path, help="folder of save_pretrained")
         command.add_argument("target", type=Path, help="new folder")
     pack.add_argument("--commit", action="store_true", help="freeze the stages that are not frozen yet, untrained")
+    pack.add_argument("--real", choices=STORED, default=FLOAT32, help="how embeddings, heads, norms, biases are stored")
     args = parser.parse_args(words)
     try:
         if args.command == "pack":
-            rewrite(args.source, args.target, lambda model: pack_model(model, commit=args.commit))
+            rewrite(args.source, args.target, lambda model: pack_model(model, commit=args.commit, real=args.real))
         elif args.command == "unpack":
             rewrite(args.source, args.target, unpack_model)
         print(inspect(args.folder if args.command == "inspect" else args.target))

@@ -11,10 +11,11 @@ from .checkpoint_files import headers
 from .errors import CheckpointError
 from .modules import Member
 from .modules.activations import RPReLU
+from .modules.int8_embedding import Int8Embedding
 from .plan import members
 
-SIGNS_OF_MEMBERS = ("weight_bits", "stompp_state")
-"""Tensors that nothing else has."""
+OWNERS = {"weight_bits": Member, "stompp_state": Member, "weight_int8": Int8Embedding}
+"""Tensors that no other class has."""
 BELONGS = "one of the two is not the file that belongs here."
 
 
@@ -44,11 +45,10 @@ def check_names(model: PreTrainedModel, files: list[str]) -> None:
         owner, _, own = header.name.rpartition(".")
         found = name_in(modules, owner, prefix)
         module = None if found is None else modules[found]
-        if isinstance(module, Member):
-            stray = own in _all_names(module) and own not in module.own_tensors()
-        else:
-            stray = module is not None and own in SIGNS_OF_MEMBERS
-        if stray:
+        if found is not None and own in OWNERS and "F" in header.dtype:  # transformers would cast it
+            raise CheckpointError(f"{header.name} is {header.dtype} in the checkpoint, and must be of whole numbers.")
+        owned = (*module.own_names, *OWNERS) if isinstance(module, Member) else OWNERS
+        if module is not None and own in owned and own not in _tensors(module):
             raise CheckpointError(
                 f"the checkpoint holds {header.name}, which by its config.json should not be there: {BELONGS}"
             )
@@ -112,7 +112,8 @@ def _was_loaded(tensor: Tensor) -> bool:
 
 def _converted(model: PreTrainedModel) -> dict[str, Any]:
     """The modules to which binarization added tensors, by name."""
-    return {**members(model), **{name: m for name, m in model.named_modules() if isinstance(m, RPReLU)}}
+    others = {name: m for name, m in model.named_modules() if isinstance(m, (RPReLU, Int8Embedding))}
+    return {**members(model), **others}
 
 
 def _tensors(module: Any) -> dict[str, Tensor]:
@@ -127,7 +128,3 @@ def _saved(model: PreTrainedModel) -> dict[str, Tensor]:
         for own, tensor in _tensors(module).items()
         if own not in module._non_persistent_buffers_set
     }
-
-
-def _all_names(module: Member) -> tuple[str, ...]:
-    return (*module.own_names, *SIGNS_OF_MEMBERS)

@@ -10,7 +10,7 @@ from .checkpoint_files import architecture, headers, model_class, read_config, w
 from .errors import CheckpointError
 from .modules import OWN_TENSORS
 from .modules.attention import BinaryAttention
-from .plan import Plan
+from .plan import FLOAT32, INT8, Plan
 from .quantization_config import StoMPPQuantizationConfig
 
 STATE = ".stompp_state"
@@ -57,6 +57,9 @@ class Inspection:
         if self.as_float32:
             times = self.as_float32 / max(1, self.total)
             lines.append(f"  {'as plain float32':<38}{self.as_float32:>14,} bytes: {times:.1f} times")
+        if plan.real != FLOAT32:
+            tables = f": {len(plan.int8)} embedding tables in int8, the rest in float16" if plan.real == INT8 else ""
+            lines.append(f"  real parts stored as {plan.real}{tables}")
         if self.note:
             lines.append(f"  {self.note}")
         binary = sizes["bits"] + sizes["weight scales"]

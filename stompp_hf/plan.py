@@ -13,7 +13,10 @@ from .modules import BinaryLayer, Member
 
 FORMAT_VERSION = 1
 TRAINING_FORMAT, PACKED_FORMAT = "training", "packed"
+FLOAT32, INT8 = "float32", "int8"
+STORED = (FLOAT32, "float16", "bfloat16", INT8)
 KINDS = ("layer", "embedding", "attention")
+_DICTIONARIES = ("left", "bypassed", "paused", "shifted")
 _ATTRIBUTE = "stompp_plan"
 
 
@@ -43,7 +46,7 @@ class Plan:
     bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, and shifted: ReLUs that became RPReLUs,
     with the binary layers that read them; attention: the implementation ("sdpa" or "eager") that binary attention
     stands in for, if there is any; a reload goes back to it, so that it computes the same; packed: whether signs stand
-    in place of latent weights.
+    in place of latent weights; real: how a packed checkpoint stores what stays real, and int8: the tables in int8.
     """
 
     config: StoMPPConfig
@@ -54,6 +57,8 @@ class Plan:
     shifted: dict[str, list[str]] = field(default_factory=dict)
     attention: str | None = None
     packed: bool = False
+    real: str = FLOAT32
+    int8: list[str] = field(default_factory=list)
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the entries of one kind, in the order in which they freeze."""
@@ -96,6 +101,8 @@ class Plan:
             "paused": {name: list(readers) for name, readers in self.paused.items()},
             "shifted": {name: list(readers) for name, readers in self.shifted.items()},
             "attention": self.attention,
+            "real": self.real,
+            "int8": list(self.int8),
         }
         return {**values, "digest": digest(values)}
 
@@ -114,10 +121,13 @@ class Plan:
             )
         try:
             entries = [_checked(Entry(**entry)) for entry in values["modules"]]
-            others = {name: dict(values.get(name) or {}) for name in ("left", "bypassed", "paused", "shifted")}
+            others: dict[str, Any] = {name: dict(values.get(name) or {}) for name in _DICTIONARIES}
             config = StoMPPConfig.from_dict(values["config"])
             packed = values.get("format") == PACKED_FORMAT
+            others |= {"real": values.get("real", FLOAT32), "int8": list(values.get("int8") or [])}
             plan = cls(config, entries, **others, attention=values.get("attention"), packed=packed)
+            if plan.real not in STORED or not all(isinstance(name, str) for name in plan.int8):
+                raise ValueError(f"real is {plan.real!r}, and int8 {plan.int8!r}")
             gaps = {entry.stage for entry in entries} != set(range(len({entry.stage for entry in entries})))
         except StoMPPError:
             raise

@@ -22,6 +22,7 @@ from .packing import pack_members
 from .plan import Entry, Plan, members
 from .progression import Progression
 from .quantization_config import StoMPPQuantizationConfig
+from .storage import narrow_tables, write_narrow
 from .surgery import binarize_model, convert
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class StoMPPQuantizer(HfQuantizer):
             convert(model, plan)
             if plan.packed:
                 pack_members(members(model))
+                narrow_tables(model, plan)
         except StoMPPError:
             raise
         except Exception as error:  # names and values that no release wrote
@@ -86,6 +88,7 @@ class StoMPPQuantizer(HfQuantizer):
         model.config.quantization_config = StoMPPQuantizationConfig(**model.stompp_plan.to_dict())
         first = next(iter(layers.values()))
         if model.stompp_plan.packed:
+            write_narrow(model, model.stompp_plan)
             return model
         if first.total_steps:
             progression = Progression(model, first.total_steps)
@@ -143,6 +146,7 @@ def _place(model: PreTrainedModel, plan: Plan) -> None:
         entry.name = _entry_in(model, modules, entry, prefix)
     # What stood before layers that this class of model lacks is lacking with them.
     plan.bypassed = {new: how for name, how in plan.bypassed.items() if (new := name_in(modules, name, prefix))}
+    plan.int8 = [new for name in plan.int8 if (new := name_in(modules, name, prefix))]
     for changed in ("paused", "shifted"):
         found = {
             new: [_layer_in(model, modules, reader, prefix) for reader in readers]

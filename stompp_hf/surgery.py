@@ -14,6 +14,7 @@ from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from .plan import Plan, binary_layers, get_plan, planned_model, set_plan
 from .quantization_config import StoMPPQuantizationConfig
 from .selection import select
+from .storage import widen
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -117,6 +118,7 @@ def restore_model(model: Model) -> Model:
     root = planned_model(model)
     for layer in layers.values():
         layer.restore()
+    widen(root, get_plan(root))
     detach_all(root)
     _put_back(root)
     set_plan(root, None)
