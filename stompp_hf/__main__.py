@@ -1,4 +1,4 @@
-"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`."""
+"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`, `... compare A B`."""
 
 import argparse
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint_files import architecture, model_class, read_config, weight_files
+from .comparing import output_difference
 from .errors import CheckpointError, StoMPPError
 from .inspecting import inspect
 from .packing import pack_model, unpack_model
@@ -76,12 +77,18 @@ def main(words: list[str] | None = None) -> int:
         command.add_argument("target", type=Path, help="new folder")
     pack.add_argument("--commit", action="store_true", help="freeze the stages that are not frozen yet, untrained")
     pack.add_argument("--real", choices=STORED, default=FLOAT32, help="how embeddings, heads, norms, biases are stored")
+    compare = commands.add_parser("compare", help="how far the outputs of two checkpoints lie apart, on random inputs")
+    compare.add_argument("source", type=Path, help="folder of save_pretrained")
+    compare.add_argument("target", type=Path, help="another, of the same class")
     args = parser.parse_args(words)
     try:
         if args.command == "pack":
             rewrite(args.source, args.target, lambda model: pack_model(model, commit=args.commit, real=args.real))
         elif args.command == "unpack":
             rewrite(args.source, args.target, unpack_model)
+        elif args.command == "compare":
+            print(output_difference(load(args.source), load(args.target)))
+            return 0
         print(inspect(args.folder if args.command == "inspect" else args.target))
     except StoMPPError as error:
         folder = str(args.folder if args.command == "inspect" else args.source)

@@ -171,6 +171,9 @@ def test_sizes(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert main(["pack", "--real", real, str(tmp_path / "trained"), str(tmp_path / real)]) == 0
         found[real] = inspect(tmp_path / real)
     assert "real parts stored as int8: 3 embedding tables in int8, the rest in float16" in capsys.readouterr().out
+    for other, words in (("float32", "outputs equal, bit for bit"), ("int8", "outputs differ by")):
+        assert main(["compare", str(tmp_path / "trained"), str(tmp_path / other)]) == 0
+        assert words in capsys.readouterr().out
     bits = {real: (one.sizes["bits"], one.sizes["weight scales"]) for real, one in found.items()}
     assert len(set(bits.values())) == 1
     assert found["float16"].sizes["real"] * 2 == found["float32"].sizes["real"]
