@@ -5,6 +5,7 @@ from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
+from .model_card import model_card, push_to_hub, write_model_card
 from .modules import (
     BinaryAttention,
     BinaryConv1D,
@@ -21,6 +22,7 @@ from .plan import get_plan
 from .progression import Progression, calibrate
 from .quantization_config import StoMPPQuantizationConfig
 from .quantizer import StoMPPQuantizer
+from .remote_code import add_remote_code
 from .surgery import binarize_model, report, restore_model
 
 __version__ = "0.1.0"
@@ -42,13 +44,17 @@ __all__ = [
     "StoMPPQuantizationConfig",
     "StoMPPQuantizer",
     "StoMPPTrainerCallback",
+    "add_remote_code",
     "binarize_model",
     "calibrate",
     "create_optimizer",
     "get_plan",
+    "model_card",
     "pack_model",
     "parameter_groups",
+    "push_to_hub",
     "report",
     "restore_model",
     "unpack_model",
+    "write_model_card",
 ]

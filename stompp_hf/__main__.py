@@ -1,10 +1,11 @@
-"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`, `... compare A B`."""
+"""The command line: `python -m stompp_hf inspect DIR`, and pack, unpack, compare and card."""
 
 import argparse
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from .checkpoint_files import architecture, model_class, read_config, weight_fil
 from .comparing import output_difference
 from .errors import CheckpointError, StoMPPError
 from .inspecting import inspect
+from .model_card import write_model_card
 from .packing import pack_model, unpack_model
 from .plan import FLOAT32, STORED
+from .remote_code import add_remote_code
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 """Endings of files that are not copied beside the new weights; training state has them too."""
@@ -42,8 +45,8 @@ def load(folder: Path) -> Any:
         raise CheckpointError(f"{folder} is damaged or cut off: {type(error).__name__}: {error}") from error
 
 
-def rewrite(source: Path, target: Path, change: Callable[[Any], Any]) -> None:
-    """Load, change and save a checkpoint, with the tokenizer's and other small files; all of it or nothing.
+def rewrite(source: Path, target: Path, change: Callable[[Any], Any], remote_code: bool = False) -> None:
+    """Load, change and save a checkpoint, with a card, the tokenizer's and other small files; all of it or nothing.
 
     Raises:
         CheckpointError: as `load`; or `target` exists.
@@ -59,9 +62,17 @@ def rewrite(source: Path, target: Path, change: Callable[[Any], Any]) -> None:
             weights = path.name in NOT_COPIED or path.name.endswith(WEIGHTS)
             if path.is_file() and not weights and not (part / path.name).exists():
                 shutil.copy2(path, part / path.name)
+        write_model_card(part, repo_id=target.name)
+        if remote_code:
+            add_remote_code(part)
         if target.exists():
             target.rmdir()
         part.replace(target)
+
+
+def _metric(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    return name, float(value)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -80,12 +91,24 @@ def main(words: list[str] | None = None) -> int:
     compare = commands.add_parser("compare", help="how far the outputs of two checkpoints lie apart, on random inputs")
     compare.add_argument("source", type=Path, help="folder of save_pretrained")
     compare.add_argument("target", type=Path, help="another, of the same class")
+    card = commands.add_parser("card", help="write README.md: how to load it, what is binary, sizes, metrics")
+    card.add_argument("source", type=Path, help="folder of save_pretrained")
+    card.add_argument("--base-model", help="the model on the hub that this one was made from")
+    card.add_argument("--metric", action="append", type=_metric, default=[], metavar="NAME=VALUE")
+    for command in (pack, unpack):
+        command.add_argument(
+            "--remote-code", action="store_true", help="load with trust_remote_code, without an import"
+        )
     args = parser.parse_args(words)
     try:
         if args.command == "pack":
-            rewrite(args.source, args.target, lambda model: pack_model(model, commit=args.commit, real=args.real))
+            change = partial(pack_model, commit=args.commit, real=args.real)
+            rewrite(args.source, args.target, change, args.remote_code)
         elif args.command == "unpack":
-            rewrite(args.source, args.target, unpack_model)
+            rewrite(args.source, args.target, unpack_model, args.remote_code)
+        elif args.command == "card":
+            print(write_model_card(args.source, metrics=dict(args.metric), base_model=args.base_model))
+            return 0
         elif args.command == "compare":
             print(output_difference(load(args.source), load(args.target)))
             return 0

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import CheckpointError, NotBinarizedError
 from .metrics import FlipRatio, frozen_fraction
+from .model_card import attach_to
 from .plan import binary_layers, get_plan, planned_model
 from .progression import Progression
 
@@ -73,12 +74,16 @@ class StoMPPTrainerCallback(TrainerCallback):
     # ---- attach: what needs the Trainer itself ----
 
     def attach(self, trainer: Any) -> "StoMPPTrainerCallback":
-        """Join a Trainer (adding this callback if it is not among its own), and wrap its log, evaluate and train."""
+        """Join a Trainer (adding this callback if it is not among its own), and wrap its log, evaluate and train.
+
+        The model card that it writes gets this library's part: how to load the model, what is binary, sizes.
+        """
         if self._trainer is trainer:  # wrapped already: a second flip ratio a record would always be 0
             return self
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._trainer = trainer
+        attach_to(trainer)
         log, evaluate, train = trainer.log, trainer.evaluate, trainer.train
 
         def log_with_metrics(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:

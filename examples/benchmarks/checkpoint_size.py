@@ -2,11 +2,11 @@
 
     python examples/benchmarks/checkpoint_size.py --model PATH     # a plain checkpoint, from a folder or a hub
 
-Every stage of the model is frozen at once and calibrated on random inputs: sizes and times are those of a trained one,
-and the last column says what rounding does to the logits of this untrained one, whose activations lie anywhere about
-their thresholds: a flipped sign flips others in every later layer. For a trained one: python -m stompp_hf compare. Each load is a process of its own, the kinds take turns, and times and peaks are medians over
-the rounds: from_pretrained and one forward pass, in seconds and in MB above what the process took before. Prints
-Markdown tables.
+Every stage of the model is frozen at once and calibrated on random inputs: sizes and times are those of a trained one.
+The last column says what rounding does to the logits of this untrained one, whose activations lie anywhere about their
+thresholds, where a flipped sign flips others in every later layer; for a trained one, ask python -m stompp_hf compare.
+Each load is a process of its own, the kinds take turns, and times and peaks are medians over the rounds: of loading
+and one forward pass, in seconds and in MB above what the process took before. Prints Markdown tables.
 """
 
 import copy
