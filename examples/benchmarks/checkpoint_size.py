@@ -69,6 +69,7 @@ class BenchmarkArguments:
     """What is measured."""
 
     model: str = field(metadata={"help": "A plain checkpoint: a folder, or a name on the hub."})
+    weights_only: bool = field(default=False, metadata={"help": "Binary weights and real activations."})
     repeats: int = field(default=5, metadata={"help": "Rounds of loading; 0 leaves times and memory out."})
 
 
@@ -78,10 +79,12 @@ def write(args: BenchmarkArguments, folder: Path) -> dict[str, str]:
     plain = AutoModelForSequenceClassification.from_pretrained(args.model, dtype=torch.float32).eval()
     plain.save_pretrained(folder / PLAIN)
     costs = dict.fromkeys((PLAIN, *KINDS), "")
+    binarize = "weights" if args.weights_only else "weights_and_activations"
     for options in ({}, {"embeddings": "binarize"}):
-        model = binarize_model(copy.deepcopy(plain), StoMPPConfig(start=0.0, end=0.0, **options))
+        model = binarize_model(copy.deepcopy(plain), StoMPPConfig(binarize=binarize, start=0.0, end=0.0, **options))
         Progression(model, 1).step(1)
-        calibrate(model, [example_inputs_of(model, seed) for seed in range(8)])
+        if not args.weights_only:
+            calibrate(model, [example_inputs_of(model, seed) for seed in range(8)])
         model.eval()
         for kind, (wanted, real) in KINDS.items():
             if wanted == options:
