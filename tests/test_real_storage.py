@@ -217,3 +217,19 @@ def test_what_is_refused(trained: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"holds .*weight_int8, which"):
         load(tmp_path)
+
+
+def test_the_benchmark_measures_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples" / "benchmarks"))
+    import checkpoint_size
+
+    BERT.build().save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["checkpoint_size.py", "--model", str(tmp_path), "--repeats", "0"])
+    sizes = checkpoint_size.main()
+    plain, training, packed, half, int8, binary, least = sizes.values()
+    assert training > plain > packed > half > int8 > least and packed > binary > least
+    printed = capsys.readouterr().out
+    assert printed.count("equal") == 3 and "of a standard deviation" in printed
+    assert f"{4 * 2 * (4 * 32 * 32 + 2 * 32 * 48):,} bytes" in printed  # the encoder's weights in float32
