@@ -34,14 +34,16 @@ def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def check_names(model: PreTrainedModel, files: list[str]) -> None:
-    """Refuse files that hold more of a binary model than the plan knows of.
+def check_names(model: PreTrainedModel, files: list[str]) -> set[str]:
+    """Refuse files that hold more of a binary model than the plan knows of; returns the names of their tensors.
 
     Raises:
         CheckpointError: they do; without it those tensors would be left out, and others filled at random.
     """
     prefix, modules = model.base_model_prefix, dict(model.named_modules())
+    names = set()
     for header in headers(Path(file) for file in files if str(file).endswith(".safetensors")):
+        names.add(header.name)
         owner, _, own = header.name.rpartition(".")
         found = name_in(modules, owner, prefix)
         module = None if found is None else modules[found]
@@ -52,13 +54,19 @@ def check_names(model: PreTrainedModel, files: list[str]) -> None:
             raise CheckpointError(
                 f"the checkpoint holds {header.name}, which by its config.json should not be there: {BELONGS}"
             )
+    return names
 
 
-def check_tensors(model: PreTrainedModel, expected: dict[str, Tensor]) -> None:
+def check_tensors(model: PreTrainedModel, expected: dict[str, Tensor], names: set[str]) -> None:
     """Refuse a loaded model with a tensor that the files lack, or that is not what the plan says.
 
     What belongs to binary modules must be there. What is real must be if the model is of the class that was saved; to
-    another class transformers may add a new head, and says so.
+    another class, or where a head has another size, transformers may add a new one, and says so.
+
+    Args:
+        model: after loading.
+        expected: what `expected_tensors` gave before.
+        names: of the tensors in the files.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype, or values that cannot be.
@@ -75,8 +83,9 @@ def check_tensors(model: PreTrainedModel, expected: dict[str, Tensor]) -> None:
     if type(model).__name__ not in (getattr(model.config, "architectures", None) or []):
         return
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
+    excused = {*names, *(model._keys_to_ignore_on_save or [])}
     for name, tensor in _saved(model).items():
-        if not _was_loaded(tensor) and not any(pattern.search(name) for pattern in ignored):
+        if not _was_loaded(tensor) and name not in excused and not any(pattern.search(name) for pattern in ignored):
             _refuse_missing(name)
 
 

@@ -37,6 +37,7 @@ class StoMPPQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.expected: dict[str, torch.Tensor] = {}
+        self.names: set[str] = set()
         if not self.pre_quantized and not isinstance(quantization_config, StoMPPConfig):
             raise CheckpointError(
                 f"from_pretrained(quantization_config=...) of a plain checkpoint takes a StoMPPConfig, as in "
@@ -65,7 +66,7 @@ class StoMPPQuantizer(HfQuantizer):
             for member in members(model).values():
                 member._is_hf_initialized = True  # type: ignore[assignment]  # init_weights() would look at its weight
         self.expected = expected_tensors(model)
-        check_names(model, kwargs.get("checkpoint_files") or [])
+        self.names = check_names(model, kwargs.get("checkpoint_files") or [])
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether transformers should leave a tensor's shape to us; its own error does not name the tensor."""
@@ -79,7 +80,7 @@ class StoMPPQuantizer(HfQuantizer):
             _unmark(model)
             _align(model)
             return binarize_model(model, self.quantization_config)
-        check_tensors(model, self.expected)
+        check_tensors(model, self.expected, self.names)
         layers = members(model)
         for layer in layers.values():
             layer.read_state()

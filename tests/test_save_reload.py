@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertModel,
     Trainer,
     TrainingArguments,
@@ -349,3 +350,19 @@ def test_half_precision_and_disk_are_warned_of(
     assert torch.equal(logits(model, BERT.batch(77)), saved[1]["end"])
     with pytest.raises(CheckpointError, match="between real and binary"):
         load(saved[0] / "middle", device_map=device_map, offload_folder=str(tmp_path))
+
+
+def test_a_new_head_and_a_missing_one(
+    saved: tuple[Path, Any], checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers may make a head anew where it is asked to; what is only missing would be random."""
+    model = load(checkpoint, num_labels=7, ignore_mismatched_sizes=True)
+    assert model.classifier.weight.shape[0] == 7 and "classifier.weight" in caplog.text
+    caplog.clear()
+    other = AutoModelForTokenClassification.from_pretrained(checkpoint, num_labels=3)
+    assert other.bert.encoder.layer[0].attention.self.query.stage_state == "frozen"
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["classifier.bias"]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"classifier\.bias is missing in the checkpoint"):
+        load(checkpoint)
