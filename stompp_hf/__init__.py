@@ -5,6 +5,7 @@ from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
+from .model_card import model_card, push_to_hub, write_model_card
 from .modules import (
     BinaryAttention,
     BinaryConv1D,
@@ -22,6 +23,7 @@ from .plan import get_plan
 from .progression import Progression, calibrate
 from .quantization_config import StoMPPQuantizationConfig
 from .quantizer import StoMPPQuantizer
+from .remote_code import add_remote_code
 from .resuming import last_whole_checkpoint
 from .surgery import binarize_model, report, restore_model
 
@@ -44,15 +46,19 @@ __all__ = [
     "StoMPPQuantizationConfig",
     "StoMPPQuantizer",
     "StoMPPTrainerCallback",
+    "add_remote_code",
     "binarize_model",
     "calibrate",
     "create_optimizer",
     "export_onnx",
     "get_plan",
     "last_whole_checkpoint",
+    "model_card",
     "pack_model",
     "parameter_groups",
+    "push_to_hub",
     "report",
     "restore_model",
     "unpack_model",
+    "write_model_card",
 ]

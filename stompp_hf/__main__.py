@@ -1,20 +1,23 @@
-"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`, `... export-onnx`."""
+"""The command line: `python -m stompp_hf inspect DIR`, and pack, unpack, compare, card and export-onnx."""
 
 import argparse
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import transformers
-from safetensors import SafetensorError
-
+from .checkpoint_files import architecture, model_class, read_config, weight_files
+from .comparing import output_difference
 from .errors import CheckpointError, StoMPPError
-from .inspecting import inspect, read_config
+from .inspecting import inspect
+from .model_card import write_model_card
 from .onnx_export import export_onnx
 from .packing import pack_model, unpack_model
+from .plan import FLOAT32, STORED
+from .remote_code import add_remote_code
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 """Endings of files that are not copied beside the new weights; training state has them too."""
@@ -27,22 +30,24 @@ def load(folder: Path) -> Any:
     Raises:
         CheckpointError: no checkpoint, not one of ours, damaged, or of a class that transformers has not.
     """
-    config = read_config(folder)
-    architecture = (config.get("architectures") or [""])[0]
-    cls = getattr(transformers, architecture, None)
+    name = architecture(read_config(folder))
+    cls = model_class(name)
     if cls is None:
         raise CheckpointError(
-            f"{folder}: its config.json names the class {architecture!r}, which transformers has not. Load it in "
-            "Python, call stompp_hf.pack_model(model), and save_pretrained."
+            f"{folder}: its config.json names the class {name!r}, which transformers has not. Load it in Python, call "
+            "stompp_hf.pack_model(model), and save_pretrained."
         )
+    weight_files(folder)  # no pickle takes the place of safetensors that are missing
     try:
-        return cls.from_pretrained(folder)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder} is damaged or cut off: {error}") from error
+        return cls.from_pretrained(folder, use_safetensors=True)
+    except StoMPPError:
+        raise
+    except Exception as error:  # whatever transformers makes of a damaged file
+        raise CheckpointError(f"{folder} is damaged or cut off: {type(error).__name__}: {error}") from error
 
 
-def rewrite(source: Path, target: Path, change: Callable[[Any], Any]) -> None:
-    """Load, change and save a checkpoint, with the tokenizer's and other small files; all of it or nothing.
+def rewrite(source: Path, target: Path, change: Callable[[Any], Any], remote_code: bool = False) -> None:
+    """Load, change and save a checkpoint, with a card, the tokenizer's and other small files; all of it or nothing.
 
     Raises:
         CheckpointError: as `load`; or `target` exists.
@@ -58,39 +63,78 @@ def rewrite(source: Path, target: Path, change: Callable[[Any], Any]) -> None:
             weights = path.name in NOT_COPIED or path.name.endswith(WEIGHTS)
             if path.is_file() and not weights and not (part / path.name).exists():
                 shutil.copy2(path, part / path.name)
+        write_model_card(part, repo_id=target.name)
+        if remote_code:
+            add_remote_code(part)
         if target.exists():
             target.rmdir()
         part.replace(target)
 
 
-def main(words: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 1 after an error that was printed."""
-    parser = argparse.ArgumentParser(prog="python -m stompp_hf", description="Look at, pack and unpack checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("inspect", help="what is binary, bytes on disk, compression")
-    look.add_argument("folder", type=Path, help="folder of save_pretrained")
-    pack = commands.add_parser("pack", help="latent weights to 8 weights a byte")
-    unpack = commands.add_parser("unpack", help="back to the training format, every stage frozen")
-    for command in (pack, unpack):
-        command.add_argument("source", type=Path, help="folder of save_pretrained")
-        command.add_argument("target", type=Path, help="new folder")
+def parser() -> argparse.ArgumentParser:
+    """The commands, each with the function that runs it as `run`."""
+    made = argparse.ArgumentParser(prog="python -m stompp_hf", description="Look at, pack and ship checkpoints.")
+    commands = made.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], Any], text: str, target: str = "") -> Any:
+        added = commands.add_parser(name, help=text)
+        added.set_defaults(run=run)
+        added.add_argument("source", type=Path, help="folder of save_pretrained")
+        if target:
+            added.add_argument("target", type=Path, help=target)
+        return added
+
+    command("inspect", lambda args: inspect(args.source), "what is binary, bytes on disk, compression")
+    pack = command("pack", _pack, "latent weights to 8 weights a byte", "new folder")
     pack.add_argument("--commit", action="store_true", help="freeze the stages that are not frozen yet, untrained")
-    export = commands.add_parser("export-onnx", help="an ONNX file of standard operators, 8 weights a byte")
-    export.add_argument("source", type=Path, help="folder of save_pretrained")
-    export.add_argument("target", type=Path, help="the file")
-    args = parser.parse_args(words)
+    pack.add_argument("--real", choices=STORED, default=FLOAT32, help="how embeddings, heads, norms, biases are stored")
+    unpack = command("unpack", _unpack, "back to the training format, every stage frozen", "new folder")
+    for added in (pack, unpack):
+        added.add_argument("--remote-code", action="store_true", help="load with trust_remote_code, without an import")
+    command("compare", _compare, "how far two checkpoints' outputs lie apart, on random inputs", "of the same class")
+    card = command("card", _card, "write README.md: how to load it, what is binary, sizes, metrics")
+    card.add_argument("--base-model", help="the model on the hub that this one was made from")
+    card.add_argument("--metric", action="append", type=_metric, default=[], metavar="NAME=VALUE")
+    command("export-onnx", _export, "an ONNX file of standard operators, 8 weights a byte", "the file")
+    return made
+
+
+def _metric(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
+def _pack(args: argparse.Namespace) -> Any:
+    rewrite(args.source, args.target, partial(pack_model, commit=args.commit, real=args.real), args.remote_code)
+    return inspect(args.target)
+
+
+def _unpack(args: argparse.Namespace) -> Any:
+    rewrite(args.source, args.target, unpack_model, args.remote_code)
+    return inspect(args.target)
+
+
+def _compare(args: argparse.Namespace) -> Any:
+    return output_difference(load(args.source), load(args.target))
+
+
+def _card(args: argparse.Namespace) -> Any:
+    return write_model_card(args.source, metrics=dict(args.metric), base_model=args.base_model)
+
+
+def _export(args: argparse.Namespace) -> Any:
+    path = export_onnx(load(args.source), args.target)
+    return f"{path}: {path.stat().st_size:,} bytes"
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command and print what it gives; returns the exit status: 0, or 1 after an error that was printed."""
+    args = parser().parse_args(words)
     try:
-        if args.command == "export-onnx":
-            path = export_onnx(load(args.source), args.target)
-            print(f"{path}: {path.stat().st_size:,} bytes")
-            return 0
-        if args.command == "pack":
-            rewrite(args.source, args.target, lambda model: pack_model(model, commit=args.commit))
-        elif args.command == "unpack":
-            rewrite(args.source, args.target, unpack_model)
-        print(inspect(args.folder if args.command == "inspect" else args.target))
+        print(args.run(args))
     except StoMPPError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = "" if str(args.source) in str(error) else f"{args.source}: "
+        print(f"error: {where}{error}", file=sys.stderr)
         return 1
     return 0
 

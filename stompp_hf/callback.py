@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from .adapters import has_adapters
 from .errors import CheckpointError, NotBinarizedError
 from .metrics import FlipRatio, frozen_fraction
+from .model_card import attach_to
 from .modules import FROZEN
 from .plan import binary_layers, get_plan, members, planned_model
 from .progression import Progression
@@ -78,14 +79,16 @@ class StoMPPTrainerCallback(TrainerCallback):
     def attach(self, trainer: Any) -> "StoMPPTrainerCallback":
         """Join a Trainer (adding this callback if it is not among its own), and wrap its log, evaluate and train.
 
-        From then on `resume_from_checkpoint=True` takes the last *whole* checkpoint, and a save with several processes
-        is over, and older checkpoints are deleted, only once all of them have written their part.
+        From then on `resume_from_checkpoint=True` takes the last *whole* checkpoint; a save with several processes is
+        over, and older checkpoints are deleted, only once all of them have written their part; and the model card gets
+        this library's part: how to load the model, what is binary, sizes.
         """
         if self._trainer is trainer:  # wrapped already: a second flip ratio a record would always be 0
             return self
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._trainer = trainer
+        attach_to(trainer)
         log, evaluate, train = trainer.log, trainer.evaluate, trainer.train
 
         def log_with_metrics(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:

@@ -1,22 +1,22 @@
 """What a checkpoint folder holds: which of its tensors are bits, how many bytes each kind takes, how much smaller."""
 
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
 
-from .config import METHOD
+from .checkpoint_files import architecture, headers, model_class, read_config, weight_files
 from .errors import CheckpointError
 from .modules import OWN_TENSORS
-from .plan import Plan
+from .modules.attention import BinaryAttention
+from .plan import FLOAT32, INT8, Plan
 from .quantization_config import StoMPPQuantizationConfig
 
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+STATE = ".stompp_state"
+"""Ending of the tensor that everything binary has."""
+OTHERS = (*OWN_TENSORS, *BinaryAttention.own_names, "padding_lives")
+"""What binarization adds beside bits, scales and latents."""
 
 
 @dataclass
@@ -24,7 +24,9 @@ class Inspection:
     """What was found in a folder; sizes in bytes, of tensors on disk.
 
     bits and scales: of the binary weights; latents: of binary weights that are not packed; added: thresholds, clips,
-    activation scales, states; real: everything else; as_float32: what a plain float32 checkpoint of the model takes.
+    activation scales, states; real: everything else; as_float32: what a plain float32 checkpoint of the model takes,
+    and binary_as_float32 the weights in it that are binary here; both are 0 where the class of the model cannot be
+    built, and `note` says why.
     """
 
     architecture: str
@@ -33,6 +35,7 @@ class Inspection:
     by_dtype: dict[str, int] = field(default_factory=dict)
     as_float32: int = 0
     binary_as_float32: int = 0
+    note: str = ""
 
     @property
     def total(self) -> int:
@@ -50,10 +53,17 @@ class Inspection:
             f"  {'all tensors':<38}{self.total:>14,} bytes ("
             + ", ".join(f"{dtype} {size:,}" for dtype, size in sorted(self.by_dtype.items()))
             + ")",
-            f"  {'as plain float32':<38}{self.as_float32:>14,} bytes: {self.as_float32 / max(1, self.total):.1f} times",
         ]
+        if self.as_float32:
+            times = self.as_float32 / max(1, self.total)
+            lines.append(f"  {'as plain float32':<38}{self.as_float32:>14,} bytes: {times:.1f} times")
+        if plan.real != FLOAT32:
+            tables = f": {len(plan.int8)} embedding tables in int8, the rest in float16" if plan.real == INT8 else ""
+            lines.append(f"  real parts stored as {plan.real}{tables}")
+        if self.note:
+            lines.append(f"  {self.note}")
         binary = sizes["bits"] + sizes["weight scales"]
-        if plan.packed and binary:
+        if plan.packed and binary and self.binary_as_float32:
             lines.append(
                 f"  binary weights alone, with their scales: {self.binary_as_float32 / binary:.1f} times smaller"
             )
@@ -61,30 +71,8 @@ class Inspection:
         return "\n".join(lines)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint of ours.
-
-    Raises:
-        CheckpointError: no checkpoint, not one of ours, or damaged.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no checkpoint: it has no config.json. Give the folder of save_pretrained.")
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
-        raise CheckpointError(
-            f"{folder} is no checkpoint of stompp_hf: its config.json names no binary layers. Binarize and train first "
-            "(stompp_hf.binarize_model), then save_pretrained."
-        )
-    return config  # type: ignore[no-any-return]
-
-
 def inspect(folder: str | Path) -> Inspection:
-    """Read config.json and the headers of the safetensors files; no weight is loaded.
+    """Read config.json and the headers of the safetensors files; no weight is loaded, and no code of the folder runs.
 
     Raises:
         CheckpointError: no checkpoint, not one of ours, or damaged.
@@ -92,31 +80,39 @@ def inspect(folder: str | Path) -> Inspection:
     folder = Path(folder)
     config = read_config(folder)
     plan = StoMPPQuantizationConfig(**config["quantization_config"]).plan()
-    found = Inspection((config.get("architectures") or ["model"])[0], plan)
+    found = Inspection(architecture(config), plan)
     found.sizes = dict.fromkeys(("bits", "weight scales", "latent weights", "other binary parts", "real"), 0)
-    names = {entry.name for entry in plan.entries}
-    for name, dtype, shape in _headers(folder):
-        owner, _, own = name.rpartition(".")
-        size = math.prod(shape) * BYTES[dtype]
-        found.by_dtype[dtype] = found.by_dtype.get(dtype, 0) + size
-        found.sizes[_kind(owner in names, own)] += size
-    plain = _plain_model(folder, found.architecture)
-    found.as_float32 = 4 * sum(p.numel() for p in plain.parameters())
-    found.binary_as_float32 = 4 * sum(
-        p.numel() for n, p in plain.named_parameters() if n in {f"{m}.weight" for m in names}
-    )
+    tensors = list(headers(weight_files(folder)))
+    # By what the file itself says: some classes save their tensors under other names than those of their modules.
+    members = {header.name.removesuffix(STATE) for header in tensors if header.name.endswith(STATE)}
+    for header in tensors:
+        owner, _, own = header.name.rpartition(".")
+        found.by_dtype[header.dtype] = found.by_dtype.get(header.dtype, 0) + header.size
+        found.sizes[_kind(owner in members, own)] += header.size
+    plain = _plain_model(folder, found)
+    if plain is not None:
+        latents = {f"{entry.name}.weight" for entry in plan.entries}
+        found.as_float32 = 4 * sum(p.numel() for p in plain.parameters())
+        found.binary_as_float32 = 4 * sum(p.numel() for name, p in plain.named_parameters() if name in latents)
     return found
 
 
-def _plain_model(folder: Path, architecture: str) -> Any:
-    """The model without binary layers, on the meta device: shapes, and no memory."""
-    cls = getattr(transformers, architecture, None)
+def _plain_model(folder: Path, found: Inspection) -> Any:
+    """The model without binary layers, on the meta device: shapes, and no memory. None where it cannot be made."""
+    cls = model_class(found.architecture)
     if cls is None:
-        raise CheckpointError(f"{folder}: transformers has no class {architecture}; it may need trust_remote_code.")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    with torch.device("meta"):
-        return cls(config)
+        found.note = f"transformers has no class {found.architecture}, so its plain size is not known"
+        return None
+    try:
+        config = cls.config_class.from_pretrained(folder)
+        del config.quantization_config
+        with torch.device("meta"):
+            return cls(config)
+    except ImportError as error:
+        found.note = f"its plain size is not known: {error}"
+        return None
+    except Exception as error:  # whatever its config does to a class that is not ours
+        raise CheckpointError(f"{folder / 'config.json'} makes no {found.architecture}: {error}.") from error
 
 
 def _kind(binary: bool, own: str) -> str:
@@ -126,18 +122,4 @@ def _kind(binary: bool, own: str) -> str:
         return "weight scales"
     if binary and own == "weight":
         return "latent weights"
-    return "other binary parts" if binary and own in (*OWN_TENSORS, "padding_lives") else "real"
-
-
-def _headers(folder: Path) -> Any:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no .safetensors file.")
-    for path in files:
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # no mapping
-                    part = file.get_slice(name)
-                    yield name, part.get_dtype(), part.get_shape()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or cut off: {error}.") from error
+    return "other binary parts" if binary and own in OTHERS else "real"

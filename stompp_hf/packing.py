@@ -10,33 +10,39 @@ from torch import nn
 from .errors import NonFiniteError, NotCalibratedError, PackingError
 from .modules import FROZEN, BinaryLayer, Member
 from .modules.packed import PACKED_CLASSES, PackedMember
-from .plan import Plan, get_plan, members, planned_model
+from .plan import FLOAT32, Plan, get_plan, members, planned_model
+from .storage import check_real, store_real, widen
 from .surgery import cast_to_float32, record
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def pack_model(model: Model, *, commit: bool = False) -> Model:
+def pack_model(model: Model, *, commit: bool = False, real: str = FLOAT32) -> Model:
     """Replace the latent weights of a frozen model by their signs, 8 a byte, in place, and return the same model.
 
-    Forward: bitwise what the frozen model computes in float32. `save_pretrained` then writes the packed format, which
-    `from_pretrained` reads after `import stompp_hf`. Scales, thresholds, biases and what is real stay parameters; the
-    latents are gone, and `unpack_model` makes new ones from scales and signs.
+    Forward: bitwise what the frozen model computes in float32, unless `real` rounds what stays real. `save_pretrained`
+    then writes the packed format, which `from_pretrained` reads after `import stompp_hf`. Scales, thresholds, biases
+    and what is real stay parameters; the latents are gone, and `unpack_model` makes new ones from scales and signs.
 
     Args:
         model: a binarized model, or a wrapper of one, with every stage frozen.
         commit: freeze what is not frozen yet, here and now, as if the run had ended. Activation values must be there.
+        real: how what stays real (embeddings, heads, norms, biases) is stored: "float32", as it is; "float16" or
+            "bfloat16"; "int8", embedding tables in whole numbers of a byte with a step a row, which are fixed from then
+            on, and the rest in float16. The model's values are rounded to that here, so this moves its logits;
+            it goes on computing in float32. `python -m stompp_hf compare` says by how much.
 
     Raises:
         NotBinarizedError: the model has no binary layers.
         PackingError: it is packed already, is to stay in full precision, has stages that are not frozen (they are
-            named), or a binary layer without a packed class.
+            named), or a binary layer without a packed class; or a value is too large for float16.
         NotCalibratedError: a layer has no activation values.
         NonFiniteError: a latent weight is NaN or infinite: its sign means nothing.
     """
     root = planned_model(model)
     plan, found = get_plan(root), members(root)
     _check(plan, found, commit)
+    check_real(root, real)
     if any(member.stage_state != FROZEN for member in found.values()):
         total = max(1, *(member.total_steps for member in found.values()))
         for member in found.values():
@@ -44,6 +50,7 @@ def pack_model(model: Model, *, commit: bool = False) -> Model:
             member.enter(FROZEN, 1.0)
             member.total_steps = member.step = total  # the run is over: an unpacked model stays frozen
     pack_members(found)
+    store_real(root, plan, real)
     plan.packed = True
     record(root, plan)
     return model
@@ -111,6 +118,7 @@ def unpack_model(model: Model) -> Model:
     for member in found.values():
         if isinstance(member, PackedMember):
             member.unpack()
+    widen(root, plan)
     plan.packed = False
     record(root, plan)
     return model

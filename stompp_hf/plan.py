@@ -9,11 +9,15 @@ from typing import Any
 from torch import nn
 
 from .config import StoMPPConfig
-from .errors import CheckpointError, NotBinarizedError
+from .errors import CheckpointError, NotBinarizedError, StoMPPError
 from .modules import BinaryLayer, Member
 
 FORMAT_VERSION = 1
 TRAINING_FORMAT, PACKED_FORMAT = "training", "packed"
+FLOAT32, INT8 = "float32", "int8"
+STORED = (FLOAT32, "float16", "bfloat16", INT8)
+KINDS = ("layer", "embedding", "attention")
+_DICTIONARIES = ("left", "bypassed", "paused", "shifted")
 _ATTRIBUTE = "stompp_plan"
 
 
@@ -43,7 +47,7 @@ class Plan:
     bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, and shifted: ReLUs that became RPReLUs,
     with the binary layers that read them; attention: the implementation ("sdpa" or "eager") that binary attention
     stands in for, if there is any; a reload goes back to it, so that it computes the same; packed: whether signs stand
-    in place of latent weights.
+    in place of latent weights; real: how a packed checkpoint stores what stays real, and int8: the tables in int8.
     """
 
     config: StoMPPConfig
@@ -54,6 +58,8 @@ class Plan:
     shifted: dict[str, list[str]] = field(default_factory=dict)
     attention: str | None = None
     packed: bool = False
+    real: str = FLOAT32
+    int8: list[str] = field(default_factory=list)
 
     def renamed(self, rename: Callable[[str], str]) -> "Plan":
         """The same plan with other names for the modules of the model."""
@@ -99,8 +105,8 @@ class Plan:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
-        return {
+        """The plan as plain JSON values, with a digest of them."""
+        values = {
             "format": PACKED_FORMAT if self.packed else TRAINING_FORMAT,
             "format_version": FORMAT_VERSION,
             "config": self.config.to_dict(),
@@ -110,7 +116,10 @@ class Plan:
             "paused": {name: list(readers) for name, readers in self.paused.items()},
             "shifted": {name: list(readers) for name, readers in self.shifted.items()},
             "attention": self.attention,
+            "real": self.real,
+            "int8": list(self.int8),
         }
+        return {**values, "digest": digest(values)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
@@ -126,16 +135,56 @@ class Plan:
                 f"{FORMAT_VERSION}; install the release that wrote the checkpoint, or a newer one."
             )
         try:
-            entries = [Entry(**entry) for entry in values["modules"]]
-            others = {name: dict(values.get(name) or {}) for name in ("left", "bypassed", "paused", "shifted")}
+            entries = [_checked(Entry(**entry)) for entry in values["modules"]]
+            others: dict[str, Any] = {name: dict(values.get(name) or {}) for name in _DICTIONARIES}
             config = StoMPPConfig.from_dict(values["config"])
             packed = values.get("format") == PACKED_FORMAT
+            others |= {"real": values.get("real", FLOAT32), "int8": list(values.get("int8") or [])}
             plan = cls(config, entries, **others, attention=values.get("attention"), packed=packed)
-        except (KeyError, TypeError, AttributeError) as error:
+            if plan.real not in STORED or not all(isinstance(name, str) for name in plan.int8):
+                raise ValueError(f"real is {plan.real!r}, and int8 {plan.int8!r}")
+            gaps = {entry.stage for entry in entries} != set(range(len({entry.stage for entry in entries})))
+        except StoMPPError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"quantization_config is damaged ({error!r}); save the model again.") from error
-        if not entries or sorted({entry.stage for entry in entries}) != list(range(plan.stage_count)):
+        if not entries or gaps:
             raise CheckpointError("quantization_config is damaged: its stages are not numbered from 0 without a gap.")
+        if values.get("digest", digest(values)) != digest(values):
+            raise CheckpointError(
+                "quantization_config was changed after it was saved, by hand or by damage, and the model may compute "
+                "something else than it did. Take config.json from where the checkpoint came from; to load this one as "
+                "it is, delete 'digest' from quantization_config."
+            )
         return plan
+
+
+UNSIGNED = ("format", "format_version", "quant_method", "digest")
+"""What is checked by itself, or added by transformers."""
+
+
+def digest(values: dict[str, Any]) -> str:
+    """A digest of a plan's JSON values: a changed name or option may be a valid one, and change what is computed."""
+    text = json.dumps({name: value for name, value in values.items() if name not in UNSIGNED}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _checked(entry: Entry) -> Entry:
+    """The entry, if its fields are of their types.
+
+    Raises:
+        TypeError: one is not.
+    """
+    texts = (entry.name, entry.stage_name, entry.kind)
+    optional = [text for text in (entry.producer, entry.absorbed) if text is not None]
+    numbers = (entry.stage, entry.position, *(entry.shape or []))
+    if not all(isinstance(text, str) for text in (*texts, *optional)):
+        raise TypeError(f"a name in {entry} is no string")
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise TypeError(f"a number in {entry} is no whole number")
+    if entry.kind not in KINDS:
+        raise ValueError(f"the kind of {entry} is none of {', '.join(KINDS)}")
+    return entry
 
 
 def set_plan(model: nn.Module, plan: Plan | None) -> None:

@@ -28,12 +28,12 @@ class Trace:
         return sorted(self.first_call, key=lambda name: self.first_call[name])
 
 
-def example_inputs_of(model: nn.Module) -> dict[str, Any] | None:
+def example_inputs_of(model: nn.Module, seed: int = 0) -> dict[str, Any] | None:
     """Small inputs made from a transformers model's config, by its `main_input_name`; None if there is no way."""
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
         return None
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     weight = next(model.parameters(), torch.zeros(()))
     device, dtype = weight.device, weight.dtype if weight.is_floating_point() else torch.float32
     accepted = inspect.signature(model.forward).parameters

@@ -16,10 +16,16 @@ class StoMPPQuantizationConfig(QuantizationConfigMixin):
 
     Holds plain JSON values; `plan()` gives the checked `Plan`. Unknown keys are kept: a newer release may add some,
     and `format_version` tells whether they matter.
+
+    Raises:
+        CheckpointError: a key would hide a method of this class.
     """
 
-    def __init__(self, format: str = TRAINING_FORMAT, **values: Any) -> None:
+    def __init__(self, /, format: str = TRAINING_FORMAT, **values: Any) -> None:
         values.pop("quant_method", None)
+        hidden = sorted(name for name in values if hasattr(type(self), name))
+        if hidden:
+            raise CheckpointError(f"quantization_config is damaged: it has the keys {', '.join(hidden)}.")
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers takes a plain string for outside methods
         self.format = format
         self.__dict__.update(values)

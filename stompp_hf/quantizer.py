@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from .checkpoint_checks import check_names, check_tensors, expected_tensors, name_in
 from .config import METHOD, StoMPPConfig
-from .errors import CheckpointError
-from .modules import BinaryEmbedding, binary_class_of
-from .modules.activations import RPReLU
+from .errors import CheckpointError, StoMPPError
+from .modules import TRANSITION, BinaryEmbedding, binary_class_of
 from .packing import pack_members
-from .plan import Entry, members
+from .plan import Entry, Plan, members
 from .progression import Progression
 from .quantization_config import StoMPPQuantizationConfig
+from .storage import narrow_tables, write_narrow
 from .surgery import binarize_model, convert
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class StoMPPQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.shapes: dict[str, torch.Size] = {}
+        self.expected: dict[str, torch.Tensor] = {}
+        self.names: set[str] = set()
         if not self.pre_quantized and not isinstance(quantization_config, StoMPPConfig):
             raise CheckpointError(
                 f"from_pretrained(quantization_config=...) of a plain checkpoint takes a StoMPPConfig, as in "
@@ -47,44 +49,38 @@ class StoMPPQuantizer(HfQuantizer):
         if isinstance(self.quantization_config, StoMPPConfig):
             return  # the probe needs weights: binarize_model runs once they are there
         plan = self.quantization_config.plan()
-        prefix = model.base_model_prefix
-        modules = dict(model.named_modules())
-        for entry in plan.entries:
-            entry.name = _entry_in(model, modules, entry, prefix)
-        # What stood before layers that this class of model lacks is lacking with them.
-        plan.bypassed = {new: how for name, how in plan.bypassed.items() if (new := _name_in(modules, name, prefix))}
-        for changed in ("paused", "shifted"):
-            found = {
-                new: [_layer_in(model, modules, reader, prefix) for reader in readers]
-                for name, readers in getattr(plan, changed).items()
-                if (new := _name_in(modules, name, prefix))
-            }
-            setattr(plan, changed, found)
-        convert(model, plan)
+        try:
+            _place(model, plan)
+            convert(model, plan)
+            if plan.packed:
+                pack_members(members(model))
+                narrow_tables(model, plan)
+        except StoMPPError:
+            raise
+        except Exception as error:  # names and values that no release wrote
+            raise CheckpointError(
+                f"the plan in config.json does not fit a {type(model).__name__} ({error!r}): it is damaged, or belongs "
+                "to another model."
+            ) from error
         if plan.packed:
-            pack_members(members(model))
             for member in members(model).values():
                 member._is_hf_initialized = True  # type: ignore[assignment]  # init_weights() would look at its weight
-        self.shapes = {
-            f"{name}.{own}": tensor.shape
-            for name, m in _converted(model).items()
-            for own, tensor in _tensors(m).items()
-        }
+        self.expected = expected_tensors(model)
+        self.names = check_names(model, kwargs.get("checkpoint_files") or [])
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether transformers should leave a tensor's shape to us; its own error does not name the tensor."""
-        return param_name in self.shapes
+        return param_name in self.expected
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if isinstance(kwargs.get("device_map"), dict) and "disk" in kwargs["device_map"].values():
+        # transformers passes no dtype or device map here: the model itself says what became of them.
+        if "disk" in getattr(model, "hf_device_map", {}).values():
             logger.warning("layers of this model are offloaded to disk; it can run, and cannot be trained.")
         if isinstance(self.quantization_config, StoMPPConfig):
             _unmark(model)
             _align(model)
             return binarize_model(model, self.quantization_config)
-        for name, module in _converted(model).items():
-            for own, tensor in _tensors(module).items():
-                self._check(f"{name}.{own}", tensor)
+        check_tensors(model, self.expected, self.names)
         layers = members(model)
         for layer in layers.values():
             layer.read_state()
@@ -93,28 +89,21 @@ class StoMPPQuantizer(HfQuantizer):
         model.config.quantization_config = StoMPPQuantizationConfig(**model.stompp_plan.to_dict())
         first = next(iter(layers.values()))
         if model.stompp_plan.packed:
+            write_narrow(model, model.stompp_plan)
             return model
         if first.total_steps:
             progression = Progression(model, first.total_steps)
             progression.step(first.step)
             progression.detach()
-        if kwargs.get("dtype") in (torch.float16, torch.bfloat16):
-            logger.warning("loaded as %s: fine to run, but small updates vanish when it is trained.", kwargs["dtype"])
+        moving = [name for name, layer in layers.items() if layer.stage_state == TRANSITION and layer.like.is_meta]
+        if moving:
+            raise CheckpointError(
+                f"{moving[0]} is between real and binary, and its masks cannot be offloaded to disk: load this "
+                "checkpoint without a device_map that names 'disk', or one of a finished run."
+            )
+        if first.like.dtype in (torch.float16, torch.bfloat16):
+            logger.warning("loaded as %s: fine to run, but small updates vanish when it is trained.", first.like.dtype)
         return model
-
-    def _check(self, name: str, tensor: torch.Tensor) -> None:
-        if not getattr(tensor, "_is_hf_initialized", False):
-            raise CheckpointError(
-                f"{name} is missing in the checkpoint, although its config.json says that the module was binarized: "
-                "the weights were saved without it, or the file is not the one that belongs here."
-            )
-        if tensor.shape != self.shapes[name]:
-            raise CheckpointError(
-                f"{name} has the shape {list(tensor.shape)} in the checkpoint, and by its config.json it should have "
-                f"{list(self.shapes[name])}: one of the two is not the file that belongs here."
-            )
-        if name.endswith(".weight_bits") and tensor.dtype != torch.uint8:
-            raise CheckpointError(f"{name} is {tensor.dtype} in the checkpoint, and must be torch.uint8.")
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -126,15 +115,6 @@ class StoMPPQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True
-
-
-def _converted(model: PreTrainedModel) -> dict[str, Any]:
-    """The modules to which binarization added tensors, by name."""
-    return {**members(model), **{name: m for name, m in model.named_modules() if isinstance(m, RPReLU)}}
-
-
-def _tensors(module: Any) -> dict[str, torch.Tensor]:
-    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
 
 
 def _unmark(model: PreTrainedModel) -> None:
@@ -160,14 +140,25 @@ def _align(model: PreTrainedModel) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _name_in(modules: dict[str, Any], name: str, prefix: str) -> str | None:
-    """The name that a saved module has in a model, which may have gained or lost its base model's prefix."""
-    names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    return next((name for name in names if name in modules), None)
+def _place(model: PreTrainedModel, plan: Plan) -> None:
+    """Give a saved plan the names that its modules have in this model, in place."""
+    prefix, modules = model.base_model_prefix, dict(model.named_modules())
+    for entry in plan.entries:
+        entry.name = _entry_in(model, modules, entry, prefix)
+    # What stood before layers that this class of model lacks is lacking with them.
+    plan.bypassed = {new: how for name, how in plan.bypassed.items() if (new := name_in(modules, name, prefix))}
+    plan.int8 = [new for name in plan.int8 if (new := name_in(modules, name, prefix))]
+    for changed in ("paused", "shifted"):
+        found = {
+            new: [_layer_in(model, modules, reader, prefix) for reader in readers]
+            for name, readers in getattr(plan, changed).items()
+            if (new := name_in(modules, name, prefix))
+        }
+        setattr(plan, changed, found)
 
 
 def _layer_in(model: PreTrainedModel, modules: dict[str, Any], name: str, prefix: str) -> str:
-    found = _name_in(modules, name, prefix)
+    found = name_in(modules, name, prefix)
     if found is None or binary_class_of(modules[found]) is None:
         raise CheckpointError(
             f"the checkpoint says that {name} is binary, and {type(model).__name__} has no such layer, or one of "
@@ -180,7 +171,7 @@ def _entry_in(model: PreTrainedModel, modules: dict[str, Any], entry: Entry, pre
     if entry.kind == "layer":
         return _layer_in(model, modules, entry.name, prefix)
     name, dot, child = entry.name.rpartition(".") if entry.kind == "attention" else (entry.name, "", "")
-    found = _name_in(modules, name, prefix)
+    found = name_in(modules, name, prefix)
     if found is None or (entry.kind == "embedding" and BinaryEmbedding.unfit(modules[found])):
         raise CheckpointError(
             f"the checkpoint says that the {entry.kind} of {name} is binary, and {type(model).__name__} has no such "

@@ -15,6 +15,7 @@ from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from .plan import Plan, binary_layers, get_plan, members, plain_name, planned_model, set_plan, submodule
 from .quantization_config import StoMPPQuantizationConfig
 from .selection import select
+from .storage import widen
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -137,6 +138,7 @@ def restore_model(model: Model) -> Model:
         setattr(root, _NOT_BROADCAST, others)
     for layer in layers.values():
         layer.restore()
+    widen(root, get_plan(root))
     detach_all(root)
     _put_back(root)
     set_plan(root, None)

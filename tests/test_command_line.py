@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import CASES, logits, quick, train
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import binarize_model, get_plan
@@ -70,6 +71,24 @@ def test_sizes_are_those_of_the_files(trained: Path, tmp_path: Path) -> None:
     assert found.sizes["real"] == inspect(trained).sizes["real"]
 
 
+def test_inspect_says_what_it_can(trained: Path, tmp_path: Path) -> None:
+    """Dtypes that torch or this library has no name for, and classes that transformers has not."""
+    known = inspect(trained)
+    for path in trained.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "classifier.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for architectures in (["NoSuchModel"], "AutoModel", ["pipeline"], ["logging"], [5], [], None, ["TimmBackbone"]):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+        found = inspect(tmp_path)
+        assert found.by_dtype["F8_E4M3"] == tensors[name].numel() and found.as_float32 == 0 and found.note in str(found)
+        assert found.total == known.total - 3 * tensors[name].numel()
+        assert found.sizes["latent weights"] == known.sizes["latent weights"]
+
+
 def test_what_cannot_be_packed_leaves_nothing_behind(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,7 +124,10 @@ def test_what_cannot_be_packed_leaves_nothing_behind(
         assert main(["pack", str(tmp_path / source), str(tmp_path / target)]) == 1
         message = capsys.readouterr().err
         assert "error: " in message and words in message, (source, message)
-        if source not in ("half", str(trained)):
+        if source == "foreign":
+            assert main(["inspect", str(tmp_path / source)]) == 0
+            assert "transformers has no class NoSuchModel" in capsys.readouterr().out
+        elif source not in ("half", str(trained)):
             assert main(["inspect", str(tmp_path / source)]) == 1
             assert words in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before

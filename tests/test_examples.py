@@ -88,7 +88,8 @@ def test_embedded_run_and_reload(tmp_path: Path) -> None:
     assert torch.equal(torch.load(trained), torch.load(reloaded))
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["eval_samples"] == 32
-    assert "stompp" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- 1-bit" in card and "import stompp_hf" in card and "24 layers, in 4 stages" in card
 
 
 def test_adapter_beside_a_packed_base(tmp_path: Path) -> None:

@@ -185,7 +185,8 @@ def test_embedded_comparison(
         assert any(line.startswith(f"{method} ") and f" {layers} " in line for line in printed.splitlines()), printed
     assert "logits equal" in printed
     assert json.loads((tmp_path / "comparison.json").read_text()).keys() == example.METHODS.keys()
-    assert "stompp" in (tmp_path / "stompp_ste" / "README.md").read_text()
+    card = (tmp_path / "stompp_ste" / "README.md").read_text()
+    assert "- 1-bit" in card and "import stompp_hf" in card and "4 layers, in " in card
     AutoImageProcessor.from_pretrained(tmp_path / "stompp_ste")
 
 

@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertModel,
     Trainer,
     TrainingArguments,
@@ -60,9 +61,11 @@ def checkpoint(saved: Path, tmp_path: Path) -> Path:
 
 
 def change_config(folder: Path, change: Any) -> None:
+    """As by hand, without the digest that would tell of it."""
     path = folder / "config.json"
     values = json.loads(path.read_text())
     change(values["quantization_config"])
+    values["quantization_config"].pop("digest", None)
     path.write_text(json.dumps(values))
 
 
@@ -303,3 +306,38 @@ def test_binarizing_at_load_casts_and_refuses_as_binarize_model_does(checkpoint:
         load(tmp_path / "half", quantization_config=quick(exclude_modules=["nowhere"]))
     with pytest.raises(ValueError, match="StoMPPConfig"):
         load(checkpoint, quantization_config=quick())
+
+
+# ---- what a load says ----
+
+
+def test_half_precision_and_disk_are_warned_of(
+    saved: tuple[Path, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers tells the quantizer neither dtype nor device map after loading."""
+    load(saved[0] / "middle")
+    assert not [record for record in caplog.records if record.name == "stompp_hf.quantizer"]
+    load(saved[0] / "middle", dtype=torch.bfloat16)
+    assert "loaded as torch.bfloat16" in caplog.text and "disk" not in caplog.text
+    device_map = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
+    model = load(saved[0] / "end", device_map=device_map, offload_folder=str(tmp_path))
+    assert "offloaded to disk" in caplog.text
+    assert torch.equal(logits(model, BERT.batch(77)), saved[1]["end"])
+    with pytest.raises(CheckpointError, match="between real and binary"):
+        load(saved[0] / "middle", device_map=device_map, offload_folder=str(tmp_path))
+
+
+def test_a_new_head_and_a_missing_one(
+    saved: tuple[Path, Any], checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers may make a head anew where it is asked to; what is only missing would be random."""
+    model = load(checkpoint, num_labels=7, ignore_mismatched_sizes=True)
+    assert model.classifier.weight.shape[0] == 7 and "classifier.weight" in caplog.text
+    caplog.clear()
+    other = AutoModelForTokenClassification.from_pretrained(checkpoint, num_labels=3)
+    assert other.bert.encoder.layer[0].attention.self.query.stage_state == "frozen"
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["classifier.bias"]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"classifier\.bias is missing in the checkpoint"):
+        load(checkpoint)

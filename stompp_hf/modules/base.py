@@ -25,7 +25,7 @@ _OWN_ATTRIBUTES = (
     *("stompp_config", "input_producer", "absorbed", "sample_shape"),
     *("stage_state", "frozen_share", "weight_mask", "activation_mask", "observer"),
     *("weight_edge", "input_edges", "weight_ready", "activation_ready", "activation_offset"),
-    *("total_steps", "step", "fingerprint"),
+    *("total_steps", "step", "fingerprint", "state_read"),
 )
 
 

@@ -69,3 +69,8 @@ class SignBits:
     def row_sums(self, dtype: torch.dtype) -> Tensor:
         """Sum of the signs of each output channel, (channels,), exact."""
         return (2 * count_ones(self.bits) - self.fan_in).to(dtype)
+
+    def has_stray_bits(self) -> bool:
+        """Whether any bit behind the end of a row is 1: `row_sums` would count it."""
+        used = self.fan_in % 8
+        return used > 0 and bool((self.bits[:, -1] >> used).any())

@@ -56,6 +56,7 @@ class Member(_Module):
     total_steps: int
     step: int
     fingerprint: int
+    state_read: bool
 
     def _begin(self, config: StoMPPConfig, device: torch.device) -> None:
         self._own("stompp_state", torch.zeros(6, dtype=torch.int64, device=device))
@@ -66,6 +67,7 @@ class Member(_Module):
         self.weight_ready = self.activation_ready = False
         self.activation_offset = 0.0
         self.total_steps = self.step = self.fingerprint = 0
+        self.state_read = device.type != "meta"
 
     def _own(self, name: str, value: Tensor | None, learnable: bool = False) -> None:
         if learnable and value is not None:
@@ -128,12 +130,12 @@ class Member(_Module):
     # ---- saving ----
 
     def write_state(self) -> None:
-        """Put the Python mirrors into the buffer that is saved."""
+        """Put the Python mirrors into the buffer that is saved, unless a load is still to set them from it."""
         values = [
             *(int(self.weight_ready), int(self.activation_ready), int(self.activation_offset)),
             *(self.total_steps, self.step, self.fingerprint),
         ]
-        if not self.stompp_state.is_meta:
+        if self.state_read and not self.stompp_state.is_meta:
             self.stompp_state.copy_(torch.tensor(values, dtype=torch.int64))
 
     def read_state(self) -> None:
@@ -145,6 +147,19 @@ class Member(_Module):
         self.activation_offset = float(offset)
         self._read_edges()
         self.total_steps, self.step, self.fingerprint = total, step, fingerprint
+        self.state_read = True
+
+    def damage(self) -> str | None:
+        """What is wrong with loaded tensors that have the right shapes, or None."""
+        own = {name: tensor for name, tensor in self.own_tensors().items() if not tensor.is_meta}
+        for name, tensor in own.items():
+            if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                return f"{name} holds NaN"
+        if "stompp_state" in own:
+            weight, activation, offset, total, step, _ = own["stompp_state"].tolist()
+            if not {weight, activation, offset} <= {0, 1} or total < 0 or step < 0:
+                return f"stompp_state holds {[weight, activation, offset, total, step]}"
+        return None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.write_state()
@@ -165,6 +180,10 @@ class Member(_Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if found:
+            reason = self.damage()
+            if reason is not None:
+                error_msgs.append(f"{prefix.removesuffix('.')}: {reason}.")
+                return
             self.read_state()
         else:  # a checkpoint of the plain model: our own tensors keep their values, and their absence is no error
             own = {prefix + name for name in self.own_names}

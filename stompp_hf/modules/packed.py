@@ -126,6 +126,11 @@ class PackedLayer(PackedMember, BinaryLayer):
         layer: Any = self.unpack()
         return layer.restore()  # type: ignore[no-any-return]
 
+    def damage(self) -> str | None:
+        if not self.weight_bits.is_meta and self._bits().has_stray_bits():
+            return "weight_bits holds bits behind the end of its rows"
+        return super().damage()
+
     def _bits(self) -> SignBits:
         return SignBits(self.weight_bits, self.weight_shape, self.product.channel_dim)
 
