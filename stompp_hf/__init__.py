@@ -21,6 +21,7 @@ from .plan import get_plan
 from .progression import Progression, calibrate
 from .quantization_config import StoMPPQuantizationConfig
 from .quantizer import StoMPPQuantizer
+from .summary import Summary, summary
 from .surgery import binarize_model, report, restore_model
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "StoMPPQuantizationConfig",
     "StoMPPQuantizer",
     "StoMPPTrainerCallback",
+    "Summary",
     "binarize_model",
     "calibrate",
     "create_optimizer",
@@ -50,5 +52,6 @@ __all__ = [
     "parameter_groups",
     "report",
     "restore_model",
+    "summary",
     "unpack_model",
 ]
