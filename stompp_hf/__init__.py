@@ -5,6 +5,7 @@ from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
+from .live_metrics import LiveMetrics
 from .modules import (
     BinaryAttention,
     BinaryConv1D,
@@ -37,6 +38,7 @@ __all__ = [
     "BinaryLinear",
     "DistillationCallback",
     "Distiller",
+    "LiveMetrics",
     "Progression",
     "StoMPPConfig",
     "StoMPPError",

@@ -9,10 +9,11 @@ from .metrics import (
     blocked_unfrozen,
     blocked_upstream,
     clipped_weights,
-    frozen_fraction,
+    frozen_share,
     gradient_flow,
     norms_around,
 )
+from .modules import Member
 from .progression import Progression
 
 
@@ -36,8 +37,8 @@ class LiveMetrics:
     weights, gradients and inputs, and averaged over those since the last record (a record without one has none):
     stompp_clipped_weights, stompp_clipped_inputs, stompp_blocked_share (of unfrozen weights), stompp_blocked_upstream
     (of weights before the stage), stompp_grad_norm_before and stompp_grad_norm_behind (of all weights before the stage
-    of stompp_stage, and behind it; left out where there are none; as the optimizer gets them, after clipping). See
-    `metrics` for what each one means.
+    that is freezing or next to freeze, and behind it; left out where there are none; as the optimizer gets them, after
+    clipping). See `metrics` for what each one means, and examples/benchmarks/metrics_cost.py for what each costs.
 
     Args:
         progression: what drives the model.
@@ -53,6 +54,9 @@ class LiveMetrics:
         self._flips = FlipRatio(progression.model)
         self._inputs: ClippedInputs | None = None
         self._samples: list[dict[str, float]] = []
+        self._stages: dict[int, list[Member]] = {}
+        for entry in progression.plan.entries:
+            self._stages.setdefault(entry.stage, []).append(progression.layers[entry.name])
 
     def begin(self, step: int) -> None:
         """Before the forward pass of a step, after `progression.step(step)`."""
@@ -79,18 +83,21 @@ class LiveMetrics:
         self._samples.append(found)
         self._inputs = None
 
+    def cheap(self) -> dict[str, float]:
+        """Those that cost next to nothing, as they stand."""
+        stage = self._progression.stage_in_transition()[0]
+        return {
+            "stompp_frozen_fraction": frozen_share(list(self._progression.layers.values())),
+            "stompp_stage": stage,
+            "stompp_stage_fraction": frozen_share(self._stages[stage - 1]),
+        }
+
     def record(self) -> dict[str, float]:
         """All metrics as they stand; begins the next record."""
-        stage, model = self._progression.stage_in_transition()[0], self._progression.model
         samples, self._samples = self._samples, []
         names = {name: None for sample in samples for name in sample}
-        return {
-            "stompp_frozen_fraction": frozen_fraction(model),
-            "stompp_stage": stage,
-            "stompp_stage_fraction": frozen_fraction(model, stage - 1),
-            "stompp_flip_ratio": self._flips.update(),
-            **{name: fmean(sample[name] for sample in samples if name in sample) for name in names},
-        }
+        means = {name: fmean(sample[name] for sample in samples if name in sample) for name in names}
+        return {**self.cheap(), "stompp_flip_ratio": self._flips.update(), **means}
 
     def end(self) -> None:
         """Remove the hooks of a step that was begun and never sampled."""

@@ -1,12 +1,13 @@
 """Numbers that tell how a binary network's training goes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .modules import FROZEN, TRANSITION, BinaryLayer
+from .modules import FROZEN, TRANSITION, BinaryLayer, Member
 from .plan import binary_layers, get_plan, members
 
 SAMPLE = 65_536
@@ -21,9 +22,13 @@ def frozen_fraction(model: nn.Module, stage: int | None = None) -> float:
         stage: number of a stage, from 0, to look at alone; None for all.
     """
     inside = {entry.name for entry in get_plan(model).entries if stage in (None, entry.stage)}
-    found = [member for name, member in members(model).items() if name in inside]
+    return frozen_share([member for name, member in members(model).items() if name in inside])
+
+
+def frozen_share(found: Sequence[Member]) -> float:
+    """The same of these members; attention products, which have no weights, count where there is nothing else."""
     layers = [member for member in found if isinstance(member, BinaryLayer)]
-    if not layers:  # a stage of attention products alone: they have no weights
+    if not layers:
         return sum(member.frozen_share for member in found) / len(found)
     frozen = sum(layer.frozen_share * layer.weight.numel() for layer in layers)
     return float(frozen / sum(layer.weight.numel() for layer in layers))
