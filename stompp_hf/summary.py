@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .beyond_layers import word_embedding
 from .errors import ConfigError, NotBinarizedError
 from .macs import Macs, count_macs
 from .modules import FROZEN, BinaryEmbedding, BinaryLayer, Member
@@ -230,7 +231,7 @@ def _row(root: nn.Module, plan: Plan | None, name: str, size: Size, macs: Macs |
         stages=[] if entry is None else [entry.stage + 1],
         state=state,
         frozen=frozen,
-        reason=None if plan is None or entry is not None else _why(plan, name, module),
+        reason=None if plan is None or entry is not None else _why(root, plan, name),
     )
 
 
@@ -252,12 +253,13 @@ def _bits(root: nn.Module, module: Any) -> tuple[list[int], list[int], bool]:
     return ([8 * weight.element_size()] if product else []), reads, False
 
 
-def _why(plan: Plan, name: str, module: nn.Module) -> str:
-    config = plan.config
+def _why(root: nn.Module, plan: Plan, name: str) -> str:
+    module, config = root.get_submodule(name), plan.config
     if name in plan.left:
         return plan.left[name]
     if isinstance(module, nn.Embedding):
-        return f"an embedding (embeddings={config.embeddings!r} is about the word embedding alone)"
+        words = module is word_embedding(root)
+        return f"embeddings={config.embeddings!r}" if words else "an embedding other than that of words"
     if not list(module.parameters(recurse=False)):
         return f"products of activations (attention={config.attention!r})"
     return "its class has no binary form"
