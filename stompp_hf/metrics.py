@@ -210,14 +210,14 @@ class ClippedInputs:
             config = layer.stompp_config
             edges = _clip_now(layer, config.activation_clip, layer.input_edges) if config.binary_activations else None
             if edges is not None:
-                self._handles.append(layer.register_forward_pre_hook(self._look(edges), with_kwargs=True))
+                self._handles.append(layer.register_forward_pre_hook(self._look(layer, edges), with_kwargs=True))
 
-    def _look(self, edges: tuple[float, float]) -> Any:
+    def _look(self, layer: BinaryLayer, edges: tuple[float, float]) -> Any:
         waits = True
 
-        def look(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             nonlocal waits
-            if not waits:
+            if not waits or module is not layer:  # a copy of the model, a teacher for one, takes hooks along
                 return
             waits = False
             with torch.no_grad():

@@ -1,5 +1,6 @@
 """The metrics of a run: equal to slow references, in log_history and on trackers, and where the bars show the stage."""
 
+import copy
 import itertools
 import json
 import math
@@ -183,6 +184,20 @@ def test_metrics_equal_slow_references(name):
     assert {metric for metric in moved if "clipped" in metric} == {
         metric for metric in live_ones if "clipped" in metric
     }
+
+
+def test_a_copy_of_the_model_is_not_looked_at():
+    """A teacher is copied in the middle of a run, hooks and all, and runs beside the model."""
+    model = binarize_model(BERT.build().eval(), quick(weight_clip=0.03, activation_clip=0.8))
+    live, shares = LiveMetrics(Progression(model, 10), every=1), []
+    for copies in (False, True):
+        live.begin(0)
+        if copies:
+            copy.deepcopy(model)(**BERT.batch(7))
+        model(**BERT.batch(1)).loss.backward()
+        live.sample()
+        shares.append(live.record()["stompp_clipped_inputs"])
+    assert shares[0] == shares[1] > 0
 
 
 # ---- in Trainer ----
