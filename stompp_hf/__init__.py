@@ -5,6 +5,7 @@ from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
+from .live_metrics import LiveMetrics
 from .model_card import model_card, push_to_hub, write_model_card
 from .modules import (
     BinaryAttention,
@@ -25,6 +26,7 @@ from .quantization_config import StoMPPQuantizationConfig
 from .quantizer import StoMPPQuantizer
 from .remote_code import add_remote_code
 from .resuming import last_whole_checkpoint
+from .summary import Summary, summary
 from .surgery import binarize_model, report, restore_model
 
 __version__ = "0.1.0"
@@ -40,12 +42,14 @@ __all__ = [
     "BinaryLinear",
     "DistillationCallback",
     "Distiller",
+    "LiveMetrics",
     "Progression",
     "StoMPPConfig",
     "StoMPPError",
     "StoMPPQuantizationConfig",
     "StoMPPQuantizer",
     "StoMPPTrainerCallback",
+    "Summary",
     "add_remote_code",
     "binarize_model",
     "calibrate",
@@ -59,6 +63,7 @@ __all__ = [
     "push_to_hub",
     "report",
     "restore_model",
+    "summary",
     "unpack_model",
     "write_model_card",
 ]

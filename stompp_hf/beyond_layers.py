@@ -39,12 +39,17 @@ class Beyond:
 # ---- the word embedding ----
 
 
+def word_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that a model names as its input embedding, if it does."""
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator,no-any-return]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def find_embedding(model: nn.Module, beyond: Beyond, excluded: Excluded) -> None:
     """Note the model's word embedding, or why there is none to binarize."""
-    try:
-        module = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        module = None
+    module = word_embedding(model)
     name = next((name for name, other in model.named_modules() if other is module), None)
     if module is None or name is None:
         beyond.left["embeddings"] = f"{type(model).__name__} names no input embedding (get_input_embeddings())"

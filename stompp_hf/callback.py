@@ -1,6 +1,7 @@
 """StoMPPTrainerCallback: a thin shell that drives a Progression from inside transformers' Trainer."""
 
 import contextlib
+import html
 import itertools
 import json
 import logging
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 
 from .adapters import has_adapters
 from .errors import CheckpointError, NotBinarizedError
-from .metrics import FlipRatio, frozen_fraction
+from .live_metrics import LiveMetrics, check_every
 from .model_card import attach_to
 from .modules import FROZEN
 from .plan import binary_layers, get_plan, members, planned_model
@@ -46,9 +47,9 @@ class StoMPPTrainerCallback(TrainerCallback):
           StoMPPTrainerCallback().attach(trainer)
     Without Trainer, drive a `Progression` yourself; this class adds nothing to it.
 
-    With the loss it logs stompp_frozen_fraction (0 to 1), stompp_stage (number of the stage that is freezing, from 1)
-    and stompp_flip_ratio (0 to 1). It keeps `load_best_model_at_end` and early stopping from choosing a model that is
-    not fully binary yet.
+    With the loss it logs the metrics of `LiveMetrics`, all of them numbers with names that begin with stompp_;
+    log_history has the name of the stage too (stompp_stage_name), which trackers would refuse. It keeps
+    `load_best_model_at_end` and early stopping from choosing a model that is not fully binary yet.
 
     Args:
         rescale: on a resume with another max_steps, rescale what is left of the progression instead of keeping it.
@@ -56,19 +57,29 @@ class StoMPPTrainerCallback(TrainerCallback):
             `eval_binary_*` (needs `attach`); layers that are still real are calibrated on the first
             `calibration_batches` training batches, for that evaluation only.
         calibration_batches: number of batches for it.
+        metrics_every: steps from one sample of the metrics that cost something to the next; 0 leaves them out.
 
     Raises (before the first step):
         NotBinarizedError: `binarize_model` was not called.
         CheckpointError: the checkpoint to resume from does not fit the model, or the model was loaded in
             mid-progression and training starts from step 0.
+        ConfigError: metrics_every is no number of steps.
     """
 
-    def __init__(self, rescale: bool = False, evaluate_binary: bool = False, calibration_batches: int = 4) -> None:
+    def __init__(
+        self,
+        rescale: bool = False,
+        evaluate_binary: bool = False,
+        calibration_batches: int = 4,
+        metrics_every: int = 50,
+    ) -> None:
+        check_every(metrics_every)
+        self.metrics_every = metrics_every
         self.rescale = rescale
         self.evaluate_binary = evaluate_binary
         self.calibration_batches = calibration_batches
         self.progression: Progression | None = None
-        self._flips: FlipRatio | None = None
+        self._live: LiveMetrics | None = None
         self._holds_complete = False
         self._stands = 0  # the step at which a finished base stays, whatever is trained beside it
         self._trainer: Any = None
@@ -92,8 +103,8 @@ class StoMPPTrainerCallback(TrainerCallback):
         log, evaluate, train = trainer.log, trainer.evaluate, trainer.train
 
         def log_with_metrics(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs and self.progression is not None:
-                logs.update(self._metrics())
+            if "loss" in logs and self._live is not None:
+                logs.update(self._live.record())
             log(logs, *args, **kwargs)
 
         def evaluate_twice(*args: Any, **kwargs: Any) -> dict[str, float]:
@@ -137,27 +148,21 @@ class StoMPPTrainerCallback(TrainerCallback):
         batches = itertools.islice(trainer.get_train_dataloader(), self.calibration_batches)
         return [trainer._prepare_inputs(batch) for batch in batches]
 
-    def _metrics(self) -> dict[str, float]:
-        progression = self._required()
-        return {
-            "stompp_frozen_fraction": frozen_fraction(progression.model),
-            "stompp_stage": progression.stage_in_transition()[0],
-            "stompp_flip_ratio": self._flips.update() if self._flips is not None else 0.0,
-        }
-
     # ---- Trainer's events ----
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         if self.progression is not None:  # auto_find_batch_size and a second train() begin anew
             self.progression.detach()
+        if self._live is not None:
+            self._live.end()
         self._bind(model, state)
         progression = self._required()
         if not self._holds_complete:
             self._forget_best(state, state.global_step)
         progression.attach(kwargs["optimizer"])
         progression.step(self._place(state.global_step))
-        self._flips = FlipRatio(model)
+        self._live = LiveMetrics(progression, self.metrics_every)
         trackers = [name for name in args.report_to or [] if name != "none"]
         if trackers and self._trainer is None:
             logger.warning(
@@ -238,6 +243,12 @@ class StoMPPTrainerCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._required().step(self._place(state.global_step))
+        if self._live is not None:
+            self._live.begin(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._live is not None:
+            self._live.sample()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         progression = self._required()
@@ -248,11 +259,14 @@ class StoMPPTrainerCallback(TrainerCallback):
             self._show_stage(progression)
 
     def _show_stage(self, progression: Progression) -> None:
+        number, name, share = progression.stage_in_transition()
+        text = f"stage {number}/{progression.plan.stage_count} {name} {share:.0%}"
         for callback in self._trainer.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None)
+            bar, notebook = getattr(callback, "training_bar", None), getattr(callback, "training_tracker", None)
             if bar is not None:
-                number, name, share = progression.stage_in_transition()
-                bar.set_postfix_str(f"stage {number}/{progression.plan.stage_count} {name} {share:.0%}", refresh=False)
+                bar.set_postfix_str(text, refresh=False)
+            if notebook is not None:  # a notebook's bar shows it when it is drawn next
+                notebook.prefix = html.escape(text)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._forget_best(state, state.global_step, metric=False)
@@ -266,15 +280,17 @@ class StoMPPTrainerCallback(TrainerCallback):
             state.best_metric = state.best_global_step = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.progression is None or not logs or "loss" not in logs:
+        if self.progression is None or self._live is None or not logs or "loss" not in logs:
             return
         self.progression.check_latents()
         if "stompp_stage" not in logs:
-            metrics = self._metrics()
+            metrics = self._live.record()
             logs.update(metrics)
             state.log_history[-1].update(metrics)
+        name = self.progression.stage_in_transition()[1]
+        state.log_history[-1]["stompp_stage_name"] = name
         if self._trainer is None:  # after the record is made: only the progress bar shows it
-            logs["stompp_freezing"] = self.progression.stage_in_transition()[1]
+            logs["stompp_freezing"] = name
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         progression = self._required()
@@ -286,6 +302,8 @@ class StoMPPTrainerCallback(TrainerCallback):
                 "stopping and a smaller max_steps on a resume cut it short.",
                 state.global_step, ", ".join(rest), progression.total_steps,
             )  # fmt: skip
+        if self._live is not None:
+            self._live.end()
         progression.detach()
 
     def _required(self) -> Progression:

@@ -179,7 +179,10 @@ def cast_to_float32(model: nn.Module, config: StoMPPConfig) -> None:
 
 
 def report(model: nn.Module) -> str:
-    """What was converted, in which stages, what was left real and why, and how many parameters become binary."""
+    """What was converted, in which stages, what was left real and why, and how many parameters become binary.
+
+    It tells the plan, which is the same from surgery to the end; `summary` tells bits, bytes and products at any time.
+    """
     plan, layers = get_plan(model), binary_layers(model)
     binary = sum(layer.weight_count for layer in layers.values())
     total = sum(parameter.numel() for parameter in model.parameters()) + (binary if plan.packed else 0)

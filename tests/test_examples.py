@@ -213,6 +213,15 @@ def test_onnx_file_benchmark() -> None:
         assert f"| {name} |" in printed
 
 
+def test_metrics_cost_benchmark() -> None:
+    printed = run(
+        *("examples/benchmarks/metrics_cost.py", "--shapes", "tiny", "--batch", "2", "--seq", "8"),
+        *("--repeats", "1", "--clip", "0.5"),
+    )
+    for kind in ("no metrics", "cheap, each step", "a record", "a sample"):
+        assert f"| all frozen | {kind} |" in printed
+
+
 def test_grammar_needs_more_than_a_bag_of_words() -> None:
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression

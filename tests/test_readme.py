@@ -34,13 +34,15 @@ def names(tmp_path: Path) -> dict[str, object]:
     return {"args": args, "train_dataset": rows, "max_steps": 8, "tmp_path": tmp_path}
 
 
-def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(
+    names: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tmp_path = names["tmp_path"]
     assert isinstance(tmp_path, Path)
     monkeypatch.chdir(tmp_path)
     python = blocks("python")
-    assert len(python) == 8
-    training, reloading, refinements, teaching, loop, shipping, exporting, adapting = (
+    assert len(python) == 9
+    training, reloading, refinements, teaching, loop, seeing, shipping, exporting, adapting = (
         block.replace("bert-base-uncased", "checkpoint") for block in python
     )
 
@@ -71,6 +73,10 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     names["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
     exec(loop, names)
     assert names["progression"].is_complete()  # type: ignore[attr-defined]
+
+    capsys.readouterr()
+    exec(seeing, names)
+    assert "100.0% of these frozen" in capsys.readouterr().out
 
     expected = model.eval()(**inputs).logits
     exec(shipping, names)

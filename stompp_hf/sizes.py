@@ -1,0 +1,96 @@
+"""What each module of a model takes: parameters, and bytes as save_pretrained would write them."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modules import BinaryLayer, Member
+from .modules.activations import RPRELU_TENSORS
+from .modules.bits import SignBits
+from .modules.packed import PackedLayer
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Size:
+    """One module without its children.
+
+    parameters: those of the plain model, weights in a packed layer included; binary: how many of them are or will be
+    signs; stored: bytes in a checkpoint as the model is now; packed: bytes in one of `pack_model`; float32: bytes of
+    the plain model in float32.
+    """
+
+    parameters: int = 0
+    binary: int = 0
+    stored: int = 0
+    packed: int = 0
+    float32: int = 0
+
+
+def sizes(model: nn.Module) -> dict[str, Size]:
+    """The size of every module that has tensors of its own, by name.
+
+    A tensor that several modules share counts once, for the first of them. Scales, thresholds, clips and states that
+    binarization adds are bytes and no parameters.
+    """
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    seen: set[int] = set()
+    found: dict[str, Size] = {}
+    for name, module in model.named_modules():
+        size = Size()
+        for own, tensor in _saved(module).items():
+            if id(tensor) in seen or f"{name}.{own}" in ignored:
+                continue
+            seen.add(id(tensor))
+            _add(size, module, own, tensor)
+        if size != Size():
+            found[name] = size
+    return found
+
+
+def _saved(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own tensors that are saved."""
+    buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+    return {n: t for n, t in {**module._parameters, **buffers}.items() if t is not None}
+
+
+def _add(size: Size, module: Any, own: str, tensor: Tensor) -> None:
+    size.stored += tensor.nbytes
+    if own in RPRELU_TENSORS:
+        size.packed += tensor.nbytes
+    elif isinstance(module, Member) and own in module.own_names:
+        size.packed += tensor.numel() * (4 if tensor.dtype in _HALF else tensor.element_size())
+        if isinstance(module, PackedLayer) and own == "weight_bits":
+            _add_binary(size, module.weight_shape.numel())
+    elif isinstance(module, BinaryLayer) and own == "weight" and module.stompp_config.binary_weights:
+        size.packed += packed_bytes(module)
+        _add_binary(size, tensor.numel())
+    else:
+        size.packed += tensor.nbytes
+        size.float32 += tensor.nbytes if not tensor.is_floating_point() else 4 * tensor.numel()
+        size.parameters += tensor.numel() if isinstance(tensor, nn.Parameter) else 0
+
+
+def _add_binary(size: Size, weights: int) -> None:
+    size.parameters += weights
+    size.binary += weights
+    size.float32 += 4 * weights
+
+
+def packed_bytes(layer: BinaryLayer) -> int:
+    """Bytes that the weight of a layer with latents takes once it is packed."""
+    shape = SignBits.of(layer.weight.detach().to("meta"), layer.product.channel_dim).bits.shape
+    marks_padding = getattr(layer, "padding_idx", None) is not None
+    return math.prod(shape) + int(marks_padding)
+
+
+def weight_shape(module: Any) -> list[int] | None:
+    """Shape of a module's weight as it is trained, or None where it has none."""
+    if isinstance(module, PackedLayer):
+        return list(module.weight_shape)
+    weight = module._parameters.get("weight")
+    return None if weight is None else list(weight.shape)
