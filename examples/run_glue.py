@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
-from options import TeacherArguments, config_of, read_words, set_up_logging
+from options import RecordArguments, TeacherArguments, config_of, read_words, set_up_logging
 from stage_edges import EvaluateAtStageEdges
 from transformers import (
     AutoConfig,
@@ -42,7 +42,7 @@ from stompp_hf.errors import NotBinarizedError
 
 
 @dataclass
-class ModelArguments(TeacherArguments):
+class ModelArguments(RecordArguments, TeacherArguments):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(
@@ -79,7 +79,7 @@ class ModelArguments(TeacherArguments):
 DEMO = {
     "learning_rate": 1e-3, "num_train_epochs": 8, "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 128, "warmup_steps": 100, "logging_steps": 100, "save_strategy": "no",
-    "do_train": True, "do_eval": True, "start": 0.3, "end": 0.8,
+    "do_train": True, "do_eval": True, "start": 0.3, "end": 0.8, "gradient_norms_every": 10,
 }  # fmt: skip
 """Defaults of the embedded run: a small BERT from scratch, which warms up in full precision."""
 
@@ -177,6 +177,8 @@ def main() -> dict[str, float]:
     )
     callback.attach(trainer)
     model_args.add_to(trainer, model_args.method)
+    if training_args.do_train:
+        model_args.record(trainer, model_args, data_args, training_args)
     if model_args.evaluate_stages and training_args.do_train and training_args.do_eval:
         trainer.add_callback(EvaluateAtStageEdges(callback))
 

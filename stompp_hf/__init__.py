@@ -5,6 +5,7 @@ from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
+from .gradient_recorder import GradientNormCallback
 from .modules import (
     BinaryAttention,
     BinaryConv1D,
@@ -21,6 +22,7 @@ from .plan import get_plan
 from .progression import Progression, calibrate
 from .quantization_config import StoMPPQuantizationConfig
 from .quantizer import StoMPPQuantizer
+from .runs import read_run, record_run
 from .surgery import binarize_model, report, restore_model
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "BinaryLinear",
     "DistillationCallback",
     "Distiller",
+    "GradientNormCallback",
     "Progression",
     "StoMPPConfig",
     "StoMPPError",
@@ -48,6 +51,8 @@ __all__ = [
     "get_plan",
     "pack_model",
     "parameter_groups",
+    "read_run",
+    "record_run",
     "report",
     "restore_model",
     "unpack_model",

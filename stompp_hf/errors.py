@@ -47,3 +47,11 @@ class ShapeError(StoMPPError, ValueError):
 
 class DistillationError(StoMPPError, ValueError):
     """A teacher and a student cannot be compared, or the teacher's loss is never used."""
+
+
+class RunError(StoMPPError, ValueError):
+    """A folder or a log holds no training run that can be shown."""
+
+
+class ExtraError(StoMPPError, ImportError):
+    """An optional package is missing; the message names the extra that brings it."""
