@@ -86,6 +86,13 @@ class Run:
             for stage, name in enumerate(self.plan.stage_names)
         ]
 
+    def execution_order(self) -> list[int]:
+        """Numbers of the stages, from the model's input to its output."""
+        if self.plan is None or not self.freezes:
+            return []
+        first = {e.stage: e.position for e in sorted(self.plan.entries, key=lambda e: e.position, reverse=True)}
+        return sorted(first, key=first.__getitem__)
+
     def frozen_fractions(self, steps: Iterable[int]) -> list[list[float]]:
         """Target frozen fraction of every stage (rows) at `steps` (columns), 0 to 1: the mean over its members."""
         if self.plan is None:
