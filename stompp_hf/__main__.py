@@ -1,4 +1,4 @@
-"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`."""
+"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`, `... report RUN_DIR`."""
 
 import argparse
 import shutil
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from .errors import CheckpointError, StoMPPError
 from .inspecting import inspect, read_config
 from .packing import pack_model, unpack_model
+from .reporting import add_report, write_report
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 """Endings of files that are not copied beside the new weights; training state has them too."""
@@ -74,8 +75,12 @@ def main(words: list[str] | None = None) -> int:
         command.add_argument("source", type=Path, help="folder of save_pretrained")
         command.add_argument("target", type=Path, help="new folder")
     pack.add_argument("--commit", action="store_true", help="freeze the stages that are not frozen yet, untrained")
+    add_report(commands)
     args = parser.parse_args(words)
     try:
+        if args.command == "report":
+            print(write_report(args.runs, args.out, args.before, args.pictures))
+            return 0
         if args.command == "pack":
             rewrite(args.source, args.target, lambda model: pack_model(model, commit=args.commit))
         elif args.command == "unpack":

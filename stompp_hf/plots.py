@@ -17,6 +17,8 @@ from .runs import Run
 OWN = "stompp_"
 COLUMNS = 400
 """Steps that the map of the frozen fraction shows at most; longer runs are sampled evenly."""
+DECADES = 200.0
+"""From this ratio of the largest to the smallest value on, an axis is logarithmic."""
 TITLES = {
     "stompp_flip_ratio": "flip ratio: share of frozen weights whose sign changed since the last record",
     "stompp_frozen_fraction": "frozen fraction of all binary weights",
@@ -33,7 +35,7 @@ def titled(key: str) -> str:
 
 
 def _mark_stages(run: Run, axes: Any) -> None:
-    """Thin lines at the edges of the stages' windows, and the whole run on the axis."""
+    """Thin lines at the edges of the stages' windows, a dotted one where a run broke off; the whole run on the axis."""
     for axis in axes:
         for edge in run.edges:
             axis.axvline(edge, color="0.85", linewidth=0.7, zorder=0)
@@ -43,10 +45,13 @@ def _mark_stages(run: Run, axes: Any) -> None:
     if 0 < run.step < run.max_steps:
         for axis in axes:
             axis.axvline(run.step, color="black", linewidth=1.0, linestyle=(0, (1, 1)))
-        axes[0].annotate(
-            "the run ended here", (run.step, 1.0), xycoords=("data", "axes fraction"), fontsize=9, va="bottom",
-            ha="right" if run.step > end / 2 else "left",
-        )  # fmt: skip
+
+
+def _scale(axis: Any, values: Sequence[float]) -> None:
+    """Room above and below; a logarithmic axis where values span decades, as the loss of an easy task does."""
+    axis.margins(y=0.1)
+    if min(values) > 0.0 and max(values) > DECADES * min(values):
+        axis.set_yscale("log")
 
 
 def _curves(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -98,12 +103,14 @@ def progress(run: Run) -> Any:
             draw_line(axis, steps, values, index, **thin)
             ends.append((label, values[-1]))
         axis.set_ylabel(title)
-        axis.margins(y=0.1)
+        _scale(axis, [value for key, _ in pairs for value in run.series(key)[1]])
         label_ends(axis, ends, 0.17)
     if has_map:
         _draw_frozen(run, axes[-1, 0], figure)
     axes[-1, 0].set_xlabel("step")
     _mark_stages(run, axes[:, 0])
+    if 0 < run.step < run.max_steps:
+        axes[0, 0].set_title(f"the run ended at step {run.step} of {run.max_steps}", loc="left")
     return figure
 
 
@@ -122,7 +129,7 @@ def compare(runs: Sequence[Run]) -> Any:
                 draw_line(axis, steps, values, index)
                 ends.append((run.name, values[-1]))
         axis.set_ylabel(titled(key))
-        axis.margins(y=0.1)
+        _scale(axis, [value for run in runs for value in run.series(key)[1]])
         label_ends(axis, ends, 0.09)
     axes[-1, 0].set_xlabel("step")
     return figure

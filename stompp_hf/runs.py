@@ -31,12 +31,13 @@ SPEED = ("runtime", "samples_per_second", "steps_per_second", "samples", "loss",
 class Run:
     """What a run left behind; what could not be read is None or empty, and named in `notes`.
 
-    records: Trainer's log_history; step, max_steps: where training stood, and where it was to end; total_steps: of the
+    home: the folder of its latest model; records: Trainer's log_history; step, max_steps: where training stood, and where it was to end; total_steps: of the
     progression, which keeps the first total on a resume; metrics: the final ones; record: what run.json holds.
     """
 
     name: str
     folder: Path | None = None
+    home: Path | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
     max_steps: int = 0
@@ -172,7 +173,7 @@ def _saved_total(folder: Path, notes: list[str]) -> int:
     except CheckpointError as error:
         notes.append(str(error))
         return 0
-    return int(state[3]) if state is not None and state.numel() == 6 else 0
+    return max(0, int(state[3])) if state is not None and state.numel() == 6 else 0
 
 
 def read_run(folder: str | Path) -> Run:
@@ -197,6 +198,7 @@ def read_run(folder: str | Path) -> Run:
     run.records = [record for record in state.get("log_history", []) if isinstance(record, dict)]
     run.step, run.max_steps = (int(_number(state.get(key)) or 0) for key in ("global_step", "max_steps"))
     run.plan = _read_plan(run.hub_config, notes)
+    run.home = homes[0] if homes else None
     saved = next(filter(None, (_saved_total(path, notes) for path in homes)), 0) if run.plan else 0
     run.total_steps = saved or run.max_steps
     run.metrics = _read_metrics(folder, run, notes)
@@ -258,7 +260,10 @@ def run_of(trainer: Any, name: str = "this run") -> Run:
     state, plan = trainer.state, get_plan(trainer.model)
     layer = trainer.model.get_submodule(plan.entries[0].name)
     total = getattr(layer, "total_steps", 0) or state.max_steps
-    return Run(name, None, list(state.log_history), state.global_step, state.max_steps, total, plan)
+    return Run(
+        name, records=list(state.log_history), step=state.global_step, max_steps=state.max_steps, total_steps=total,
+        plan=plan,
+    )  # fmt: skip
 
 
 def versions() -> dict[str, str]:
