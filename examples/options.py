@@ -97,7 +97,8 @@ class RecordArguments:
     """What a run writes down about itself, for `python -m stompp_hf report`."""
 
     gradient_norms_every: int = field(
-        default=0, metadata={"help": "Log the gradient norm of every stage, from a look every this many steps; 0: never."}
+        default=0,
+        metadata={"help": "Log the gradient norm of every stage, from a look every this many steps; 0: never."},
     )
 
     def record(self, trainer: Trainer, *options: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`, `... report RUN_DIR`."""
+"""The command line: `python -m stompp_hf inspect DIR`, `pack SRC DST`, `unpack SRC DST`, `report RUN_DIR`."""
 
 import argparse
 import shutil

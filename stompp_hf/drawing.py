@@ -66,6 +66,7 @@ def draw_line(axis: Any, x: Sequence[float], y: Sequence[float], index: int = 0,
 
 def label_ends(axis: Any, ends: Sequence[tuple[str, float]], gap: float) -> None:
     """Write the lines' names at their right ends, at least `gap` of the axis's height apart."""
+    axis.get_ylim()  # settles the limits, which the transformation takes as they are
     shares = [axis.transAxes.inverted().transform(axis.transData.transform((0, value)))[1] for _, value in ends]
     places = sorted((share, name) for share, (name, _) in zip(shares, ends, strict=True))
     heights = [place for place, _ in places]

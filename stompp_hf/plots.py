@@ -55,7 +55,7 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
 
 
 def _curves(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The panels above the map: their titles, and the logged numbers in them with their labels; only what was logged."""
+    """The panels above the map, of what was logged: their titles, the numbers in them and their labels."""
     metric = run.main_metric or ""
     panels = [
         (titled(metric), [(metric, "held-out"), (metric.replace("eval_", "eval_binary_", 1), "if all binary")]),

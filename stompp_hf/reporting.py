@@ -40,6 +40,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 CAPTIONS = {
     "progress": "Held-out metric and loss, over the share of every stage that is frozen. Thin lines: edges of the "
     "stages' windows.",
+    "compare": "The runs in one picture.",
     "metrics": "Numbers logged with the loss.",
     "weights": "Latent weights before and after, by stage.",
     "stompp_grad_norm": "Gradient that reaches the binary weights of every stage.",
@@ -59,7 +60,7 @@ def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[Any]]]) -> st
 
 def _text(value: Any) -> str:
     if value is None:
-        return "–"
+        return "unknown"
     if isinstance(value, float):
         return f"{value:.5g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
@@ -224,7 +225,7 @@ def render(runs: Sequence[Run], before: Path | None = None, pictures: Path | Non
     sections = [
         ("At a glance", _table(names, _merged([_glance(*pair) for pair in zip(runs, found, strict=True)]))),
         ("Notes", _columns(runs, notes)),
-        ("Pictures", missing + (_picture(together, "progress", "all") if together else "") + _columns(runs, images)),
+        ("Pictures", missing + (_picture(together, "compare", "all") if together else "") + _columns(runs, images)),
         ("Final metrics", _table(names, _merged([run.metrics for run in runs]))),
         (
             "Configuration",

@@ -31,8 +31,9 @@ SPEED = ("runtime", "samples_per_second", "steps_per_second", "samples", "loss",
 class Run:
     """What a run left behind; what could not be read is None or empty, and named in `notes`.
 
-    home: the folder of its latest model; records: Trainer's log_history; step, max_steps: where training stood, and where it was to end; total_steps: of the
-    progression, which keeps the first total on a resume; metrics: the final ones; record: what run.json holds.
+    home: the folder of its latest model; records: Trainer's log_history; step, max_steps: where training stood, and
+    where it was to end; total_steps: of the progression, which keeps the first total on a resume; metrics: the final
+    ones; record: what run.json holds.
     """
 
     name: str
@@ -125,7 +126,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise RunError(f"{path} is damaged ({error}); restore it, or delete it and make the report without it.") from error
+        raise RunError(f"{path} is damaged ({error}); restore it, or delete it.") from error
 
 
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -202,9 +203,18 @@ def read_run(folder: str | Path) -> Run:
     saved = next(filter(None, (_saved_total(path, notes) for path in homes)), 0) if run.plan else 0
     run.total_steps = saved or run.max_steps
     run.metrics = _read_metrics(folder, run, notes)
+    if run.records and run.metrics and run.step == run.max_steps and run.main_metric not in _at(run.records, run.step):
+        # scripts save Trainer's state after training, and evaluate once more after that
+        last = {key: value for key, value in run.metrics.items() if key.startswith("eval_")}
+        run.records.append({"step": run.step, **last})
     run.record = _read_object(folder / RECORD, notes)
     notes += _what_is_missing(run, state)
     return run
+
+
+def _at(records: list[dict[str, Any]], step: int) -> set[str]:
+    """Names of what was logged at a step."""
+    return {key for record in records if record.get("step") == step for key in record}
 
 
 def _read_metrics(folder: Path, run: Run, notes: list[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(str(path), framework="pt") as file:
-                for name in filter(wanted, file.keys()):  # noqa: SIM118  # no mapping
+                for name in filter(wanted, file.keys()):
                     yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged or cut off: {error}.") from error

@@ -77,7 +77,7 @@ def weights(before: str | Path, after: str | Path) -> Any:
             np.concatenate([values[n] / unit for n, unit in zip(names, units, strict=True)]) for values in (then, now)
         )
         for values, style in ((old, {"fill": True, "color": "0.8"}), (new, {"color": DARK, "linewidth": 1.3})):
-            counts, _ = np.histogram(np.clip(values, -REACH, REACH), edges)
+            counts, _ = np.histogram(values, edges)
             axis.stairs(counts / len(values), edges, **style)
         axis.axvline(0.0, color="black", linewidth=0.6)
         axis.set_title(f"{title}\n{np.mean((old >= 0) != (new >= 0)):.1%} changed sign", fontsize=9)
