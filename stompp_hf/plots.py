@@ -73,11 +73,11 @@ def _draw_frozen(run: Run, axis: Any, figure: Any) -> None:
         axis.set(ylabel="frozen fraction", ylim=(-0.03, 1.03))
         return
     last = run.step or run.total_steps
-    edges = np.unique(np.linspace(0, last, min(COLUMNS, last) + 1).round().astype(int))
+    edges = sorted({round(last * column / COLUMNS) for column in range(COLUMNS + 1)})
     order = run.execution_order()
     names = [run.stage_windows()[stage][0] for stage in order]
-    values = np.array(run.frozen_fractions(edges[:-1].tolist()))[order]
-    image = draw_map(axis, values, edges.tolist(), names, vmin=0.0, vmax=1.0)
+    fractions = np.array(run.frozen_fractions(edges[:-1]))[order]
+    image = draw_map(axis, fractions, edges, names, vmin=0.0, vmax=1.0)
     bar = figure.colorbar(image, ax=axis, ticks=[0, 0.5, 1], aspect=12, pad=0.01)
     bar.set_label("frozen", fontsize=9)
     axis.set_ylabel("stage, input at the top", fontsize=9)

@@ -1,0 +1,49 @@
+"""The walk-through runs as a user runs it, from load to report, on its own model and on a checkpoint."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from stompp_hf.inspecting import inspect
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "examples" / "walk_through.py"
+
+
+def walk(out: Path, *words: str) -> str:
+    """Run the script and return what it printed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), "--output_dir", str(out), *words]
+    result = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def test_from_load_to_report_and_again_from_a_checkpoint(tmp_path: Path) -> None:
+    printed = walk(tmp_path / "first", "--max_steps", "20", "--train_samples", "320")
+    assert "24 binary layers in 4 stages" in printed and "packed: 8 weights a byte" in printed
+    assert inspect(tmp_path / "first" / "packed").plan.packed
+    report = (tmp_path / "first" / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 4
+    assert json.loads((tmp_path / "first" / "run.json").read_text())["command"][-1] == "320"
+    # The trained checkpoint of the plain model is what a user brings along.
+    restore = (
+        "import sys, stompp_hf; from transformers import AutoModelForSequenceClassification as A, AutoTokenizer as T;"
+        "first, plain = sys.argv[1:]; stompp_hf.restore_model(A.from_pretrained(first)).save_pretrained(plain);"
+        "T.from_pretrained(first).save_pretrained(plain)"
+    )
+    folders = [str(tmp_path / name) for name in ("first", "plain")]
+    subprocess.run([sys.executable, "-c", restore, *folders], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    words = ("--model_name_or_path", folders[1], "--max_steps", "8", "--train_samples", "128")
+    assert "packed: 8 weights a byte" in walk(tmp_path / "second", *words)
+
+
+def test_cells_are_those_of_a_notebook() -> None:
+    text = SCRIPT.read_text()
+    cells = re.findall(r"^# %%.*$", text, flags=re.MULTILINE)
+    headings = re.findall(r"^# ## (\d)\. (\w+)", text, flags=re.MULTILINE)
+    assert [name for _, name in headings] == ["Load", "Binarize", "Look", "Train", "Pack", "Report"]
+    assert cells.count("# %% [markdown]") == len(headings) == cells.count("# %%")
