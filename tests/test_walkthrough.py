@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from stompp_hf import restore_model
 from stompp_hf.inspecting import inspect
 
 ROOT = Path(__file__).parent.parent
@@ -22,22 +26,23 @@ def walk(out: Path, *words: str) -> str:
     return result.stdout
 
 
-def test_from_load_to_report_and_again_from_a_checkpoint(tmp_path: Path) -> None:
+def test_from_load_to_report(tmp_path: Path) -> None:
     printed = walk(tmp_path / "first", "--max_steps", "20", "--train_samples", "320")
     assert "24 binary layers in 4 stages" in printed and "packed: 8 weights a byte" in printed
     assert inspect(tmp_path / "first" / "packed").plan.packed
     report = (tmp_path / "first" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4
     assert json.loads((tmp_path / "first" / "run.json").read_text())["command"][-1] == "320"
-    # The trained checkpoint of the plain model is what a user brings along.
-    restore = (
-        "import sys, stompp_hf; from transformers import AutoModelForSequenceClassification as A, AutoTokenizer as T;"
-        "first, plain = sys.argv[1:]; stompp_hf.restore_model(A.from_pretrained(first)).save_pretrained(plain);"
-        "T.from_pretrained(first).save_pretrained(plain)"
-    )
-    folders = [str(tmp_path / name) for name in ("first", "plain")]
-    subprocess.run([sys.executable, "-c", restore, *folders], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    words = ("--model_name_or_path", folders[1], "--max_steps", "8", "--train_samples", "128")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_ones_own(tmp_path: Path) -> None:
+    """A plain model that was trained before, with its tokenizer."""
+    walk(tmp_path / "first", "--max_steps", "8", "--train_samples", "128")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "first")
+    restore_model(model).save_pretrained(tmp_path / "plain")
+    AutoTokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "plain")
+    words = ("--model_name_or_path", str(tmp_path / "plain"), "--max_steps", "8", "--train_samples", "128")
     assert "packed: 8 weights a byte" in walk(tmp_path / "second", *words)
 
 
