@@ -42,9 +42,13 @@ def new_figure(rows: int, columns: int, height: float, **options: Any) -> tuple[
 
 
 def to_png(figure: Any) -> bytes:
-    """The picture as the bytes of a PNG file."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    """The picture as the bytes of a PNG file, of 256 colours: a third of the size, and nothing is lost to the eye."""
+    from PIL import Image  # comes with matplotlib
+
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
+    with Image.open(drawn) as picture:
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, format="png", optimize=True)
     return file.getvalue()
 
 
@@ -52,13 +56,16 @@ def save(figure: Any, path: str | Path) -> Path:
     """Write the picture to a file, in the format of its ending (.png, .svg, .pdf), and return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    if path.suffix == ".png":
+        path.write_bytes(to_png(figure))
+    else:
+        figure.savefig(path)
     return path
 
 
 def draw_line(axis: Any, x: Sequence[float], y: Sequence[float], index: int = 0, **changes: Any) -> None:
     """A line in the style of its index; markers only where there are few points."""
-    style = {**LINES[index % len(LINES)], "markersize": 4, "linewidth": 1.4, **changes}
+    style = {**LINES[index % len(LINES)], "markersize": 4, "linewidth": 1.4, "clip_on": False, **changes}
     if len(x) > 40:
         style["markevery"] = max(1, len(x) // 12)
     axis.plot(x, y, **style)
@@ -77,18 +84,22 @@ def label_ends(axis: Any, ends: Sequence[tuple[str, float]], gap: float) -> None
         for index in reversed(range(len(heights) - 1)):
             heights[index] = min(heights[index], heights[index + 1] - gap)
     for height, (_, name) in zip(heights, places, strict=True):
-        axis.annotate(name, (1.01, height), xycoords="axes fraction", va="center", fontsize=9, annotation_clip=False)
+        axis.annotate(
+            cut(name), (1.01, height), xycoords="axes fraction", va="center", fontsize=9, annotation_clip=False
+        )
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the dotted beginning that all share, if that leaves more than a number."""
+    """Names without the dotted beginning and end that all share, if that leaves more than a number."""
     parts = [name.split(".") for name in names]
-    shared = 0
-    while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    if any(p[shared].isdecimal() for p in parts):
-        shared = max(0, shared - 1)
-    return [".".join(p[shared:]) for p in parts]
+    if len(set(names)) < 2:
+        return list(names)
+    least = min(map(len, parts)) - 1
+    head = next((i for i in range(least) if len({p[i] for p in parts}) > 1), least)
+    tail = next((i for i in range(least - head) if len({p[-1 - i] for p in parts}) > 1), least - head)
+    if any(p[head].isdecimal() for p in parts):
+        head = max(0, head - 1)
+    return [".".join(p[head : len(p) - tail]) for p in parts]
 
 
 def name_rows(axis: Any, names: Sequence[str], most: int = 14) -> None:
@@ -96,10 +107,10 @@ def name_rows(axis: Any, names: Sequence[str], most: int = 14) -> None:
     every = -(-len(names) // most)
     chosen = range(0, len(names), every)
     short = short_names(names)
-    axis.set_yticks([row + 0.5 for row in chosen], [_cut(short[row]) for row in chosen], fontsize=9)
+    axis.set_yticks([row + 0.5 for row in chosen], [cut(short[row]) for row in chosen], fontsize=9)
 
 
-def _cut(name: str, most: int = 22) -> str:
+def cut(name: str, most: int = 28) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
 
 

@@ -177,7 +177,7 @@ def by_stage(run: Run, metric: str) -> Any:
             begin, end = min(w.begin for w in inside), max(w.end for w in inside)
             row = stages.index(name)
             axis.plot([begin, end, end, begin, begin], [row, row, row + 1, row + 1, row], color="black", linewidth=1.2)
-    axis.set(xlabel="step", xlim=(max(0.0, edges[0]), edges[-1]))
+    axis.set(xlabel="step", xlim=(max(0.0, edges[0]), max(edges[-1], run.total_steps)))
     axis.set_ylabel("stage, input at the top", fontsize=9)
     axis.set_title("framed: the stage's window" + ("; hatched: no gradient" if norm else ""), loc="left", fontsize=9)
     return figure
@@ -185,7 +185,7 @@ def by_stage(run: Run, metric: str) -> Any:
 
 def metrics(run: Run) -> Any:
     """The flip ratio, and every other number that was logged with the loss, a panel each. None if there are none."""
-    hidden = {"stompp_stage", "stompp_frozen_fraction" if run.freezes else "loss"}
+    hidden = {"stompp_stage", "stompp_stage_fraction", "stompp_frozen_fraction"} if run.freezes else {"stompp_stage"}
     keys = ["stompp_flip_ratio", *run.keys(OWN), "grad_norm"]
     keys = list(dict.fromkeys(key for key in keys if key not in hidden and "/" not in key and run.series(key)[0]))
     if not keys:
@@ -201,7 +201,9 @@ def metrics(run: Run) -> Any:
         draw_line(axis, steps, values, marker="")
         title = titled(key) if columns == 1 else titled(key).partition(":")[0]
         axis.set_title(title, loc="left", fontsize=9)
-        axis.set_ylim(bottom=min(0.0, *values))
+        _scale(axis, values)
+        if axis.get_yscale() == "linear":
+            axis.set_ylim(bottom=min(0.0, *values))
         _mark_stages(run, [axis])
     for axis in axes[-1]:
         axis.set_xlabel("step")

@@ -119,6 +119,17 @@ def _inspected(run: Run) -> Inspection | None:
         return None
 
 
+def _model(run: Run, found: Inspection | None) -> str:
+    """What `inspect` says; where it cannot, the stages, and what stayed real and why."""
+    if found is not None:
+        return f"<pre>{escape(str(found))}</pre>"
+    if run.plan is None:
+        return "<p>Not known.</p>"
+    lines = [f"stage {number} {name}" for number, name in enumerate(run.plan.stage_names, 1)]
+    lines += [f"real: {name}: {reason}" for name, reason in run.plan.left.items()]
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+
+
 def _weights(run: Run, before: Path | None) -> Any:
     """Histograms of the earliest checkpoint (or `before`) and the latest model; None where there are not two."""
     early = [path for path in checkpoints(run.folder) if path != run.home] if run.folder else []
@@ -220,7 +231,7 @@ def render(runs: Sequence[Run], before: Path | None = None, pictures: Path | Non
     configs = [run.plan.config.to_dict() if run.plan is not None else {} for run in runs]
     default = StoMPPConfig().to_dict()
     told = [{k: v for k, v in config.items() if any(c.get(k) != default.get(k) for c in configs)} for config in configs]
-    models = [f"<pre>{escape(str(one))}</pre>" if one is not None else "<p>Not known.</p>" for one in found]
+    models = [_model(run, one) for run, one in zip(runs, found, strict=True)]
     title = f"Run {names[0]}" if len(runs) == 1 else f"{len(runs)} runs side by side"
     sections = [
         ("At a glance", _table(names, _merged([_glance(*pair) for pair in zip(runs, found, strict=True)]))),

@@ -59,9 +59,10 @@ def weights(before: str | Path, after: str | Path) -> Any:
             f"{before} and {after} share no binary layer's weight: give two checkpoints of one model in safetensors, "
             "the first before it was packed."
         )
+    inward = sorted(plan.entries, key=lambda entry: entry.position)  # the model's order, whatever freezes first
     stages = [
-        (title, [e.name for e in plan.entries if e.stage == stage and e.name in shared])
-        for stage, title in enumerate(plan.stage_names)
+        (title, [e.name for e in inward if e.stage_name == title and e.name in shared])
+        for title in dict.fromkeys(entry.stage_name for entry in inward)
     ]
     stages = [(title, names) for title, names in stages if names]
     chosen = np.unique(np.linspace(0, len(stages) - 1, min(PANELS, len(stages))).round().astype(int))

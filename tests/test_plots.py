@@ -221,8 +221,10 @@ def test_nothing_is_told_by_hue_alone(watched: tuple[Any, Watcher, Path]) -> Non
 
 def test_short_names() -> None:
     assert short_names(BLOCKS) == ["layer.0", "layer.1"]
-    assert short_names(["encoder.layer.0", "decoder.layer.0"]) == ["encoder.layer.0", "decoder.layer.0"]
-    assert short_names(["all"]) == ["all"]
+    assert short_names(["encoder.layer.0", "decoder.layer.0"]) == ["encoder", "decoder"]
+    assert short_names(["all"]) == ["all"] and short_names(["a.b", "a.b"]) == ["a.b", "a.b"]
+    assert short_names(["r.s.0.c", "r.s.1.c"]) == ["s.0", "s.1"]
+    assert short_names(["x", "x.y"]) == ["x", "x.y"]
     assert short_names(["a.b.query", "a.b.key"]) == ["query", "key"]
 
 
