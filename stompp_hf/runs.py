@@ -197,7 +197,7 @@ def read_run(folder: str | Path) -> Run:
         found = "; ".join(notes) or "it has no trainer_state.json, no checkpoint-N folder and no config.json"
         raise RunError(f"{folder} holds no run: {found}. Give the output_dir of a Trainer that has logged or saved.")
     run.records = [record for record in state.get("log_history", []) if isinstance(record, dict)]
-    run.step, run.max_steps = (int(_number(state.get(key)) or 0) for key in ("global_step", "max_steps"))
+    run.step, run.max_steps = (max(0, int(_number(state.get(key)) or 0)) for key in ("global_step", "max_steps"))
     run.plan = _read_plan(run.hub_config, notes)
     run.home = homes[0] if homes else None
     saved = next(filter(None, (_saved_total(path, notes) for path in homes)), 0) if run.plan else 0

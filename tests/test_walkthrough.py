@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from stompp_hf import restore_model
+from stompp_hf import read_run, restore_model
+from stompp_hf.__main__ import main
 from stompp_hf.inspecting import inspect
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "walk_through.py"
 
 
-def walk(out: Path, *words: str) -> str:
-    """Run the script and return what it printed."""
+def walk(out: Path, *words: str, script: Path = SCRIPT) -> str:
+    """Run a script and return what it printed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(out), *words]
+    command = [sys.executable, str(script), "--output_dir", str(out), *words]
     result = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
@@ -33,6 +34,20 @@ def test_from_load_to_report(tmp_path: Path) -> None:
     report = (tmp_path / "first" / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4
     assert json.loads((tmp_path / "first" / "run.json").read_text())["command"][-1] == "320"
+
+
+def test_an_example_records_itself_for_the_report(tmp_path: Path) -> None:
+    """The command, the options that were given, a secret left out, and gradient norms, in the report of run_glue.py."""
+    words = ["--grammar_train_samples", "96", "--grammar_eval_samples", "32", "--num_train_epochs", "1"]
+    words += ["--logging_steps", "1", "--gradient_norms_every", "1", "--refresh_rate", "1", "--hub_token", "hf_abc123"]
+    walk(tmp_path / "run", *words, script=ROOT / "examples" / "run_glue.py")
+    record = read_run(tmp_path / "run").record
+    assert record["options"]["grammar_train_samples"] == 96 and record["options"]["learning_rate"] == 1e-3
+    assert record["options"]["hub_token"] == record["command"][-1] == "***" and "torch" in record["versions"]
+    assert "seed" not in record["options"]
+    assert main(["report", str(tmp_path / "run")]) == 0
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Gradient that reaches the binary weights" in report and "hf_abc123" not in report
 
 
 @pytest.mark.slow
