@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import yaml
 from image_data import DataArguments, Pixels
-from options import TeacherArguments
+from options import RecordArguments, TeacherArguments
 from small_images import small_image_config
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ModelArguments(TeacherArguments):
+class ModelArguments(RecordArguments, TeacherArguments):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(

@@ -1,5 +1,6 @@
-"""Options of the examples: files first, then the command line; and the ones about a teacher and about an adapter."""
+"""Options of the examples: files first, then the command line; those that both share; and the record of a run."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -11,7 +12,7 @@ import transformers
 import yaml
 from transformers import Trainer, TrainingArguments
 
-from stompp_hf import DistillationCallback, StoMPPConfig
+from stompp_hf import DistillationCallback, GradientNormCallback, StoMPPConfig, record_run
 
 
 def as_words(path: str) -> list[str]:
@@ -124,3 +125,31 @@ class LoraArguments:
         return get_peft_model(
             model, LoraConfig(task_type="SEQ_CLS", target_modules=self.lora_target_modules, **options)
         )
+
+
+@dataclass
+class RecordArguments:
+    """What a run writes down about itself, for `python -m stompp_hf report`."""
+
+    gradient_norms_every: int = field(
+        default=0,
+        metadata={"help": "Log the gradient norm of every stage, from a look every this many steps; 0: never."},
+    )
+
+    def record(self, trainer: Trainer, *options: Any) -> None:
+        """Write run.json (command, versions, options that are not at their default), and log what was asked for."""
+        if self.gradient_norms_every:
+            trainer.add_callback(GradientNormCallback(self.gradient_norms_every))
+        if trainer.is_world_process_zero():
+            changed = {name: value for group in options for name, value in not_default(group).items()}
+            record_run(trainer.args.output_dir, changed)
+
+
+def not_default(options: Any) -> dict[str, Any]:
+    """The plain values among a dataclass's fields that are not the default."""
+    return {
+        option.name: getattr(options, option.name)
+        for option in dataclasses.fields(options)
+        if isinstance(getattr(options, option.name), (bool, int, float, str))
+        and getattr(options, option.name) != option.default
+    }  # fmt: skip

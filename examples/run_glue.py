@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
-from options import LoraArguments, TeacherArguments, config_of, read_words, set_up_logging
+from options import LoraArguments, RecordArguments, TeacherArguments, config_of, read_words, set_up_logging
 from stage_edges import EvaluateAtStageEdges
 from transformers import (
     AutoConfig,
@@ -43,7 +43,7 @@ from stompp_hf.metrics import frozen_fraction
 
 
 @dataclass
-class ModelArguments(TeacherArguments, LoraArguments):
+class ModelArguments(RecordArguments, TeacherArguments, LoraArguments):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(
@@ -80,7 +80,7 @@ class ModelArguments(TeacherArguments, LoraArguments):
 DEMO = {
     "learning_rate": 1e-3, "num_train_epochs": 8, "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 128, "warmup_steps": 100, "logging_steps": 100, "save_strategy": "no",
-    "do_train": True, "do_eval": True, "start": 0.3, "end": 0.8,
+    "do_train": True, "do_eval": True, "start": 0.3, "end": 0.8, "gradient_norms_every": 10,
 }  # fmt: skip
 """Defaults of the embedded run: a small BERT from scratch, which warms up in full precision."""
 
@@ -184,6 +184,8 @@ def main() -> dict[str, float]:
     if not adapter:  # the base is finished: nothing is left to freeze
         callback.attach(trainer)
         model_args.add_to(trainer, model_args.method)
+    if training_args.do_train:
+        model_args.record(trainer, model_args, data_args, training_args)
     if not adapter and model_args.evaluate_stages and training_args.do_train and training_args.do_eval:
         trainer.add_callback(EvaluateAtStageEdges(callback))
 

@@ -142,6 +142,8 @@ def train(
     callback.attach(trainer)
     model_args.add_to(trainer, model_args.method)
     if args.do_train:
+        model_args.record(trainer, model_args, data_args, args)
+    if args.do_train:
         trainer.add_callback(NewEpoch(data["train"]))
     if model_args.evaluate_stages and args.do_train and args.do_eval:
         trainer.add_callback(EvaluateAtStageEdges(callback))

@@ -5,6 +5,7 @@ from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
+from .gradient_recorder import GradientNormCallback
 from .live_metrics import LiveMetrics
 from .model_card import model_card, push_to_hub, write_model_card
 from .modules import (
@@ -26,6 +27,7 @@ from .quantization_config import StoMPPQuantizationConfig
 from .quantizer import StoMPPQuantizer
 from .remote_code import add_remote_code
 from .resuming import last_whole_checkpoint
+from .runs import read_run, record_run
 from .summary import Summary, summary
 from .surgery import binarize_model, report, restore_model
 
@@ -42,6 +44,7 @@ __all__ = [
     "BinaryLinear",
     "DistillationCallback",
     "Distiller",
+    "GradientNormCallback",
     "LiveMetrics",
     "Progression",
     "StoMPPConfig",
@@ -61,6 +64,8 @@ __all__ = [
     "pack_model",
     "parameter_groups",
     "push_to_hub",
+    "read_run",
+    "record_run",
     "report",
     "restore_model",
     "summary",

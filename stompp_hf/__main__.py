@@ -1,4 +1,4 @@
-"""The command line: `python -m stompp_hf inspect DIR`, and pack, unpack, compare, card and export-onnx."""
+"""The command line: `python -m stompp_hf inspect DIR`, and pack, unpack, compare, card, export-onnx and report."""
 
 import argparse
 import shutil
@@ -18,6 +18,7 @@ from .onnx_export import export_onnx
 from .packing import pack_model, unpack_model
 from .plan import FLOAT32, STORED
 from .remote_code import add_remote_code
+from .reporting import add_report, write_report
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 """Endings of files that are not copied beside the new weights; training state has them too."""
@@ -96,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     card.add_argument("--base-model", help="the model on the hub that this one was made from")
     card.add_argument("--metric", action="append", type=_metric, default=[], metavar="NAME=VALUE")
     command("export-onnx", _export, "an ONNX file of standard operators, 8 weights a byte", "the file")
+    add_report(commands).set_defaults(run=_report)
     return made
 
 
@@ -127,13 +129,18 @@ def _export(args: argparse.Namespace) -> Any:
     return f"{path}: {path.stat().st_size:,} bytes"
 
 
+def _report(args: argparse.Namespace) -> Any:
+    return write_report(args.runs, args.out, args.before, args.pictures)
+
+
 def main(words: list[str] | None = None) -> int:
     """Run one command and print what it gives; returns the exit status: 0, or 1 after an error that was printed."""
     args = parser().parse_args(words)
     try:
         print(args.run(args))
     except StoMPPError as error:
-        where = "" if str(args.source) in str(error) else f"{args.source}: "
+        source = str(getattr(args, "source", ""))
+        where = "" if source in str(error) else f"{source}: "
         print(f"error: {where}{error}", file=sys.stderr)
         return 1
     return 0

@@ -55,3 +55,11 @@ class DistillationError(StoMPPError, ValueError):
 
 class AdapterError(StoMPPError, ValueError):
     """A PEFT adapter would be merged into a binary weight, or needs that weight to compute."""
+
+
+class RunError(StoMPPError, ValueError):
+    """A folder or a log holds no training run that can be shown."""
+
+
+class ExtraError(StoMPPError, ImportError):
+    """An optional package is missing; the message names the extra that brings it."""

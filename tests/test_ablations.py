@@ -125,7 +125,6 @@ def test_gradient_flow_shows_what_order_does(done: Path) -> None:
 
 
 def test_plots(done: Path) -> None:
-    pytest.importorskip("matplotlib")
     from plots import write_plots
 
     written = write_plots(done)
