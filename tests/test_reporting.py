@@ -223,11 +223,13 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no record": (lambda run: (run / "run.json").unlink(), "No run.json"),
     "odd record": (lambda run: damage(run / "run.json", '{"versions": 3, "command": 4, "options": []}'), ""),
     "cut weights": (lambda run: os.truncate(run / "model.safetensors", 5000), "damaged or cut off"),
-    "no weights": (lambda run: [path.unlink() for path in run.rglob("model.safetensors")], "no .safetensors file"),
+    "no weights": (
+        lambda run: [path.unlink() for path in run.rglob("model.safetensors")],
+        "has neither model.safetensors nor",
+    ),
     "not binarized": (lambda run: _edit(run, quantization_config=None), "No StoMPP plan"),
     "of a newer release": (lambda run: _edit(run, quantization_config__format_version=99), "format_version is 99"),
     "mixed versions": (lambda run: _edit(run, transformers_version="4.0.0"), "Mixed versions"),
-    "unknown class": (lambda run: _edit(run, architectures=["NoSuchModel"]), "NoSuchModel"),
     "odd numbers": (lambda run: _odd(run), ""),
     "empty log": (lambda run: [damage(p, '{"log_history": []}') for p in run.rglob("trainer_state.json")], "is empty"),
 }
@@ -253,6 +255,12 @@ def _odd(run: Path) -> None:
     odd = [{"step": 1, "loss": "nan"}, {"loss": 1.0}, {"step": None, "eval_accuracy": 0.5}, 7, {"step": 2, "loss": [1]}]
     state["log_history"] = [*odd, {"step": 3, "loss": float("nan"), "stompp_x/": 1.0}, *state["log_history"]]
     path.write_text(json.dumps({**state, "max_steps": "twenty", "global_step": 20.0}))
+
+
+def test_a_class_that_transformers_has_not_is_shown_from_its_files(copy: Path) -> None:
+    _edit(copy, architectures=["NoSuchModel"])
+    assert main(["report", str(copy)]) == 0
+    assert "NoSuchModel: 12 layers binary" in page(copy / "report.html").text
 
 
 @pytest.mark.parametrize("name", BREAKS)
