@@ -19,6 +19,7 @@ from .pending_lr import first_steps, slow_pending
 from .plan import Plan, members, planned_model
 from .probe import run, undisturbed
 from .schedules import frozen_fraction
+from .sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class Progression:
     def __init__(self, model: nn.Module, total_steps: int, *, rescale: bool = False) -> None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(f"Progression: total_steps={total_steps!r} must be a positive number of optimizer steps.")
+        refuse_unsupported(model)
         self.model = planned_model(model)
         self.layers: dict[str, Member] = members(self.model)
         self.plan: Plan = self.model.stompp_plan  # type: ignore[assignment]
@@ -202,6 +204,7 @@ class Progression:
         Raises:
             NonFiniteError: an activation seen by the sampled check was NaN or infinite.
         """
+        reshard(self.model)
         self._read_checks()
         self._take_observed(step)
         for name, (state, p) in self.state(step).items():
@@ -229,7 +232,7 @@ class Progression:
                 self._masks[key] = SoftRefreshMask(shape.numel(), self.config.mask_seed, label, rate)
             mask = getattr(layer, attribute)
             if mask is None:
-                mask = torch.zeros(shape, dtype=layer.like.dtype, device=layer.like.device)
+                mask = torch.zeros(shape, dtype=layer.like.dtype, device=layer.stompp_state.device)
                 setattr(layer, attribute, mask)
             self._masks[key].fill(mask, step, p)
 
@@ -252,6 +255,7 @@ class Progression:
 
         self._drop_handles()
         self._handles.append(self.model.register_forward_pre_hook(note_masks, with_kwargs=True))
+        self._handles += write_after_forward(self.model, [layer for layer in due if layer.frozen_share > 0.0])
 
     def _take_observed(self, step: int) -> None:
         for layer in self.layers.values():
@@ -298,7 +302,7 @@ class Progression:
     def check_latents(self) -> None:
         """Raise NonFiniteError if a latent weight is NaN or infinite."""
         for name, layer in self._weighted().items():
-            if not bool(torch.isfinite(layer.weight.detach()).all()):
+            if not everywhere(torch.isfinite(local(layer.weight)).all(), layer.weight):
                 raise NonFiniteError(
                     f"the latent weight of {name} is not finite (step {self.current_step}). Lower the learning rate, "
                     "or clip gradients (max_grad_norm); then resume from the last checkpoint."
@@ -341,6 +345,7 @@ class Progression:
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         saved = [(b, b.detach().clone()) for norm in norms for b in norm.buffers()]
         with contextlib.ExitStack() as stack:
+            reshard(self.model)
             for layer in self.layers.values():
                 stack.enter_context(layer.values_kept())
                 layer.calibrate_weight()
@@ -349,6 +354,7 @@ class Progression:
                 calibrate(self.model, batches, batch_norm=bool(norms))
                 yield
             finally:
+                reshard(self.model)
                 with torch.no_grad():
                     for buffer, before in saved:
                         buffer.copy_(before)
@@ -366,6 +372,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
         batch_norm: re-estimate batch-norm statistics on the same batches.
     """
     root = planned_model(model)
+    reshard(root)
     due = [
         (layer, Observer())
         for layer in members(root).values()
@@ -374,6 +381,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
     norms = [m for m in root.modules() if batch_norm and isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not due and not norms:
         return model
+    handles = write_after_forward(root, [layer for layer, _ in due])
     with undisturbed(root, except_for=norms):
         for batch in batches:
             for layer, observer in due:
@@ -382,6 +390,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
             for norm in norms:
                 norm.training = True
             run(root, batch)
+    for handle in handles:
+        handle.remove()
+    reshard(root)
     for layer, observer in due:
         layer.observer = None
         if observer.rows:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
+from ..sharding import assign
 from .binary_matmul import Edges, Operand, binary_matmul
 from .calibration import MAX_ROWS, Observer, activation_values, recomputing
 from .member import FROZEN, PENDING, TRANSITION, Member
@@ -159,9 +160,10 @@ class BinaryAttention(Member, nn.Module):
     def needs_activation_values(self) -> bool:
         return self.stompp_config.binary_activations
 
-    def calibrate_observed(self, observer: Observer) -> None:
+    def calibrate_observed(self, observer: Observer, first_call: bool = False) -> None:
         for site in SITES:
-            self._start(site, torch.cat(observer.at(site).rows))
+            rows = observer.at(site).rows
+            self._start(site, rows[0] if first_call else torch.cat(rows))
         self.activation_ready = True
         self._read_edges()
 
@@ -176,9 +178,9 @@ class BinaryAttention(Member, nn.Module):
             return  # nothing was seen
         with torch.no_grad():
             if config.activation_scale != "none":
-                scale.copy_(torch.cat([values.scale for values in found]))
+                assign(scale, torch.cat([values.scale for values in found]))
             if threshold is not None:
-                threshold.copy_(torch.stack([values.threshold for values in found]).reshape(threshold.shape))
+                assign(threshold, torch.stack([values.threshold for values in found]).reshape(threshold.shape))
             if not is_probability and config.activation_clip is None:
                 getattr(self, f"{site}_low").copy_(torch.cat([values.low for values in found]).amin())
                 getattr(self, f"{site}_high").copy_(torch.cat([values.high for values in found]).amax())

@@ -81,8 +81,8 @@ class Member(_Module):
     def calibrate_weight(self) -> None:
         """Set the values that come from latents; nothing, where there are none."""
 
-    def calibrate_observed(self, observer: Observer) -> None:
-        """Set the activation values from what an observer saw."""
+    def calibrate_observed(self, observer: Observer, first_call: bool = False) -> None:
+        """Set the activation values from what an observer saw, in all calls or in the first one only."""
         raise NotImplementedError
 
     def enter(self, state: str, frozen_share: float) -> None:

@@ -1,0 +1,127 @@
+"""Parameters that FSDP2 shards over processes: their whole values, their local parts, and how they are set.
+
+Inside forward such a parameter is a plain, whole tensor, gathered for the time; outside it is a DTensor that holds one
+part a process. Masks and buffers are plain and whole on every process.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ShardingError
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, one part of it on each process."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The values of all processes, without gradient. Every process must call it, and gets the same."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part on this process, without gradient: it shares memory with `tensor`."""
+    tensor = tensor.detach()
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_for(value: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor, equal on all processes, that belongs to this process's part of `like`."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
+
+
+def assign(target: Tensor, value: Tensor) -> None:
+    """Overwrite a parameter or buffer, sharded or not, with a whole tensor that is equal on all processes."""
+    with torch.no_grad():
+        local(target).copy_(part_for(value.to(target.dtype), target))
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was applied to."""
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> bool:
+    """Free what forward has gathered, so that parameters are the sharded ones; returns whether there are any.
+
+    What `fully_shard` was applied to last, the root, keeps its parameters gathered after forward: what is written to
+    them then would be lost.
+    """
+    modules = sharded_modules(model)
+    for module in modules:
+        module.reshard()
+    return bool(modules)
+
+
+def everywhere(flag: Tensor, like: Tensor) -> bool:
+    """Whether a flag is true on this process, and on all of them where `like` is sharded."""
+    if is_sharded(like):
+        flag = flag.to(torch.int32)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag)
+
+
+def write_after_forward(model: nn.Module, members: list[Any]) -> list[Any]:
+    """Keep the values that members without any set within the next forward; returns the hook's handle, if one is due.
+
+    Within forward they are written to gathered parameters, which are thrown away before the backward pass.
+    """
+    waiting = list(members)
+    if not waiting or not sharded_modules(model):
+        return []
+
+    def write(*_: Any) -> None:
+        fresh = [member for member in waiting if member.observer is not None and member.observer.rows]
+        if fresh:
+            reshard(model)
+        for member in fresh:
+            waiting.remove(member)
+            member.calibrate_observed(member.observer, first_call=True)
+
+    return [model.register_forward_hook(write)]
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raise ShardingError for ways to split a model over processes that the progression cannot follow."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    instead = "Use FSDP2: torch's fully_shard(...), or fsdp_version: 2 in accelerate's configuration."
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ShardingError(
+                f"{name or type(module).__name__} is wrapped by FullyShardedDataParallel (FSDP1), which flattens "
+                f"parameters: masks and scales cannot follow them. {instead}"
+            )
+        if type(module).__module__.partition(".")[0] == "deepspeed":
+            raise ShardingError(f"{name or type(module).__name__} is DeepSpeed's {type(module).__name__}. {_COPIES} "
+                                f"{instead}")  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise ShardingError(f"{name} is partitioned by DeepSpeed (ZeRO-3). {_COPIES} {instead}")
+
+
+_COPIES = (
+    "DeepSpeed updates copies of the parameters that nothing outside it sees: calibrated scales would be lost, and "
+    "frozen entries could not be held."
+)
+
+
+def refuse_sharded(parameters: Iterable[tuple[str, Tensor]], what: str, instead: str) -> None:
+    """Raise ShardingError if a model's parameters are sharded where `what` needs whole ones."""
+    for name, parameter in parameters:
+        if is_sharded(parameter):
+            raise ShardingError(f"{what}: {name} is sharded over processes (FSDP2). {instead}")
