@@ -14,10 +14,11 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .errors import CheckpointError, NotBinarizedError
+from .errors import CheckpointError, NotBinarizedError, ShardingError
 from .metrics import FlipRatio, frozen_fraction
 from .plan import binary_layers, get_plan, planned_model
 from .progression import Progression
+from .sharding import ONE_PROCESS
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class StoMPPTrainerCallback(TrainerCallback):
 
     Raises (before the first step):
         NotBinarizedError: `binarize_model` was not called.
+        ShardingError: DataParallel, FSDP1 or DeepSpeed.
         CheckpointError: the checkpoint to resume from does not fit the model, or the model was loaded in
             mid-progression and training starts from step 0.
     """
@@ -124,6 +126,8 @@ class StoMPPTrainerCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
+        if args.n_gpu > 1:
+            raise ShardingError(ONE_PROCESS)
         if self.progression is not None:  # auto_find_batch_size and a second train() begin anew
             self.progression.detach()
         self._bind(model, state)

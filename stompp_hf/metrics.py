@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .modules import FROZEN, TRANSITION, BinaryLayer
 from .plan import binary_layers, get_plan
+from .sharding import local, summed, whole
 
 SAMPLE = 65_536
 """Entries of one weight that the flip ratio looks at; larger weights are sampled evenly."""
@@ -20,8 +21,8 @@ def frozen_fraction(model: nn.Module) -> float:
 
 
 def _signs(layer: BinaryLayer) -> Tensor:
-    weight = layer.weight.detach().reshape(-1)
-    return weight[:: -(-weight.numel() // SAMPLE)] >= 0
+    weight = local(layer.weight).reshape(-1)
+    return weight[:: -(-layer.weight.numel() // SAMPLE)] >= 0
 
 
 class FlipRatio:
@@ -38,13 +39,13 @@ class FlipRatio:
 
     def update(self) -> float:
         """The ratio since the last call (or since creation), between 0 and 1; 0 while nothing is frozen."""
-        flipped = total = 0
+        counts = torch.zeros(2, dtype=torch.int64)
         for index, layer in enumerate(self._layers):
             now, then = _signs(layer), self._then[index]
             self._then[index] = now
             if layer.frozen_share > 0.0 or layer.stage_state == TRANSITION:
-                flipped += int(torch.count_nonzero(now != then.to(now.device)))
-                total += now.numel()
+                counts += torch.tensor([int(torch.count_nonzero(now != then.to(now.device))), now.numel()])
+        flipped, total = summed(counts, self._layers[0].weight).tolist()
         return flipped / total if total else 0.0
 
 
@@ -70,6 +71,7 @@ def gradient_flow(model: nn.Module) -> dict[str, LayerFlow]:
         if grad is None:
             flow[name] = LayerFlow(0.0, 1.0)
         else:
+            grad = whole(grad)
             blocked = 1.0 - float(torch.count_nonzero(grad)) / grad.numel()
             flow[name] = LayerFlow(float(grad.norm()), blocked)
     return flow
@@ -101,7 +103,10 @@ def blocked_unfrozen(model: nn.Module) -> float:
     for layer in binary_layers(model).values():
         if layer.stage_state == FROZEN:
             continue
-        free = torch.ones_like(layer.weight) if layer.weight_mask is None else 1.0 - layer.weight_mask
+        grad = None if layer.weight.grad is None else whole(layer.weight.grad)
+        mask = layer.weight_mask
+        like = {"dtype": layer.weight.dtype, "device": layer.stompp_state.device}
+        free = torch.ones(layer.weight.shape, **like) if mask is None else 1.0 - mask
         waiting += float(free.sum())
-        blocked += float((free if layer.weight.grad is None else free * (layer.weight.grad == 0)).sum())
+        blocked += float((free if grad is None else free * (grad == 0)).sum())
     return blocked / waiting if waiting else 0.0

@@ -11,6 +11,7 @@ from .errors import NonFiniteError, NotCalibratedError, PackingError
 from .modules import FROZEN, BinaryLayer, Member
 from .modules.packed import PACKED_CLASSES, PackedMember
 from .plan import Plan, get_plan, members, planned_model
+from .sharding import GATHER, refuse_sharded
 from .surgery import cast_to_float32, record
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,10 +32,12 @@ def pack_model(model: Model, *, commit: bool = False) -> Model:
         NotBinarizedError: the model has no binary layers.
         PackingError: it is packed already, is to stay in full precision, has stages that are not frozen (they are
             named), or a binary layer without a packed class.
+        ShardingError: its parameters are sharded over processes.
         NotCalibratedError: a layer has no activation values.
         NonFiniteError: a latent weight is NaN or infinite: its sign means nothing.
     """
     root = planned_model(model)
+    refuse_sharded(root, "pack_model", GATHER)
     plan, found = get_plan(root), members(root)
     _check(plan, found, commit)
     if any(member.stage_state != FROZEN for member in found.values()):

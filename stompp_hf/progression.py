@@ -19,7 +19,7 @@ from .pending_lr import first_steps, slow_pending
 from .plan import Plan, members, planned_model
 from .probe import run, undisturbed
 from .schedules import frozen_fraction
-from .sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
+from .sharding import everywhere, local, refuse_optimizer, refuse_unsupported, reshard, write_after_forward
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ class Progression:
         NotBinarizedError: the model has no binary layers.
         ConfigError: total_steps is no positive number.
         CheckpointError: rescaling would thaw a stage that is frozen.
+        ShardingError: the model is split over processes by DeepSpeed or FSDP1, or over GPUs by DataParallel.
 
     Source: Smith and Islam (2026) for order, schedule and refresh; windows as fractions of the run and the stateless
     draws are this library's choice.
@@ -282,7 +283,9 @@ class Progression:
 
         Raises:
             ConfigError: the optimizer has no step hooks.
+            ShardingError: it is DeepSpeed's.
         """
+        refuse_optimizer(optimizer)
         if self.config.frozen_gradient == "zero" and self.config.binarize != "nothing":
             self._holds += hold_frozen(optimizer, list(self._weighted().values()))
         if self.config.pending_lr != 1.0:

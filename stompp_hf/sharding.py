@@ -4,13 +4,29 @@ Inside forward such a parameter is a plain, whole tensor, gathered for the time;
 part a process. Masks and buffers are plain and whole on every process.
 """
 
-from collections.abc import Iterable
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ShardingError
+
+_INSTEAD = "Use FSDP2: torch's fully_shard(...), or fsdp_version: 2 in accelerate's configuration."
+_COPIES = (
+    "DeepSpeed updates copies of the parameters that nothing outside it sees: calibrated scales would be lost, and "
+    f"frozen entries could not be held. {_INSTEAD}"
+)
+GATHER = (
+    "Gather it first: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+    "torch.distributed.checkpoint.state_dict, and load that into a model that is not sharded."
+)
+"""What to do where whole parameters are needed."""
+ONE_PROCESS = (
+    "DataParallel (one process, several GPUs) copies the model at each step, without its masks. Start one process a "
+    "GPU: accelerate launch script.py, or torchrun --nproc_per_node GPUS script.py."
+)
+"""Why DataParallel is refused, and what to do."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -46,13 +62,15 @@ def assign(target: Tensor, value: Tensor) -> None:
         local(target).copy_(part_for(value.to(target.dtype), target))
 
 
+def _fsdp() -> Any:
+    """torch's FSDP, if anything has imported it: before that nothing can be sharded."""
+    return sys.modules.get("torch.distributed.fsdp")
+
+
 def sharded_modules(model: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was applied to."""
-    if not torch.distributed.is_available():
-        return []
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    fsdp = _fsdp()
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def reshard(model: nn.Module) -> bool:
@@ -67,12 +85,17 @@ def reshard(model: nn.Module) -> bool:
     return bool(modules)
 
 
+def summed(counts: Tensor, like: Tensor) -> Tensor:
+    """Counts on this process, or over all of them where `like` is sharded."""
+    if is_sharded(like):
+        counts = counts.to(local(like).device)
+        torch.distributed.all_reduce(counts)
+    return counts
+
+
 def everywhere(flag: Tensor, like: Tensor) -> bool:
     """Whether a flag is true on this process, and on all of them where `like` is sharded."""
-    if is_sharded(like):
-        flag = flag.to(torch.int32)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    return bool(flag)
+    return not bool(summed((~flag).to(torch.int32), like))
 
 
 def write_after_forward(model: nn.Module, members: list[Any]) -> list[Any]:
@@ -97,31 +120,31 @@ def write_after_forward(model: nn.Module, members: list[Any]) -> list[Any]:
 
 def refuse_unsupported(model: nn.Module) -> None:
     """Raise ShardingError for ways to split a model over processes that the progression cannot follow."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    instead = "Use FSDP2: torch's fully_shard(...), or fsdp_version: 2 in accelerate's configuration."
+    fsdp = _fsdp()
     for name, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel):
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ShardingError(ONE_PROCESS)
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
             raise ShardingError(
                 f"{name or type(module).__name__} is wrapped by FullyShardedDataParallel (FSDP1), which flattens "
-                f"parameters: masks and scales cannot follow them. {instead}"
+                f"parameters: masks and scales cannot follow them. {_INSTEAD}"
             )
         if type(module).__module__.partition(".")[0] == "deepspeed":
-            raise ShardingError(f"{name or type(module).__name__} is DeepSpeed's {type(module).__name__}. {_COPIES} "
-                                f"{instead}")  # fmt: skip
+            raise ShardingError(f"{name or 'the model'} is DeepSpeed's {type(module).__name__}. {_COPIES}")
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
-            raise ShardingError(f"{name} is partitioned by DeepSpeed (ZeRO-3). {_COPIES} {instead}")
+            raise ShardingError(f"{name} is partitioned by DeepSpeed (ZeRO-3). {_COPIES}")
 
 
-_COPIES = (
-    "DeepSpeed updates copies of the parameters that nothing outside it sees: calibrated scales would be lost, and "
-    "frozen entries could not be held."
-)
+def refuse_optimizer(optimizer: Any) -> None:
+    """Raise ShardingError for an optimizer of DeepSpeed, or accelerate's wrapper of one."""
+    for one in (optimizer, getattr(optimizer, "optimizer", optimizer)):
+        if "deepspeed" in type(one).__module__.split("."):
+            raise ShardingError(f"{type(one).__name__} is an optimizer of DeepSpeed. {_COPIES}")
 
 
-def refuse_sharded(parameters: Iterable[tuple[str, Tensor]], what: str, instead: str) -> None:
+def refuse_sharded(model: nn.Module, what: str, instead: str) -> None:
     """Raise ShardingError if a model's parameters are sharded where `what` needs whole ones."""
-    for name, parameter in parameters:
+    for name, parameter in model.named_parameters():
         if is_sharded(parameter):
             raise ShardingError(f"{what}: {name} is sharded over processes (FSDP2). {instead}")

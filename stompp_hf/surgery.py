@@ -14,6 +14,7 @@ from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from .plan import Plan, binary_layers, get_plan, planned_model, set_plan
 from .quantization_config import StoMPPQuantizationConfig
 from .selection import select
+from .sharding import GATHER, refuse_sharded, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,6 +46,8 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
             "binarize_model: this model has binary layers already (was it loaded from a StoMPP checkpoint?). "
             "Train it as it is, or call stompp_hf.restore_model(model) first."
         )
+    refuse_unsupported(model)
+    refuse_sharded(model, "binarize_model", "Binarize first, then shard: fully_shard(...) after binarize_model(...).")
     selection = select(model, config, example_inputs)
     cast_to_float32(model, config)
     near = selection.neighbours
@@ -115,6 +118,7 @@ def restore_model(model: Model) -> Model:
     """
     layers = binary_layers(model)
     root = planned_model(model)
+    refuse_sharded(root, "restore_model", GATHER)
     for layer in layers.values():
         layer.restore()
     detach_all(root)
