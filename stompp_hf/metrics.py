@@ -105,8 +105,8 @@ def blocked_unfrozen(model: nn.Module) -> float:
             continue
         grad = None if layer.weight.grad is None else whole(layer.weight.grad)
         mask = layer.weight_mask
-        like = {"dtype": layer.weight.dtype, "device": layer.stompp_state.device}
-        free = torch.ones(layer.weight.shape, **like) if mask is None else 1.0 - mask
+        like = layer.stompp_state.new_ones(layer.weight.shape, dtype=layer.weight.dtype)
+        free = like if mask is None else 1.0 - mask
         waiting += float(free.sum())
         blocked += float((free if grad is None else free * (grad == 0)).sum())
     return blocked / waiting if waiting else 0.0

@@ -19,7 +19,15 @@ from .pending_lr import first_steps, slow_pending
 from .plan import Plan, members, planned_model
 from .probe import run, undisturbed
 from .schedules import frozen_fraction
-from .sharding import everywhere, local, refuse_optimizer, refuse_unsupported, reshard, write_after_forward
+from .sharding import (
+    complete_states,
+    everywhere,
+    local,
+    refuse_optimizer,
+    refuse_unsupported,
+    reshard,
+    write_after_forward,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -286,6 +294,8 @@ class Progression:
             ShardingError: it is DeepSpeed's.
         """
         refuse_optimizer(optimizer)
+        if reshard(self.model):
+            complete_states(optimizer)
         if self.config.frozen_gradient == "zero" and self.config.binarize != "nothing":
             self._holds += hold_frozen(optimizer, list(self._weighted().values()))
         if self.config.pending_lr != 1.0:

@@ -118,6 +118,39 @@ def write_after_forward(model: nn.Module, members: list[Any]) -> list[Any]:
     return [model.register_forward_hook(write)]
 
 
+def complete_states(optimizer: Any) -> None:
+    """Give an optimizer its state, as it is before a first step, for every parameter that has none.
+
+    Parameters of stages that wait get no gradient, so a sharded checkpoint would lack their state; but its loader asks
+    for that of all parameters, and fails.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    parameters = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
+    if all(inner.state.get(parameter) for parameter in parameters):
+        return
+    grads, rates = [parameter.grad for parameter in parameters], [group["lr"] for group in inner.param_groups]
+    fresh = [parameter for parameter in parameters if not inner.state.get(parameter)]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        for parameter in fresh:
+            parameter.grad = torch.zeros_like(parameter)
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        inner.step()
+    finally:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+    for parameter in fresh:
+        step = inner.state.get(parameter, {}).get("step")
+        if isinstance(step, Tensor):
+            step.zero_()
+        elif step is not None:
+            inner.state[parameter]["step"] = 0
+
+
 def refuse_unsupported(model: nn.Module) -> None:
     """Raise ShardingError for ways to split a model over processes that the progression cannot follow."""
     fsdp = _fsdp()

@@ -44,6 +44,7 @@ def test_sharded_runs_equal_one_process(found, name):
         run = rank[name]
         assert run["masks"] and run["complete"]
         assert run["weights"] < ROUNDING and run["numbers"] < ROUNDING
+        assert run["shares"] < 0.02  # of gradients that are exactly 0: one of them may be 1e-20
 
 
 def test_sharded_and_full_checkpoints_resume(found):
@@ -120,5 +121,5 @@ def test_data_parallel_is_refused_with_several_gpus_only():
     wrapped = nn.DataParallel(stack())
     assert Progression(wrapped, 12).total_steps == 12  # without a GPU it only calls the module
     wrapped.device_ids = [0, 1]
-    with pytest.raises(ShardingError, match="one process a GPU|accelerate launch"):
+    with pytest.raises(ShardingError, match="accelerate launch"):
         Progression(wrapped, 12)

@@ -173,7 +173,7 @@ class BinaryLayer(LayerState):
 
     def _in_transition(self, x: Tensor) -> Tensor:
         weight = mix_weight(
-            self.weight, self._weight_shaped(self.weight_scale), _mask(self.weight_mask), self.weight_edge,
+            self.weight, self._weight_shaped(self.weight_scale), _mask(self.weight_mask, self.weight), self.weight_edge,
             self.stompp_config.frozen_gradient,
         )  # fmt: skip
         if self.activation_scale is None:
@@ -197,7 +197,7 @@ class BinaryLayer(LayerState):
         return self._add_bias(self._mixed_product(x, weight))
 
     def _placed_mask(self, x: Tensor) -> Tensor:
-        mask = _mask(self.activation_mask)
+        mask = _mask(self.activation_mask, x)
         if self.stompp_config.activation_mask == "feature":
             return self.product.per_feature(mask, x)
         if x.shape[1:] != mask.shape:
@@ -247,10 +247,10 @@ class BinaryLayer(LayerState):
         return f"{self.plain_class.extra_repr(self)}, {self.stompp_config.binarize}, {self.stage_state}"
 
 
-def _mask(mask: Tensor | None) -> Tensor:
+def _mask(mask: Tensor | None, like: Tensor) -> Tensor:
     if mask is None:
         raise RuntimeError("a layer in transition has no mask; its state is set by Progression.step(step)")
-    return mask
+    return mask.to(like.dtype)  # FSDP2 may gather parameters in half precision
 
 
 def rebind_forward(layer: Any) -> None:

@@ -96,7 +96,7 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
         return mix_weight(
             F.embedding(x, self.weight, self.padding_idx),
             F.embedding(x, self._row_scales(), self.padding_idx),
-            F.embedding(x, self.weight_mask),
+            F.embedding(x, self.weight_mask).to(self.weight.dtype),
             self.weight_edge,
             self.stompp_config.frozen_gradient,
         )
