@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import compiling
 from .config import StoMPPConfig
 from .errors import CheckpointError, ConfigError, NonFiniteError
 from .hold import hold_frozen
@@ -230,6 +231,7 @@ class Progression:
         self.current_step = step
         self._observe(step)
         self._arm_checks(step)
+        compiling.begin_step(len(self.layers), looks=bool(self._handles or self._check_handles))
 
     def _draw(self, name: str, layer: Member, step: int, p: float) -> None:
         for attribute, shape in layer.masked_tensors().items():
@@ -303,7 +305,8 @@ class Progression:
             self._holds += slow_pending(optimizer, parameters, self.config.pending_lr, lambda: self.current_step)
 
     def detach(self) -> None:
-        """Let go of the optimizers, and remove the hooks and observers that this object put on the model."""
+        """Let go of the optimizers, remove what this object put on the model, and put torch.compile's settings back."""
+        compiling.end()
         for layer in self.layers.values():
             layer.observer = None
         for handle in (*self._holds, *self._handles, *self._check_handles):
@@ -325,7 +328,7 @@ class Progression:
         for handle in self._check_handles:
             handle.remove()
         self._check_handles.clear()
-        if not self.config.check_every or step % self.config.check_every:
+        if not self.config.check_every or step % self.config.check_every or step == self.total_steps:
             return
         for name, layer in self.layers.items():
             if layer.stage_state == PENDING:

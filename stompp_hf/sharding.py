@@ -128,21 +128,24 @@ def complete_states(optimizer: Any) -> None:
     parameters = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
     if all(inner.state.get(parameter) for parameter in parameters):
         return
-    grads, rates = [parameter.grad for parameter in parameters], [group["lr"] for group in inner.param_groups]
     fresh = [parameter for parameter in parameters if not inner.state.get(parameter)]
-    try:
+    grads, options = [parameter.grad for parameter in parameters], [dict(group) for group in inner.param_groups]
+    try:  # a step without gradients, rate and decay makes the state and changes nothing
         for parameter in parameters:
             parameter.grad = None
         for parameter in fresh:
             parameter.grad = torch.zeros_like(parameter)
-        for group, rate in zip(inner.param_groups, rates, strict=True):
+        for group in inner.param_groups:
+            rate = group["lr"]
             group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+            if "weight_decay" in group:
+                group["weight_decay"] = 0.0
         inner.step()
     finally:
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-        for group, rate in zip(inner.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, before in zip(inner.param_groups, options, strict=True):
+            group.update(before)
     for parameter in fresh:
         step = inner.state.get(parameter, {}).get("step")
         if isinstance(step, Tensor):

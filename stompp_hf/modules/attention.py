@@ -203,7 +203,7 @@ class BinaryAttention(Member, nn.Module):
         if self.observer is not None and self.training and not recomputing():
             with torch.no_grad():
                 self._look(query, key, value, call)
-        if self.stage_state == PENDING or (self.stage_state == TRANSITION and self.frozen_share == 0.0):
+        if self.stage_state == PENDING or (self.stage_state == TRANSITION and not self.has_frozen):
             clip = self.stompp_config.activation_clip if self.stompp_config.binary_activations else None
             operands = (
                 (query, key, value) if clip is None else (F.hardtanh(u, -clip, clip) for u in (query, key, value))
@@ -263,14 +263,14 @@ class BinaryAttention(Member, nn.Module):
     def _look(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
         """Show the operands to the observer; committed before any window, the first call sets the values at once."""
         observer: Any = self.observer
-        begins = self.frozen_share > 0.0 and not self.activation_ready
+        begins = self.has_frozen and not self.activation_ready
         for site, u in zip(PROJECTED, (query, key, value), strict=True):
             rows = u.transpose(1, 2).flatten(2)
             observer.at(site).see(rows.flatten(0, 1), rows.shape[:2])
             if begins:
                 self._start(site, observer.at(site).rows[0])
         q, k, _ = self._operands(query, key, value)
-        committed = self.frozen_share > 0.0  # what follows binary queries and keys sees their scores
+        committed = self.has_frozen  # what follows binary queries and keys sees their scores
         scores = (q.binary() if committed else q.u).matmul((k.binary() if committed else k.u).transpose(-1, -2))
         p, excluded = probabilities(scores * _scaling(query, call), call)
         rows = p.flatten(1, 2).permute(0, 2, 3, 1)  # one a query and key

@@ -97,7 +97,7 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
             F.embedding(x, self.weight, self.padding_idx),
             F.embedding(x, self._row_scales(), self.padding_idx),
             F.embedding(x, self.weight_mask).to(self.weight.dtype),
-            self.weight_edge,
+            self._edges_now()[2],
             self.stompp_config.frozen_gradient,
         )
 

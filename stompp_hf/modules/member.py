@@ -36,6 +36,8 @@ class Member(_Module):
     stompp_state: Tensor
     stage_state: str
     frozen_share: float
+    has_frozen: bool
+    """Whether any entry is frozen: forward asks for this, since a number that changes would be compiled anew."""
     observer: Observer | None
     weight_ready: bool
     activation_ready: bool
@@ -47,7 +49,7 @@ class Member(_Module):
     def _begin(self, config: StoMPPConfig, device: torch.device) -> None:
         self._own("stompp_state", torch.zeros(6, dtype=torch.int64, device=device))
         self.stompp_config = config
-        self.stage_state, self.frozen_share, self.observer = PENDING, 0.0, None
+        self.stage_state, self.frozen_share, self.has_frozen, self.observer = PENDING, 0.0, False, None
         for name in self.mask_names:
             setattr(self, name, None)
         self.weight_ready = self.activation_ready = False
@@ -87,7 +89,7 @@ class Member(_Module):
 
     def enter(self, state: str, frozen_share: float) -> None:
         """Set the state; outside a transition the masks are dropped."""
-        self.stage_state, self.frozen_share = state, frozen_share
+        self.stage_state, self.frozen_share, self.has_frozen = state, frozen_share, frozen_share > 0.0
         if state != TRANSITION:
             for name in self.mask_names:
                 setattr(self, name, None)
@@ -150,7 +152,7 @@ class Member(_Module):
     def values_kept(self) -> Iterator[None]:
         """Restore calibrated values, flags and state on leaving the block."""
         tensors = {name: tensor.detach().clone() for name, tensor in self.own_tensors().items()}
-        names = (*self.mirror_names, *self.mask_names, "stage_state", "frozen_share", "observer")
+        names = (*self.mirror_names, *self.mask_names, "stage_state", "frozen_share", "has_frozen", "observer")
         mirrors = {name: getattr(self, name) for name in names}
         try:
             yield
