@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from .compiling import refuse_untraceable
 from .errors import CheckpointError, NotBinarizedError, ShardingError
 from .metrics import FlipRatio, frozen_fraction
 from .plan import binary_layers, get_plan, planned_model
@@ -132,6 +133,8 @@ class StoMPPTrainerCallback(TrainerCallback):
             self.progression.detach()
         self._bind(model, state)
         progression = self._required()
+        if args.torch_compile and progression.config.frozen_gradient == "zero":
+            refuse_untraceable(progression.model)
         if not self._holds_complete:
             self._forget_best(state, state.global_step)
         progression.attach(kwargs["optimizer"])

@@ -9,12 +9,36 @@ torch's settings are those of the whole process, and so is what this module reme
 import sys
 from typing import Any
 
+from torch import nn
+
+from .attention_interface import configs_of
+from .errors import ConfigError
+
 GRAPHS_A_MEMBER = 4
 """Pending, in transition, frozen, and one to spare."""
 
 _LIMITS = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
 _before: dict[str, Any] = {}
 _eager: list[Any] = []
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or any module in it, was given to torch.compile."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+
+
+def refuse_untraceable(model: nn.Module) -> None:
+    """Raise ConfigError for attention whose backward pass torch.compile cannot trace without a gradient."""
+    names = {config._attn_implementation for config in configs_of(model)} - {"eager", "stompp_eager", None}
+    if names:
+        raise ConfigError(
+            f"frozen_gradient='zero' under torch.compile: frozen layers pass no gradient, and torch cannot trace the "
+            f"backward pass of {', '.join(sorted(names))} attention without one. Load the model with "
+            "attn_implementation='eager', or use a surrogate, as in frozen_gradient='windowed_ste'."
+        )
 
 
 def begin_step(members: int, looks: bool) -> None:

@@ -101,7 +101,8 @@ class Progression:
 
     Raises:
         NotBinarizedError: the model has no binary layers.
-        ConfigError: total_steps is no positive number.
+        ConfigError: total_steps is no positive number; or the model is compiled, STE-free, and its attention is not
+            `eager`.
         CheckpointError: rescaling would thaw a stage that is frozen.
         ShardingError: the model is split over processes by DeepSpeed or FSDP1, or over GPUs by DataParallel.
 
@@ -116,6 +117,8 @@ class Progression:
         self.model = planned_model(model)
         self.layers: dict[str, Member] = members(self.model)
         self.plan: Plan = self.model.stompp_plan  # type: ignore[assignment]
+        if self.config.frozen_gradient == "zero" and compiling.is_compiled(model):
+            compiling.refuse_untraceable(self.model)
         self.total_steps = self._settle_total(total_steps, rescale)
         self.windows = windows(self.plan, self.total_steps)
         self.current_step = next(iter(self.layers.values())).step
