@@ -173,9 +173,12 @@ class BinaryLayer(LayerState):
 
     def _in_transition(self, x: Tensor) -> Tensor:
         weight = mix_weight(
-            self.weight, self._weight_shaped(self.weight_scale), _mask(self.weight_mask, self.weight), self._edges_now()[2],
+            self.weight,
+            self._weight_shaped(self.weight_scale),
+            _mask(self.weight_mask, self.weight),
+            self._edges_now()[2],
             self.stompp_config.frozen_gradient,
-        )  # fmt: skip
+        )
         if self.activation_scale is None:
             x = self._activated(x)
         else:
