@@ -28,7 +28,7 @@ from stompp_hf.sharding import whole
 
 RANKS, STEPS, ROWS, LENGTH, WORDS = 2, 12, 8, 6, 50
 TOLERANCE = {"float32": 1e-4, "bf16": 3e-2}
-"""Of the final loss and of every parameter. Sums in another order round differently, and a sign near 0 may turn; bf16 keeps 8 bits."""
+"""Of the final loss and of every parameter. Sums in another order round differently, and bf16 keeps 8 bits."""
 
 
 @dataclass(frozen=True)
