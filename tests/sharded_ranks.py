@@ -260,12 +260,12 @@ def half() -> dict[str, Any]:
 
 
 BEYOND = {"attention": "binarize", "embeddings": "binarize"}
-"""Not with the window: this attention is almost uniform, and its probabilities lie on the window's edge."""
+"""STE-free: with a surrogate, splitting the batch alone moves this almost uniform attention by 1e-7 in one process."""
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "ste-free, 50 steps": lambda _: compared(frozen_gradient="zero", total=50),
     "with ste, evaluated": lambda _: compared(evaluates=True),
     "whole model only, evaluated": lambda _: compared(blocks=False, evaluates=True, frozen_gradient="zero"),
-    "attention and embeddings": lambda _: compared(**BEYOND, frozen_gradient="ste", kind="sgd"),
+    "attention and embeddings": lambda _: compared(**BEYOND, frozen_gradient="zero", kind="sgd"),
     "at once, two micro-batches": lambda _: compared(start=0.0, end=0.0, attention="binarize", kind="sgd", micro=2),
     "slow pending, checkpointing": lambda _: compared(pending_lr=0.5, checkpointing=True, frozen_gradient="zero"),
     "taught": lambda _: compared(teaches=True, same_rows=True),
