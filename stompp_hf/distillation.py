@@ -238,7 +238,7 @@ class Distiller:
         self._goals = dict(_predictions(outputs))
 
     def _keeps(self, index: int) -> Callable[..., None]:
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if self._listening:  # not when activation checkpointing runs the block again
                 self._states[index] = _first_tensor(output)

@@ -48,7 +48,7 @@ def soft(u: Tensor, low: Edge, high: Edge) -> Tensor:
     """
     if isinstance(low, Tensor) and isinstance(high, Tensor):
         return torch.clamp(u, low.to(u.dtype), high.to(u.dtype))
-    return u if low is None else torch.clamp(u, low, high)  # type: ignore[call-overload,no-any-return]
+    return u if low is None else torch.clamp(u, low, high)  # type: ignore[arg-type]
 
 
 def inside(grad: Tensor, u: Tensor, low: Edge, high: Edge) -> Tensor:

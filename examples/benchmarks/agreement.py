@@ -27,7 +27,7 @@ from stompp_hf import Progression, StoMPPConfig, binarize_model
 from stompp_hf.sharding import whole
 
 RANKS, STEPS, ROWS, LENGTH, WORDS = 2, 12, 8, 6, 50
-TOLERANCE = {"float32": 1e-4, "bf16": 3e-2}
+TOLERANCE = {"float32": 1e-5, "bf16": 5e-3}
 """Of the final loss and of every parameter. Sums in another order round differently, and bf16 keeps 8 bits."""
 
 
