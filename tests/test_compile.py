@@ -102,7 +102,7 @@ def test_blocks_compiled_one_by_one_need_a_graph_a_state(regime):
 
 
 def test_a_whole_compiled_model_needs_a_graph_a_stage_and_stays_compiled():
-    layers = 3
+    layers = 2
     expected, losses = plain(layers=layers)
     model, graphs = bert(layers=layers), Graphs()
     torch._dynamo.config.recompile_limit = limit = 2  # less than the stages need
@@ -204,10 +204,10 @@ def test_trainer_compiles_the_whole_model(tmp_path):
             tmp_path, torch_compile=compiled, torch_compile_backend="eager" if compiled else None,
             save_strategy="no", max_steps=TOTAL, logging_steps=1,
         )  # fmt: skip
-        trainer = Trainer(bert(), args, train_dataset=rows(), callbacks=[StoMPPTrainerCallback()])
+        trainer = Trainer(bert(layers=2), args, train_dataset=rows(), callbacks=[StoMPPTrainerCallback()])
         trainer.train()
         losses.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
-    assert losses[0] == losses[1] and counters["stats"]["unique_graphs"] > 3
+    assert losses[0] == losses[1] and counters["stats"]["unique_graphs"] > 2
 
 
 @pytest.mark.slow
