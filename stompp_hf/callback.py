@@ -15,13 +15,15 @@ import torch
 from transformers import TrainerCallback
 
 from .adapters import has_adapters
-from .errors import CheckpointError, NotBinarizedError
+from .compiling import refuse_untraceable
+from .errors import CheckpointError, NotBinarizedError, ShardingError
 from .live_metrics import LiveMetrics, check_every
 from .model_card import attach_to
 from .modules import FROZEN
 from .plan import binary_layers, get_plan, members, planned_model
 from .progression import Progression
 from .resuming import last_whole_checkpoint
+from .sharding import ONE_PROCESS
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class StoMPPTrainerCallback(TrainerCallback):
 
     Raises (before the first step):
         NotBinarizedError: `binarize_model` was not called.
+        ShardingError: DataParallel, FSDP1 or DeepSpeed.
         CheckpointError: the checkpoint to resume from does not fit the model, or the model was loaded in
             mid-progression and training starts from step 0.
         ConfigError: metrics_every is no number of steps.
@@ -152,12 +155,16 @@ class StoMPPTrainerCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
+        if args.n_gpu > 1:
+            raise ShardingError(ONE_PROCESS)
         if self.progression is not None:  # auto_find_batch_size and a second train() begin anew
             self.progression.detach()
         if self._live is not None:
             self._live.end()
         self._bind(model, state)
         progression = self._required()
+        if args.torch_compile and progression.config.frozen_gradient == "zero":
+            refuse_untraceable(progression.model)
         if not self._holds_complete:
             self._forget_best(state, state.global_step)
         progression.attach(kwargs["optimizer"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, logsigmoid, mse_loss
 
+from .compiling import forget_graphs
 from .errors import ConfigError, DistillationError
 from .modules import PENDING
 from .plan import get_plan, members, planned_model
@@ -173,6 +174,7 @@ class Distiller:
             self._handles += [b.register_forward_hook(self._keeps(i)) for i, b in enumerate(blocks.values())]
         self._teacher_handles: list[Any] = []
         self.teacher = teacher
+        forget_graphs()
 
     # ---- the teacher ----
 
@@ -236,6 +238,7 @@ class Distiller:
         self._goals = dict(_predictions(outputs))
 
     def _keeps(self, index: int) -> Callable[..., None]:
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if self._listening:  # not when activation checkpointing runs the block again
                 self._states[index] = _first_tensor(output)
@@ -311,6 +314,7 @@ class Distiller:
         for handle in (*self._handles, *self._teacher_handles):
             handle.remove()
         self._handles, self._teacher_handles, self._teacher = [], [], None
+        forget_graphs()
 
 
 def _by_container(blocks: Iterable[str]) -> dict[str, list[str]]:

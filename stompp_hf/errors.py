@@ -49,6 +49,10 @@ class ShapeError(StoMPPError, ValueError):
     """An input has another size than the masks of `activation_mask="element"`."""
 
 
+class ShardingError(StoMPPError, RuntimeError):
+    """A model is split over processes in a way that this library cannot follow."""
+
+
 class DistillationError(StoMPPError, ValueError):
     """A teacher and a student cannot be compared, or the teacher's loss is never used."""
 

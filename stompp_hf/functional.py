@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Edge = float | Tensor | None
+"""An edge of a clip: a number, a tensor (1,) in compiled graphs, or None for no clip."""
 Surrogate = Literal["zero", "ste", "clipped_ste", "windowed_ste"]
 
 
@@ -38,19 +40,23 @@ def _signs_of(fresh: Tensor) -> Tensor:
     return torch.copysign(fresh.new_ones(()), fresh, out=fresh)
 
 
-def soft(u: Tensor, low: float | None, high: float | None) -> Tensor:
+def soft(u: Tensor, low: Edge, high: Edge) -> Tensor:
     """Clipped value of each entry.
 
     Forward:  soft(u) = clip(u, low, high); with both None, u itself
     Source:   Smith and Islam (2026), who clip at -1 and 1.
     """
-    return u if low is None else torch.clamp(u, low, high)
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return torch.clamp(u, low.to(u.dtype), high.to(u.dtype))
+    return u if low is None else torch.clamp(u, low, high)  # type: ignore[arg-type]
 
 
-def inside(grad: Tensor, u: Tensor, low: float | None, high: float | None) -> Tensor:
+def inside(grad: Tensor, u: Tensor, low: Edge, high: Edge) -> Tensor:
     """g * 1[low < u < high]: the gradient of the clip, 0 at its edges; g itself if there is no clip."""
     if low is None or high is None:
         return grad
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return torch.where((u > low) & (u < high), grad, 0.0)
     return torch.ops.aten.hardtanh_backward(grad, u, low, high)  # type: ignore[no-any-return]
 
 
@@ -74,13 +80,27 @@ def _masked_sum(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     return (values * mask).sum_to_size(shape)
 
 
+def _keep(ctx: Any, tensors: tuple[Tensor | None, ...], low: Edge, high: Edge) -> None:
+    """Save tensors and a clip's edges, be they numbers or tensors, for the backward pass."""
+    as_tensors = isinstance(low, Tensor) and isinstance(high, Tensor)
+    ctx.save_for_backward(*tensors, *((low, high) if as_tensors else ()))
+    ctx.edges = None if as_tensors else (low, high)
+
+
+def _kept(ctx: Any) -> tuple[tuple[Any, ...], tuple[Edge, Edge]]:
+    """What `_keep` saved."""
+    if ctx.edges is not None:
+        return ctx.saved_tensors, ctx.edges
+    return ctx.saved_tensors[:-2], ctx.saved_tensors[-2:]
+
+
 class _MixWeight(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor, clip: float | None, surrogate: str
+        ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogate: str
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale, mask)
-        ctx.edges = low, high = (None if clip is None else -clip), clip
+        low, high = (None if clip is None else -clip), clip
+        _keep(ctx, (weight, scale, mask), low, high)
         ctx.surrogate = surrogate
         levels = hard(weight).mul_(scale)
         return torch.lerp(soft(weight, low, high), levels, mask, out=levels)
@@ -88,10 +108,10 @@ class _MixWeight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, scale, mask = ctx.saved_tensors
+        (weight, scale, mask), edges = _kept(ctx)
         grad_weight = grad_scale = None
         if ctx.needs_input_grad[0]:
-            clipped = inside(grad, weight, *ctx.edges)
+            clipped = inside(grad, weight, *edges)
             passed = {"zero": None, "clipped_ste": clipped}.get(ctx.surrogate, grad)
             grad_weight = _through(clipped, passed, mask)
         if ctx.needs_input_grad[1]:
@@ -99,7 +119,7 @@ class _MixWeight(torch.autograd.Function):
         return grad_weight, grad_scale, None, None, None
 
 
-def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: float | None, surrogate: Surrogate) -> Tensor:
+def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogate: Surrogate) -> Tensor:
     """Weight of a stage in transition: frozen entries binary, the others real.
 
     Forward:  w' = M * s * sign(w) + (1 - M) * clip(w, -c, c)
@@ -128,14 +148,14 @@ class _MixActivation(torch.autograd.Function):
         scale: Tensor,
         threshold: Tensor | None,
         mask: Tensor,
-        low: float | None,
-        high: float | None,
+        low: Edge,
+        high: Edge,
         offset: float,
         surrogate: str,
         width: float,
     ) -> Tensor:
-        ctx.save_for_backward(u, real, scale, threshold, mask)
-        ctx.edges, ctx.offset, ctx.surrogate, ctx.width = (low, high), offset, surrogate, width
+        _keep(ctx, (u, real, scale, threshold, mask), low, high)
+        ctx.offset, ctx.surrogate, ctx.width = offset, surrogate, width
         levels = hard_above(u, threshold)
         levels = levels.add_(offset).mul_(scale) if offset else levels.mul_(scale)
         return torch.lerp(soft(u if real is None else real, low, high), levels, mask, out=levels)
@@ -143,15 +163,15 @@ class _MixActivation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        u, real, scale, threshold, mask = ctx.saved_tensors
+        (u, real, scale, threshold, mask), edges = _kept(ctx)
         wants_u, wants_real, wants_scale, wants_threshold = ctx.needs_input_grad[:4]
         grad_u = grad_real = grad_scale = grad_threshold = None
-        clipped = inside(grad, u, *ctx.edges) if real is None or ctx.surrogate == "clipped_ste" else grad
+        clipped = inside(grad, u, *edges) if real is None or ctx.surrogate == "clipped_ste" else grad
         passed = {"zero": None, "clipped_ste": clipped}.get(ctx.surrogate, grad)
         if ctx.surrogate == "windowed_ste" and (wants_u or wants_threshold):
             passed = grad * near(u, threshold, scale, ctx.width)
         if wants_real:
-            grad_real = inside(grad, real, *ctx.edges) * (1.0 - mask)
+            grad_real = inside(grad, real, *edges) * (1.0 - mask)
         if wants_u and real is None:
             grad_u = _through(clipped, passed, mask)
         elif wants_u and passed is not None:
@@ -170,8 +190,8 @@ def mix_activation(
     scale: Tensor,
     threshold: Tensor | None,
     mask: Tensor,
-    low: float | None,
-    high: float | None,
+    low: Edge,
+    high: Edge,
     offset: float,
     surrogate: Surrogate,
     real: Tensor | None = None,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .modules import FROZEN, TRANSITION, BinaryLayer
+from .sharding import local, part_for
 
 
 def hookable(optimizer: Any, option: str, instead: str) -> Any:
@@ -30,7 +31,7 @@ def hold_frozen(optimizer: Any, layers: list[BinaryLayer]) -> list[Any]:
         ConfigError: the optimizer has no step hooks.
     """
     inner = hookable(optimizer, "frozen_gradient='zero'", "frozen_gradient='ste'")
-    before: list[tuple[BinaryLayer, Tensor]] = []
+    before: list[tuple[BinaryLayer, Tensor, Tensor]] = []
 
     def keep(*_: Any) -> None:
         before.clear()
@@ -38,13 +39,12 @@ def hold_frozen(optimizer: Any, layers: list[BinaryLayer]) -> list[Any]:
             if layer.stage_state == FROZEN:
                 layer.weight.grad = None  # torch optimizers skip it: no inertia, no decay
             elif layer.stage_state == TRANSITION and layer.weight_mask is not None:
-                before.append((layer, layer.weight.detach().clone()))
+                before.append((layer, local(layer.weight).clone(), part_for(layer.weight_mask, layer.weight)))
 
     def put_back(*_: Any) -> None:
         with torch.no_grad():
-            for layer, weight in before:
-                if layer.weight_mask is not None:
-                    layer.weight.lerp_(weight, layer.weight_mask)  # exact for a mask of zeros and ones
+            for layer, weight, mask in before:
+                local(layer.weight).lerp_(weight, mask)  # exact for a mask of zeros and ones
         before.clear()
 
     return [inner.register_step_pre_hook(keep), inner.register_step_post_hook(put_back)]

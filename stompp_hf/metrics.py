@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .modules import FROZEN, TRANSITION, BinaryLayer, Member
 from .plan import binary_layers, get_plan, members
+from .sharding import local, summed, whole
 
 SAMPLE = 65_536
 """Entries of one weight that the flip ratio looks at; larger weights are sampled evenly."""
@@ -35,8 +36,8 @@ def frozen_share(found: Sequence[Member]) -> float:
 
 
 def _signs(layer: BinaryLayer) -> Tensor:
-    weight = layer.weight.detach().reshape(-1)
-    return weight[:: -(-weight.numel() // SAMPLE)] >= 0
+    weight = local(layer.weight).reshape(-1)
+    return weight[:: -(-layer.weight.numel() // SAMPLE)] >= 0
 
 
 class FlipRatio:
@@ -60,7 +61,12 @@ class FlipRatio:
             if layer.frozen_share > 0.0 or layer.stage_state == TRANSITION:
                 flipped.append(torch.count_nonzero(now != then.to(now.device)))
                 total += now.numel()
-        return sum(_numbers(flipped)) / total if total else 0.0
+        if not flipped:
+            return 0.0
+        changed = torch.stack([count.to(flipped[0].device) for count in flipped]).sum()
+        counts = torch.stack([changed, changed.new_tensor(total)])
+        changes, entries = summed(counts, self._layers[0].weight).tolist()
+        return float(changes / entries)
 
 
 def _numbers(tensors: list[Tensor]) -> list[float]:
@@ -92,7 +98,7 @@ def gradient_flow(model: nn.Module) -> Flow:
     layers = binary_layers(model)
     positions = {entry.name: entry.position for entry in get_plan(model).entries}
     names = sorted(layers, key=positions.__getitem__)
-    grads = {name: grad for name in names if (grad := layers[name].weight.grad) is not None}
+    grads = {name: whole(grad) for name in names if (grad := layers[name].weight.grad) is not None}
     norms = _numbers([grad.norm() for grad in grads.values()])
     counts = _numbers([torch.count_nonzero(grad) for grad in grads.values()])
     flow = {name: LayerFlow(0.0, 1.0) for name in names}
@@ -157,9 +163,9 @@ def blocked_unfrozen(model: nn.Module, flow: Flow | None = None) -> float:
             waiting += layer.weight_count
             blocked += flow[name].blocked * layer.weight_count
             continue
-        free = layer.weight_mask == 0
+        free, grad = layer.weight_mask == 0, layer.weight.grad
         partly.append(torch.count_nonzero(free))
-        partly.append(partly[-1] if layer.weight.grad is None else torch.count_nonzero(free & (layer.weight.grad == 0)))
+        partly.append(partly[-1] if grad is None else torch.count_nonzero(free & (whole(grad) == 0)))
     numbers = _numbers(partly)
     waiting, blocked = waiting + sum(numbers[::2]), blocked + sum(numbers[1::2])
     return blocked / waiting if waiting else 0.0
@@ -190,7 +196,7 @@ def clipped_weights(model: nn.Module) -> float:
         always = config.weight_clip if config.binary_weights else None
         edges = _clip_now(layer, always, (None if edge is None else -edge, edge))
         if edges is not None:
-            counts += _outside(layer.weight.detach(), edges, layer.weight_mask)
+            counts += _outside(whole(layer.weight), edges, layer.weight_mask)
     return _share(counts)
 
 

@@ -11,6 +11,7 @@ from .errors import NonFiniteError, NotCalibratedError, PackingError
 from .modules import FROZEN, BinaryLayer, Member
 from .modules.packed import PACKED_CLASSES, PackedMember
 from .plan import FLOAT32, Plan, get_plan, members, planned_model
+from .sharding import GATHER, refuse_sharded
 from .storage import check_real, store_real, widen
 from .surgery import cast_to_float32, record
 
@@ -36,10 +37,12 @@ def pack_model(model: Model, *, commit: bool = False, real: str = FLOAT32) -> Mo
         NotBinarizedError: the model has no binary layers.
         PackingError: it is packed already, is to stay in full precision, has stages that are not frozen (they are
             named), or a binary layer without a packed class; or a value is too large for float16.
+        ShardingError: its parameters are sharded over processes.
         NotCalibratedError: a layer has no activation values.
         NonFiniteError: a latent weight is NaN or infinite: its sign means nothing.
     """
     root = planned_model(model)
+    refuse_sharded(root, "pack_model", GATHER)
     plan, found = get_plan(root), members(root)
     _check(plan, found, commit)
     check_real(root, real)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import compiling
 from .config import StoMPPConfig
 from .errors import CheckpointError, ConfigError, NonFiniteError
 from .hold import hold_frozen, skip_blocked
@@ -20,6 +21,16 @@ from .pending_lr import first_steps, slow_pending
 from .plan import Plan, members, planned_model
 from .probe import run, undisturbed
 from .schedules import frozen_fraction
+from .sharding import (
+    complete_states,
+    everywhere,
+    is_sharded,
+    local,
+    refuse_optimizer,
+    refuse_unsupported,
+    reshard,
+    write_after_forward,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +103,10 @@ class Progression:
 
     Raises:
         NotBinarizedError: the model has no binary layers.
-        ConfigError: total_steps is no positive number.
+        ConfigError: total_steps is no positive number; or the model is compiled, STE-free, and its attention is not
+            `eager`.
         CheckpointError: rescaling would thaw a stage that is frozen.
+        ShardingError: the model is split over processes by DeepSpeed or FSDP1, or over GPUs by DataParallel.
 
     Source: Smith and Islam (2026) for order, schedule and refresh; windows as fractions of the run and the stateless
     draws are this library's choice.
@@ -102,9 +115,12 @@ class Progression:
     def __init__(self, model: nn.Module, total_steps: int, *, rescale: bool = False) -> None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(f"Progression: total_steps={total_steps!r} must be a positive number of optimizer steps.")
+        refuse_unsupported(model)
         self.model = planned_model(model)
         self.layers: dict[str, Member] = members(self.model)
         self.plan: Plan = self.model.stompp_plan  # type: ignore[assignment]
+        if self.config.frozen_gradient == "zero" and compiling.is_compiled(model):
+            compiling.refuse_untraceable(self.model)
         self.total_steps = self._settle_total(total_steps, rescale)
         self.windows = windows(self.plan, self.total_steps)
         self.current_step = next(iter(self.layers.values())).step
@@ -203,6 +219,7 @@ class Progression:
         Raises:
             NonFiniteError: an activation seen by the sampled check was NaN or infinite.
         """
+        reshard(self.model)
         self._read_checks()
         self._take_observed(step)
         for name, (state, p) in self.state(step).items():
@@ -219,6 +236,7 @@ class Progression:
         self.current_step = step
         self._observe(step)
         self._arm_checks(step)
+        compiling.begin_step(len(self.layers), looks=bool(self._handles or self._check_handles))
 
     def _draw(self, name: str, layer: Member, step: int, p: float) -> None:
         for attribute, shape in layer.masked_tensors().items():
@@ -230,7 +248,7 @@ class Progression:
                 self._masks[key] = SoftRefreshMask(shape.numel(), self.config.mask_seed, label, rate)
             mask = getattr(layer, attribute)
             if mask is None:
-                mask = torch.zeros(shape, dtype=layer.like.dtype, device=layer.like.device)
+                mask = torch.zeros(shape, dtype=layer.like.dtype, device=layer.stompp_state.device)
                 setattr(layer, attribute, mask)
             self._masks[key].fill(mask, step, p)
 
@@ -253,13 +271,14 @@ class Progression:
 
         self._drop_handles()
         self._handles.append(self.model.register_forward_pre_hook(note_masks, with_kwargs=True))
+        self._handles += write_after_forward(self.model, [layer for layer in due if layer.frozen_share > 0.0])
 
     def _take_observed(self, step: int) -> None:
         looking = [layer for layer in self.layers.values() if layer.observer is not None and step != self.current_step]
         if looking:
             # A layer that ran on any process takes its values on all of them: they are summed over processes.
             ran = [int(bool(layer.observer and layer.observer.rows)) for layer in looking]
-            ran = reduced(torch.tensor(ran, device=looking[0].like.device), "max").tolist()
+            ran = reduced(torch.tensor(ran, device=looking[0].stompp_state.device), "max").tolist()
             for layer in itertools.compress(looking, ran):
                 assert layer.observer is not None
                 layer.calibrate_observed(layer.observer)
@@ -285,17 +304,22 @@ class Progression:
 
         Raises:
             ConfigError: the optimizer has no step hooks, and one is needed.
+            ShardingError: it is DeepSpeed's.
         """
+        refuse_optimizer(optimizer)
+        if reshard(self.model):
+            complete_states(optimizer)
         if self.config.frozen_gradient == "zero" and self.config.binarize != "nothing":
             self._holds += hold_frozen(optimizer, list(self._weighted().values()))
-        if in_processes() and not any(hasattr(p, "full_tensor") for p in self.model.parameters()):
+        if in_processes() and not any(is_sharded(p) for p in self.model.parameters()):
             self._holds += skip_blocked(optimizer, self.model.parameters())
         if self.config.pending_lr != 1.0:
             parameters = first_steps(self.model, {name: window.begin for name, window in self.windows.items()})
             self._holds += slow_pending(optimizer, parameters, self.config.pending_lr, lambda: self.current_step)
 
     def detach(self) -> None:
-        """Let go of the optimizers, and remove the hooks and observers that this object put on the model."""
+        """Let go of the optimizers, remove what this object put on the model, and put torch.compile's settings back."""
+        compiling.end()
         for layer in self.layers.values():
             layer.observer = None
         for handle in (*self._holds, *self._handles, *self._check_handles):
@@ -307,7 +331,7 @@ class Progression:
     def check_latents(self) -> None:
         """Raise NonFiniteError if a latent weight is NaN or infinite."""
         for name, layer in self._weighted().items():
-            if not bool(torch.isfinite(layer.weight.detach()).all()):
+            if not everywhere(torch.isfinite(local(layer.weight)).all(), layer.weight):
                 raise NonFiniteError(
                     f"the latent weight of {name} is not finite (step {self.current_step}). Lower the learning rate, "
                     "or clip gradients (max_grad_norm); then resume from the last checkpoint."
@@ -317,7 +341,7 @@ class Progression:
         for handle in self._check_handles:
             handle.remove()
         self._check_handles.clear()
-        if not self.config.check_every or step % self.config.check_every:
+        if not self.config.check_every or step % self.config.check_every or step == self.total_steps:
             return
         for name, layer in self.layers.items():
             if layer.stage_state == PENDING:
@@ -350,6 +374,7 @@ class Progression:
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         saved = [(b, b.detach().clone()) for norm in norms for b in norm.buffers()]
         with contextlib.ExitStack() as stack:
+            reshard(self.model)
             for layer in self.layers.values():
                 stack.enter_context(layer.values_kept())
                 layer.calibrate_weight()
@@ -358,6 +383,7 @@ class Progression:
                 calibrate(self.model, batches, batch_norm=bool(norms))
                 yield
             finally:
+                reshard(self.model)
                 with torch.no_grad():
                     for buffer, before in saved:
                         buffer.copy_(before)
@@ -375,6 +401,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
         batch_norm: re-estimate batch-norm statistics on the same batches.
     """
     root = planned_model(model)
+    reshard(root)
     due = [
         (layer, Observer())
         for layer in members(root).values()
@@ -383,6 +410,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
     norms = [m for m in root.modules() if batch_norm and isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not due and not norms:
         return model
+    handles = write_after_forward(root, [layer for layer, _ in due])
     with undisturbed(root, except_for=norms):
         for batch in batches:
             for layer, observer in due:
@@ -391,6 +419,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
             for norm in norms:
                 norm.training = True
             run(root, batch)
+    for handle in handles:
+        handle.remove()
+    reshard(root)
     for layer, observer in due:
         layer.observer = None
         if observer.rows:

@@ -15,6 +15,7 @@ from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from .plan import Plan, binary_layers, get_plan, members, plain_name, planned_model, set_plan, submodule
 from .quantization_config import StoMPPQuantizationConfig
 from .selection import select
+from .sharding import GATHER, refuse_sharded, refuse_unsupported
 from .storage import widen
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
             "binarize_model: this model has binary layers already (was it loaded from a StoMPP checkpoint?). "
             "Train it as it is, or call stompp_hf.restore_model(model) first."
         )
+    refuse_unsupported(model)
+    refuse_sharded(model, "binarize_model", "Binarize first, then shard: fully_shard(...) after binarize_model(...).")
     root = base_model(model)
     selection = select(root, config, example_inputs)
     check_wrapped(root, [entry.name for entry in selection.entries])
@@ -133,6 +136,7 @@ def restore_model(model: Model) -> Model:
     """
     layers = binary_layers(model)
     root: Any = planned_model(model)
+    refuse_sharded(root, "restore_model", GATHER)
     own = set(_own_buffers(root))
     if others := [name for name in root.__dict__.pop(_NOT_BROADCAST, []) if name not in own]:
         setattr(root, _NOT_BROADCAST, others)

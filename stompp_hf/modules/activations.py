@@ -140,7 +140,7 @@ class Paused(Changed):
     readers: list[Any]  # a list: the layers are not to be registered a second time
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch
-        if any(reader.frozen_share > 0.0 for reader in self.readers):
+        if any(reader.has_frozen for reader in self.readers):
             return input
         return self.plain_class.forward(self, input)  # type: ignore[no-any-return]
 

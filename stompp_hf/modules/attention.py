@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
+from ..sharding import assign
 from .binary_matmul import Edges, Operand, binary_matmul
 from .calibration import MAX_ROWS, Observer, activation_values, recomputing
 from .member import FROZEN, PENDING, TRANSITION, Member
@@ -159,9 +160,10 @@ class BinaryAttention(Member, nn.Module):
     def needs_activation_values(self) -> bool:
         return self.stompp_config.binary_activations
 
-    def calibrate_observed(self, observer: Observer) -> None:
+    def calibrate_observed(self, observer: Observer, first_call: bool = False) -> None:
         for site in SITES:
-            self._start(site, torch.cat(observer.at(site).rows))
+            rows = observer.at(site).rows
+            self._start(site, rows[0] if first_call else torch.cat(rows))
         self.activation_ready = True
         self._read_edges()
 
@@ -176,9 +178,9 @@ class BinaryAttention(Member, nn.Module):
             return  # nothing was seen
         with torch.no_grad():
             if config.activation_scale != "none":
-                scale.copy_(torch.cat([values.scale for values in found]))
+                assign(scale, torch.cat([values.scale for values in found]))
             if threshold is not None:
-                threshold.copy_(torch.stack([values.threshold for values in found]).reshape(threshold.shape))
+                assign(threshold, torch.stack([values.threshold for values in found]).reshape(threshold.shape))
             if not is_probability and config.activation_clip is None:
                 getattr(self, f"{site}_low").copy_(torch.cat([values.low for values in found]).amin())
                 getattr(self, f"{site}_high").copy_(torch.cat([values.high for values in found]).amax())
@@ -201,7 +203,7 @@ class BinaryAttention(Member, nn.Module):
         if self.observer is not None and self.training and not recomputing():
             with torch.no_grad():
                 self._look(query, key, value, call)
-        if self.stage_state == PENDING or (self.stage_state == TRANSITION and self.frozen_share == 0.0):
+        if self.stage_state == PENDING or (self.stage_state == TRANSITION and not self.has_frozen):
             clip = self.stompp_config.activation_clip if self.stompp_config.binary_activations else None
             clipped = [u if clip is None else F.hardtanh(u, -clip, clip) for u in (query, key, value)]
             return call.plain(self.with_idle(clipped[0]), *clipped[1:])
@@ -259,14 +261,14 @@ class BinaryAttention(Member, nn.Module):
     def _look(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
         """Show the operands to the observer; committed before any window, the first call sets the values at once."""
         observer: Any = self.observer
-        begins = self.frozen_share > 0.0 and not self.activation_ready
+        begins = self.has_frozen and not self.activation_ready
         for site, u in zip(PROJECTED, (query, key, value), strict=True):
             rows = u.transpose(1, 2).flatten(2)
             observer.at(site).see(rows.flatten(0, 1), rows.shape[:2])
             if begins:
                 self._start(site, observer.at(site).rows[0])
         q, k, _ = self._operands(query, key, value)
-        committed = self.frozen_share > 0.0  # what follows binary queries and keys sees their scores
+        committed = self.has_frozen  # what follows binary queries and keys sees their scores
         scores = (q.binary() if committed else q.u).matmul((k.binary() if committed else k.u).transpose(-1, -2))
         p, excluded = probabilities(scores * _scaling(query, call), call)
         rows = p.flatten(1, 2).permute(0, 2, 3, 1)  # one a query and key

@@ -13,7 +13,7 @@ from torch.nn.functional import hardtanh
 
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError, ShapeError
-from ..functional import hard, mix_activation, mix_weight
+from ..functional import Edge, hard, mix_activation, mix_weight
 from .activations import ABSORBABLE, gate
 from .bits import SignBits
 from .frozen import frozen_product
@@ -23,7 +23,7 @@ from .state import OWN_TENSORS, LayerState
 
 _OWN_ATTRIBUTES = (
     *("stompp_config", "input_producer", "absorbed", "sample_shape"),
-    *("stage_state", "frozen_share", "weight_mask", "activation_mask", "observer"),
+    *("stage_state", "frozen_share", "has_frozen", "weight_mask", "activation_mask", "observer"),
     *("weight_edge", "input_edges", "weight_ready", "activation_ready", "activation_offset"),
     *("total_steps", "step", "fingerprint", "state_read"),
 )
@@ -127,10 +127,10 @@ class BinaryLayer(LayerState):
         if observer is not None and self.training:
             seen = self._activated(x)
             observer.see(self.product.rows(seen), self.product.places(seen))
-            if not self.activation_ready and self.frozen_share > 0.0 and observer.rows:
+            if not self.activation_ready and self.has_frozen and observer.rows:
                 # Committed before any step of a window: the first call decides, so that later layers see what is so.
                 self.calibrate_activation(observer.rows[0])
-        if state == PENDING or (state == TRANSITION and self.frozen_share == 0.0):
+        if state == PENDING or (state == TRANSITION and not self.has_frozen):
             return self._unfrozen(self.with_idle(x))
         if not self.activation_ready and self.needs_activation_values:
             raise NotCalibratedError(
@@ -177,9 +177,12 @@ class BinaryLayer(LayerState):
 
     def _in_transition(self, x: Tensor) -> Tensor:
         weight = mix_weight(
-            self.weight, self._weight_shaped(self.weight_scale), _mask(self.weight_mask), self.weight_edge,
+            self.weight,
+            self._weight_shaped(self.weight_scale),
+            _mask(self.weight_mask, self.weight),
+            self._edges_now()[2],
             self.stompp_config.frozen_gradient,
-        )  # fmt: skip
+        )
         if self.activation_scale is None:
             x = self._activated(x)
         else:
@@ -192,7 +195,7 @@ class BinaryLayer(LayerState):
                 self.activation_scale,
                 None if threshold is None else features(threshold, x),
                 self._placed_mask(x),
-                *self.input_edges,
+                *self._edges_now()[:2],
                 self.activation_offset,
                 self.stompp_config.frozen_gradient,
                 real,
@@ -200,8 +203,14 @@ class BinaryLayer(LayerState):
             )
         return self._add_bias(self._mixed_product(x, weight))
 
+    def _edges_now(self) -> tuple[Edge, Edge, Edge]:
+        """Low and high of the input, and the weight's clip; in a compiled graph as tensors, which layers can share."""
+        if torch.compiler.is_compiling():
+            return self.activation_low, self.activation_high, self.weight_clip
+        return (*self.input_edges, self.weight_edge)
+
     def _placed_mask(self, x: Tensor) -> Tensor:
-        mask = _mask(self.activation_mask)
+        mask = _mask(self.activation_mask, x)
         if self.stompp_config.activation_mask == "feature":
             return self.product.per_feature(mask, x)
         if x.shape[1:] != mask.shape:
@@ -225,7 +234,7 @@ class BinaryLayer(LayerState):
                 None if self.activation_scale is None else self.activation_scale.to(exact),
                 None if self.activation_threshold is None else self.activation_threshold.to(exact),
                 None if self.bias is None else self.bias.to(exact),
-                (*self.input_edges, self.weight_edge),
+                self._edges_now() if self.stompp_config.frozen_gradient == "clipped_ste" else (None, None, None),
                 self._product_of(x),
                 self.activation_offset,
                 self._pad_level(),
@@ -256,10 +265,10 @@ class BinaryLayer(LayerState):
         return f"{self.plain_class.extra_repr(self)}, {self.stompp_config.binarize}, {self.stage_state}"
 
 
-def _mask(mask: Tensor | None) -> Tensor:
+def _mask(mask: Tensor | None, like: Tensor) -> Tensor:
     if mask is None:
         raise RuntimeError("a layer in transition has no mask; its state is set by Progression.step(step)")
-    return mask
+    return mask.to(like.dtype)  # FSDP2 may gather parameters in half precision
 
 
 def rebind_forward(layer: Any) -> None:

@@ -97,8 +97,8 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
         return mix_weight(
             F.embedding(x, self.weight, self.padding_idx),
             F.embedding(x, self._row_scales(), self.padding_idx),
-            F.embedding(x, self.weight_mask),
-            self.weight_edge,
+            F.embedding(x, self.weight_mask).to(self.weight.dtype),
+            self._edges_now()[2],
             self.stompp_config.frozen_gradient,
         )
 

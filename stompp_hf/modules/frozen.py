@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..functional import Surrogate, hard, hard_above, inside, near
+from ..functional import Edge, Surrogate, hard, hard_above, inside, near
 from .bits import SignBits
 from .packed_product import packed_product
 from .product import Product
@@ -26,7 +26,7 @@ class _FrozenProduct(torch.autograd.Function):
         activation_scale: Tensor | None,
         threshold: Tensor | None,
         bias: Tensor | None,
-        clips: tuple[float | None, float | None, float | None],
+        clips: tuple[Edge, Edge, Edge],
         product: Product,
         offset: float,
         pad: float,
@@ -147,7 +147,7 @@ def frozen_product(
     activation_scale: Tensor | None,
     threshold: Tensor | None,
     bias: Tensor | None,
-    clips: tuple[float | None, float | None, float | None],
+    clips: tuple[Edge, Edge, Edge],
     product: Product,
     offset: float,
     pad: float,

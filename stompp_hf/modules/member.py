@@ -49,6 +49,8 @@ class Member(_Module):
     stompp_state: Tensor
     stage_state: str
     frozen_share: float
+    has_frozen: bool
+    """Whether any entry is frozen: forward asks for this, since a number that changes would be compiled anew."""
     observer: Observer | None
     weight_ready: bool
     activation_ready: bool
@@ -61,7 +63,7 @@ class Member(_Module):
     def _begin(self, config: StoMPPConfig, device: torch.device) -> None:
         self._own("stompp_state", torch.zeros(6, dtype=torch.int64, device=device))
         self.stompp_config = config
-        self.stage_state, self.frozen_share, self.observer = PENDING, 0.0, None
+        self.stage_state, self.frozen_share, self.has_frozen, self.observer = PENDING, 0.0, False, None
         for name in self.mask_names:
             setattr(self, name, None)
         self.weight_ready = self.activation_ready = False
@@ -96,13 +98,13 @@ class Member(_Module):
     def calibrate_weight(self) -> None:
         """Set the values that come from latents; nothing, where there are none."""
 
-    def calibrate_observed(self, observer: Observer) -> None:
-        """Set the activation values from what an observer saw."""
+    def calibrate_observed(self, observer: Observer, first_call: bool = False) -> None:
+        """Set the activation values from what an observer saw, in all calls or in the first one only."""
         raise NotImplementedError
 
     def enter(self, state: str, frozen_share: float) -> None:
         """Set the state; outside a transition the masks are dropped."""
-        self.stage_state, self.frozen_share = state, frozen_share
+        self.stage_state, self.frozen_share, self.has_frozen = state, frozen_share, frozen_share > 0.0
         if state != TRANSITION:
             for name in self.mask_names:
                 setattr(self, name, None)
@@ -193,7 +195,7 @@ class Member(_Module):
     def values_kept(self) -> Iterator[None]:
         """Restore calibrated values, flags and state on leaving the block."""
         tensors = {name: tensor.detach().clone() for name, tensor in self.own_tensors().items()}
-        names = (*self.mirror_names, *self.mask_names, "stage_state", "frozen_share", "observer")
+        names = (*self.mirror_names, *self.mask_names, "stage_state", "frozen_share", "has_frozen", "observer")
         mirrors = {name: getattr(self, name) for name in names}
         try:
             yield

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..sharding import assign, whole
 from .calibration import ActivationValues, Observer, activation_values
 from .member import Member
 from .product import Product
@@ -67,11 +68,11 @@ class LayerState(Member):
             return
         config = self.stompp_config
         with torch.no_grad():
-            size = self.weight.detach().abs()
+            size = whole(self.weight).abs()
             if config.weight_scale != "none":
                 channel = self.product.channel_dim
                 others = [d for d in range(size.dim()) if d != channel or config.weight_scale == "tensor"]
-                self.weight_scale.copy_(size.to(torch.float64).mean(others).reshape(self.weight_scale.shape))
+                assign(self.weight_scale, size.to(torch.float64).mean(others).reshape(self.weight_scale.shape))
             if config.weight_clip is None:
                 self.weight_clip.copy_((size.max() * WEIGHT_CLIP_MARGIN).reshape(1))
         self.weight_ready = True
@@ -95,16 +96,17 @@ class LayerState(Member):
         self._set_activation(values)
         self.activation_ready = True
 
-    def calibrate_observed(self, observer: Observer) -> None:
-        self.calibrate_activation(observer.seen(self.product.features(self.weight), self.weight))
+    def calibrate_observed(self, observer: Observer, first_call: bool = False) -> None:
+        features = self.product.features(self.weight)
+        self.calibrate_activation(observer.rows[0] if first_call else observer.seen(features, self.weight))
 
     def _set_activation(self, values: ActivationValues) -> None:
         config = self.stompp_config
         with torch.no_grad():
             if self.activation_scale is not None and config.activation_scale != "none":
-                self.activation_scale.copy_(values.scale)
+                assign(self.activation_scale, values.scale)
             if self.activation_threshold is not None:
-                self.activation_threshold.copy_(values.threshold)
+                assign(self.activation_threshold, values.threshold)
             if self.activation_low is not None and self.activation_high is not None and config.activation_clip is None:
                 self.activation_low.copy_(values.low)
                 self.activation_high.copy_(values.high)
