@@ -289,6 +289,8 @@ def main(out: Path) -> None:
     if dist.get_rank() == 0:
         (out / "found.json").write_text(json.dumps(every), encoding="utf-8")
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may outlive the interpreter, which then aborts
 
 
 if __name__ == "__main__":

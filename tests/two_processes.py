@@ -8,6 +8,7 @@ The test calls `train` itself for the same jobs in one process, which sees the w
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ def main() -> None:
         result = train(job, dist.get_rank(), dist.get_world_size())
         torch.save(result, Path(sys.argv[2], f"{job['name']}-{dist.get_rank()}.pt"))
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may outlive the interpreter, which then aborts
 
 
 if __name__ == "__main__":
