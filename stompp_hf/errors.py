@@ -47,3 +47,7 @@ class ShapeError(StoMPPError, ValueError):
 
 class DistillationError(StoMPPError, ValueError):
     """A teacher and a student cannot be compared, or the teacher's loss is never used."""
+
+
+class KernelError(StoMPPError, RuntimeError):
+    """The compiled kernels were asked for and are not there, or had no memory."""

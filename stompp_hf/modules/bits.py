@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..derived import derived
+
 
 def pack_signs(u: Tensor) -> Tensor:
     """The signs of u, 8 a byte; rows are padded to whole bytes.
@@ -67,5 +69,6 @@ class SignBits:
         return rows.unflatten(1, self.row).movedim(0, self.channel_dim).contiguous()
 
     def row_sums(self, dtype: torch.dtype) -> Tensor:
-        """Sum of the signs of each output channel, (channels,), exact."""
-        return (2 * count_ones(self.bits) - self.fan_in).to(dtype)
+        """Sum of the signs of each output channel, (channels,), exact; kept with the bits."""
+        make = lambda: (2 * count_ones(self.bits) - self.fan_in).to(dtype)  # noqa: E731
+        return derived(self.bits, f"row sums {dtype}", make)

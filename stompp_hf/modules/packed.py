@@ -17,8 +17,10 @@ from .bits import SignBits, unpack_signs
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding
+from .frozen import affine
 from .linear import BinaryLinear
 from .member import FROZEN, Member
+from .packed_operators import packed_forward
 from .state import OWN_TENSORS
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -125,6 +127,29 @@ class PackedLayer(PackedMember, BinaryLayer):
     def restore(self) -> nn.Module:
         layer: Any = self.unpack()
         return layer.restore()  # type: ignore[no-any-return]
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        if self._is_fast(x):
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.output_dtype
+            bits, offset, bias = self._bits(), self.activation_offset, self.bias
+            row_sums = bits.row_sums(torch.float32) if offset else None
+            bias = None if bias is None else bias.float()
+            scale_and_shift = affine(self.weight_scale, self.activation_scale, bias, row_sums, offset)
+            product, pad = self._product_of(x), self._pad_level() - offset
+            y = packed_forward(x, self.activation_threshold, bits, scale_and_shift, dtype, product, pad)
+            if y is not None:
+                return y
+        return super()._frozen(x)
+
+    def _is_fast(self, x: Tensor) -> bool:
+        """Whether one operator can do it all: a binary input on a CPU, float32 scales, and no gradient."""
+        if self.activation_scale is None or x.device.type != "cpu" or self.like.dtype != torch.float32:
+            return False
+        if x.dtype == torch.float64 or self.output_dtype == torch.float64:
+            return False
+        own = (self.weight_scale, self.activation_scale, self.activation_threshold, self.bias)
+        return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *own))
 
     def _bits(self) -> SignBits:
         return SignBits(self.weight_bits, self.weight_shape, self.product.channel_dim)

@@ -1,0 +1,160 @@
+"""Calls of the compiled part with tensors: CPU, float32, bfloat16 or float16 in and out, no gradient."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..derived import derived
+from ..errors import KernelError, ShapeError
+from .native import Shape, choice
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FEW_CHANNELS = 8
+"""Groups with fewer channels are summed byte by byte: a word of 32 channels would hold little."""
+EXACT = 2**24
+"""Sums of fewer signs are exact in float32."""
+SHORT = 2**15
+"""Sums of fewer signs fit into 16 bits."""
+
+def fits(x: Tensor, bits: Tensor, fan_in: int) -> bool:
+    """Whether the compiled part is used, and can take this input."""
+    return (
+        x.dtype in DTYPES
+        and x.device.type == bits.device.type == "cpu"
+        and 0 < fan_in < EXACT
+        and x.numel() > 0
+        and choice().native is not None
+    )
+
+
+def linear(
+    x: Tensor, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """y = scale * (sign(x - b) @ sign(w).T) + shift, rounded as torch rounds it: bit for bit.
+
+    Infinities and NaN: sign(x - b) is the sign bit of the difference, as in torch.
+
+    Raises:
+        ShapeError: the sizes do not fit together.
+        KernelError: there is no memory.
+
+    Args:
+        x: (..., K).
+        threshold: b, (K,) float32, or None for 0.
+        bits: sign(w), uint8 (N, ceil(K / 8)).
+        scale, shift: float32, (N,) or (1,); None for 1 and 0.
+        dtype: of y, (..., N).
+    """
+    features = x.shape[-1]
+    _check(features, features, threshold, bits, scale, shift)
+    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], bits.shape[0]), dtype=dtype)
+    tail = (x.numel() // features, features, bits.shape[0], torch.get_num_threads())
+    _call("stompp_linear", x, threshold, bits.contiguous(), scale, shift, y, *tail)
+    return y
+
+
+def conv(
+    x: Tensor,
+    threshold: Tensor | None,
+    bits: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    pad: int,
+) -> Tensor:
+    """y = scale * conv(pad(sign(x - b)), sign(w)) + shift, bit for bit; see `linear`.
+
+    Args:
+        x: (batch, in_channels, *size) of one to three dimensions; y has the memory format that torch would give it.
+        threshold: b, (in_channels,).
+        bits: sign(w), uint8 (out_channels, ceil(in_channels / groups * volume of the kernel / 8)).
+        padding: before and after, one pair a dimension; pad: what stands there, -1, 0 or 1.
+    """
+    dims, channels, taps = len(kernel), x.shape[1] // groups, math.prod(kernel)
+    _check(x.shape[1], channels * taps, threshold, bits, scale, shift)
+    size = output_size(x.shape[2:], kernel, stride, padding, dilation)
+    y = x.new_empty((x.shape[0], bits.shape[0], *size), dtype=dtype)
+    shape = Shape(x.shape[0], x.shape[1], bits.shape[0], groups)
+    filled: dict[str, tuple[Sequence[int], int]] = {
+        "inner": (x.shape[2:], 1), "outer": (size, 1), "kernel": (kernel, 1), "stride": (stride, 1),
+        "before": ([before for before, _ in padding], 0), "dilation": (dilation, 1),
+    }  # fmt: skip
+    for name, (values, rest) in filled.items():
+        setattr(shape, name, (ctypes.c_int64 * 3)(*[rest] * (3 - dims), *values))
+    shape.pad = pad
+    if channels < FEW_CHANNELS and channels * taps < SHORT:
+        name, weights = "stompp_small_groups", bits.contiguous()
+    else:
+        name, weights = "stompp_conv", derived(bits, "tap words", lambda: _tap_words(bits, channels, taps))
+    tail = (ctypes.byref(shape), torch.get_num_threads())
+    _call(name, x.contiguous(), threshold, weights, scale, shift, y, *tail)
+    return y.contiguous(memory_format=memory_format(x))
+
+
+def output_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> list[int]:
+    """The spatial size of a convolution's output."""
+    every = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + sum(around) - d * (k - 1) - 1) // s + 1 for n, k, s, around, d in every]
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format in which torch would give a convolution's output for this input."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def _check(
+    features: int, fan_in: int, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    """Sizes that C takes on trust."""
+    sizes = [None if t is None else t.numel() for t in (threshold, scale, shift)]
+    outputs = bits.shape[0]
+    right = sizes[0] in (None, features) and all(size in (None, 1, outputs) for size in sizes[1:])
+    exact = all(t is None or t.dtype == torch.float32 for t in (threshold, scale, shift))
+    if not right or not exact or bits.dtype != torch.uint8 or bits.shape[1:] != (-(-fan_in // 8),):
+        raise ShapeError(
+            f"a packed product of {features} features, {fan_in} weights an output channel: bits of shape "
+            f"{tuple(bits.shape)} and type {bits.dtype}, with {sizes} thresholds, scales and shifts, do not fit."
+        )
+
+
+def _tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
+    outputs, words = bits.shape[0], -(-channels // 32)
+    result = torch.empty(outputs * taps * (words + 1), dtype=torch.int32)
+    native: Any = choice().native
+    native.stompp_tap_words(bits.contiguous().data_ptr(), outputs, channels, taps, result.data_ptr())
+    return result
+
+
+def _call(
+    name: str, x: Tensor, threshold: Tensor | None, weights: Tensor, scale: Tensor | None, shift: Tensor | None,
+    y: Tensor, *tail: Any,
+) -> None:  # fmt: skip
+    threshold, scale, shift = (None if t is None else t.contiguous() for t in (threshold, scale, shift))
+    status = getattr(choice().native, name)(
+        *(x.data_ptr(), DTYPES[x.dtype], None if threshold is None else threshold.data_ptr(), weights.data_ptr()),
+        *(None if scale is None else scale.data_ptr(), int(scale is not None and scale.numel() > 1)),
+        *(None if shift is None else shift.data_ptr(), int(shift is not None and shift.numel() > 1)),
+        *(y.data_ptr(), DTYPES[y.dtype]),
+        *tail,
+    )
+    if status:
+        raise KernelError(f"{name}: no memory for an input of shape {tuple(x.shape)}; use a smaller batch.")
