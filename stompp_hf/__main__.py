@@ -1,6 +1,7 @@
-"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`."""
+"""The command line: `python -m stompp_hf inspect DIR`, `... pack SRC DST`, `... unpack SRC DST`, `... env`."""
 
 import argparse
+import platform
 import shutil
 import sys
 import tempfile
@@ -8,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 
+from . import __version__, kernels
 from .errors import CheckpointError, StoMPPError
 from .inspecting import inspect, read_config
 from .packing import pack_model, unpack_model
@@ -62,6 +65,12 @@ def rewrite(source: Path, target: Path, change: Callable[[Any], Any]) -> None:
         part.replace(target)
 
 
+def environment() -> str:
+    """Versions, and which kernels compute packed layers, and why."""
+    versions = f"stompp_hf {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{versions}, Python {platform.python_version()}, {platform.machine()}\n{kernels.describe()}"
+
+
 def main(words: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 1 after an error that was printed."""
     parser = argparse.ArgumentParser(prog="python -m stompp_hf", description="Look at, pack and unpack checkpoints.")
@@ -74,8 +83,12 @@ def main(words: list[str] | None = None) -> int:
         command.add_argument("source", type=Path, help="folder of save_pretrained")
         command.add_argument("target", type=Path, help="new folder")
     pack.add_argument("--commit", action="store_true", help="freeze the stages that are not frozen yet, untrained")
+    commands.add_parser("env", help="versions, and which kernels compute packed layers, and why")
     args = parser.parse_args(words)
     try:
+        if args.command == "env":
+            print(environment())
+            return 0
         if args.command == "pack":
             rewrite(args.source, args.target, lambda model: pack_model(model, commit=args.commit))
         elif args.command == "unpack":

@@ -36,7 +36,8 @@ def linear(
 ) -> Tensor:
     """y = scale * (sign(x - b) @ sign(w).T) + shift, rounded as torch rounds it: bit for bit.
 
-    Infinities and NaN: sign(x - b) is the sign bit of the difference, as in torch.
+    Infinities and NaN: sign(x - b) is the sign bit of the difference, as in torch,
+    whose sign for a NaN in b itself depends on the CPU.
 
     Raises:
         ShapeError: the sizes do not fit together.
@@ -97,7 +98,7 @@ def conv(
         name, weights = "stompp_conv", derived(bits, "tap words", lambda: _tap_words(bits, channels, taps))
     tail = (ctypes.byref(shape), torch.get_num_threads())
     _call(name, x.contiguous(), threshold, weights, scale, shift, y, *tail)
-    return y.contiguous(memory_format=memory_format(x))
+    return y.contiguous(memory_format=memory_format(x, kernel))
 
 
 def output_size(
@@ -112,10 +113,9 @@ def output_size(
     return [(n + sum(around) - d * (k - 1) - 1) // s + 1 for n, k, s, around, d in every]
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format in which torch would give a convolution's output for this input."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(x.dim())
+def memory_format(x: Tensor, kernel: Sequence[int]) -> torch.memory_format:
+    """The memory format in which torch would give a convolution's output: what comes next may sum in that order."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d if math.prod(kernel) > 1 else None}.get(x.dim())
     if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
         return torch.contiguous_format
     return last

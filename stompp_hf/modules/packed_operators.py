@@ -113,7 +113,7 @@ def _(
 ) -> Tensor:
     size = kernels.output_size(x.shape[2:], kernel, stride, _pairs(padding), dilation)
     y = x.new_empty((x.shape[0], bits.shape[0], *size), dtype=dtype)
-    return y.contiguous(memory_format=kernels.memory_format(x))
+    return y.contiguous(memory_format=kernels.memory_format(x, kernel))
 
 
 def _pairs(flat: Sequence[int]) -> tuple[tuple[int, int], ...]:

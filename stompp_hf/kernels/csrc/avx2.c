@@ -28,8 +28,9 @@ TARGET static inline uint32_t signs_of_32(const float *x, const float *b) {
     const __m256 minus_zero = _mm256_set1_ps(-0.0f);
     uint32_t negative = 0;
     for (int i = 0; i < 4; i++) {
-        __m256 under = b ? _mm256_loadu_ps(b + 8 * i) : minus_zero;
-        under = _mm256_or_ps(under, _mm256_and_ps(minus_zero, _mm256_cmp_ps(under, minus_zero, _CMP_EQ_OQ)));
+        __m256 under = minus_zero;
+        if (b) /* -(0 - b) */
+            under = _mm256_xor_ps(minus_zero, _mm256_sub_ps(_mm256_setzero_ps(), _mm256_loadu_ps(b + 8 * i)));
         negative |= (uint32_t)_mm256_movemask_ps(_mm256_sub_ps(_mm256_loadu_ps(x + 8 * i), under)) << (8 * i);
     }
     return ~negative;

@@ -24,12 +24,10 @@ TARGET static void floats_to_halves(const float *from, int64_t count, uint16_t *
 }
 
 TARGET static inline uint32_t signs_of_16(const float *x, const float *b) {
-    __m512 minus_zero = _mm512_set1_ps(-0.0f), under = minus_zero;
-    if (b) {
-        __m512 values = _mm512_loadu_ps(b);
-        __mmask16 is_zero = _mm512_cmp_ps_mask(values, minus_zero, _CMP_EQ_OQ);
-        under = _mm512_mask_mov_ps(values, is_zero, minus_zero);
-    }
+    const __m512 minus_zero = _mm512_set1_ps(-0.0f);
+    __m512 under = minus_zero;
+    if (b) /* -(0 - b) */
+        under = _mm512_xor_ps(minus_zero, _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(b)));
     __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(x), under);
     return 0xffffu ^ _cvtmask16_u32(_mm512_movepi32_mask(_mm512_castps_si512(difference)));
 }
