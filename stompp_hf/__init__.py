@@ -5,6 +5,7 @@ from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
+from .fusing import fuse_for_inference, unfuse
 from .modules import (
     BinaryAttention,
     BinaryConv1D,
@@ -44,11 +45,13 @@ __all__ = [
     "StoMPPTrainerCallback",
     "binarize_model",
     "calibrate",
+    "fuse_for_inference",
     "create_optimizer",
     "get_plan",
     "pack_model",
     "parameter_groups",
     "report",
     "restore_model",
+    "unfuse",
     "unpack_model",
 ]

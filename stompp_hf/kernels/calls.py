@@ -58,6 +58,40 @@ def linear(
     return y
 
 
+def real_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor | None:
+    """y = scale * (x @ sign(w).T) + shift of real inputs, by look-up; None where there is nothing better than torch.
+
+    Sums are not in torch's order: y differs by at most K * 2**-23 * |scale| * sum |x|, K the number of features.
+
+    Args:
+        x: (..., K) float32.
+        bits, scale, shift: as for `linear`.
+    """
+    native: Any = choice().native
+    if not native.stompp_has_real():
+        return None
+    features = x.shape[-1]
+    _check(features, features, None, bits, scale, shift)
+    x, bits, scale = x.contiguous(), bits.contiguous(), scale.contiguous()
+    shift = None if shift is None else shift.contiguous()
+    y = x.new_empty((*x.shape[:-1], bits.shape[0]))
+    status = native.stompp_real_linear(
+        *(x.data_ptr(), bits.data_ptr(), scale.data_ptr(), int(scale.numel() > 1)),
+        *(None if shift is None else shift.data_ptr(), int(shift is not None and shift.numel() > 1), y.data_ptr()),
+        *(x.numel() // features, features, bits.shape[0], torch.get_num_threads()),
+    )
+    _succeed(status, "stompp_real_linear", x)
+    return y
+
+
+def unpack(bits: Tensor, count: int) -> Tensor:
+    """The signs of rows of bits as float32: (rows, count) from uint8 (rows, ceil(count / 8))."""
+    signs = torch.empty(bits.shape[0], count)
+    native: Any = choice().native
+    native.stompp_unpack(bits.contiguous().data_ptr(), bits.shape[0], count, signs.data_ptr())
+    return signs
+
+
 def conv(
     x: Tensor,
     threshold: Tensor | None,
@@ -156,5 +190,9 @@ def _call(
         *(y.data_ptr(), DTYPES[y.dtype]),
         *tail,
     )
+    _succeed(status, name, x)
+
+
+def _succeed(status: int, name: str, x: Tensor) -> None:
     if status:
         raise KernelError(f"{name}: no memory for an input of shape {tuple(x.shape)}; use a smaller batch.")

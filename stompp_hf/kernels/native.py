@@ -16,7 +16,7 @@ from ..errors import KernelError
 
 MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
 MODES, LIMITS = ("auto", "torch", "c"), ("", "portable", "avx2", "avx512")
-VERSION = 1
+VERSION = 2
 """STOMPP_VERSION of the sources that these calls belong to."""
 BUILD = 'pip install "stompp-hf" from its sources where a C compiler is (in a checkout: pip install -e .)'
 
@@ -39,6 +39,9 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "stompp_linear": (c_int, (*_INPUT, *_OUTPUT, c_int64, c_int64, c_int64, c_int)),
     "stompp_conv": (c_int, (*_INPUT, *_OUTPUT, POINTER(Shape), c_int)),
     "stompp_small_groups": (c_int, (*_INPUT, *_OUTPUT, POINTER(Shape), c_int)),
+    "stompp_has_real": (c_int, ()),
+    "stompp_real_linear": (c_int, (*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_int)),
+    "stompp_unpack": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "stompp_tap_words": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
 }
 

@@ -4,6 +4,7 @@ A frozen member is packed in place (its `__class__` changes), so names, hooks an
 Each packed class is a subclass of its binary class, and so of its nn class.
 """
 
+import contextlib
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from .embedding import BinaryEmbedding
 from .frozen import affine
 from .linear import BinaryLinear
 from .member import FROZEN, Member
-from .packed_operators import packed_forward
+from .packed_operators import packed_forward, packed_real_forward, packed_reference
 from .state import OWN_TENSORS
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -72,7 +73,7 @@ class PackedMember(Member):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=self.like.device)).dtype
-        own = self.own_tensors().values()
+        own = (*self.own_tensors().values(), *self.buffers(recurse=False))
         exact = {id(t) for tensor in own for t in (tensor, tensor.grad) if t is not None and t.is_floating_point()}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -114,6 +115,7 @@ class PackedLayer(PackedMember, BinaryLayer):
 
         Their signs are those of the packed weight whatever became of s, and their size is what the scale started from.
         """
+        self.unfuse()
         signs, size = self._bits().signs(self.weight_scale.dtype), self.weight_scale.detach().abs()
         latents = signs.mul_(self._weight_shaped(size.clamp_min(torch.finfo(size.dtype).tiny)))
         layer: Any = self
@@ -128,16 +130,17 @@ class PackedLayer(PackedMember, BinaryLayer):
         layer: Any = self.unpack()
         return layer.restore()  # type: ignore[no-any-return]
 
+    # ---- forward ----
+
+    is_fused = False
+    fused_scale: Tensor
+    fused_shift: Tensor | None
+
     def _frozen(self, x: Tensor) -> Tensor:
+        if self.is_fused:
+            return self._fused(x, self.fused_scale, self.fused_shift)
         if self._is_fast(x):
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.output_dtype
-            bits, offset, bias = self._bits(), self.activation_offset, self.bias
-            row_sums = bits.row_sums(torch.float32) if offset else None
-            bias = None if bias is None else bias.float()
-            scale_and_shift = affine(self.weight_scale, self.activation_scale, bias, row_sums, offset)
-            product, pad = self._product_of(x), self._pad_level() - offset
-            y = packed_forward(x, self.activation_threshold, bits, scale_and_shift, dtype, product, pad)
+            y = packed_forward(x, *self._operands(), self.scale_and_shift(), *self._kind(x))
             if y is not None:
                 return y
         return super()._frozen(x)
@@ -150,6 +153,49 @@ class PackedLayer(PackedMember, BinaryLayer):
             return False
         own = (self.weight_scale, self.activation_scale, self.activation_threshold, self.bias)
         return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *own))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
+        """What follows the product, y = scale * z + shift, in float32."""
+        offset, bias = self.activation_offset, None if self.bias is None else self.bias.float()
+        row_sums = self._bits().row_sums(torch.float32) if offset else None
+        return affine(self.weight_scale, self.activation_scale, bias, row_sums, offset)
+
+    def _operands(self) -> tuple[Tensor | None, SignBits]:
+        return self.activation_threshold, self._bits()
+
+    def _kind(self, x: Tensor) -> tuple[torch.dtype, Any, float]:
+        """Dtype of the output, product, and what stands around x."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.output_dtype
+        return dtype, self._product_of(x), self._pad_level() - self.activation_offset
+
+    # ---- fused for inference ----
+
+    def fuse(self, scale: Tensor, shift: Tensor | None) -> None:
+        """Compute y = scale * z + shift from now on, without a gradient; float32, one an output channel or one."""
+        for name, value in (("fused_scale", scale), ("fused_shift", shift)):
+            self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
+        self.is_fused = True
+
+    def unfuse(self) -> None:
+        """Undo `fuse`."""
+        self.__dict__.pop("is_fused", None)
+        for name in ("fused_scale", "fused_shift"):
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+
+    def _fused(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise PackingError(
+                f"{type(self).__name__} is fused for inference and gives no gradient: call it under torch.no_grad(), "
+                "or stompp_hf.unfuse(model) first."
+            )
+        (threshold, bits), (dtype, product, pad), kind = self._operands(), self._kind(x), x.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+            if self.activation_scale is None:
+                return packed_real_forward(x, bits, scale, shift, dtype, product)
+            y = packed_forward(x, threshold, bits, (scale, shift), dtype, product, pad) if kind == "cpu" else None
+            return packed_reference(x, threshold, True, bits, (scale, shift), dtype, product, pad) if y is None else y
 
     def _bits(self) -> SignBits:
         return SignBits(self.weight_bits, self.weight_shape, self.product.channel_dim)

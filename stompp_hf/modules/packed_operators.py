@@ -46,19 +46,50 @@ def packed_forward(
     return torch.ops.stompp_hf.packed_conv(x, threshold, bits.bits, *affine, dtype, *sizes)
 
 
-def _compute(
-    x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, product: Product, pad: float
+def packed_reference(
+    x: Tensor,
+    threshold: Tensor | None,
+    binary_input: bool,
+    bits: SignBits,
+    affine: Affine,
+    dtype: torch.dtype,
+    product: Product,
+    pad: float,
 ) -> Tensor:
-    y = product.by_kernel(x, threshold, bits, affine, dtype, pad)
-    if y is not None:
-        return y
-    y = packed_product(x.float(), threshold, True, bits, product, pad)
-    if isinstance(product, ConvProduct) and y.device.type != "cpu":
+    """The same in plain torch, on any device; also for a real input (not binary_input), which has no threshold."""
+    y = packed_product(x.float(), threshold, binary_input, bits, product, pad)
+    if binary_input and isinstance(product, ConvProduct) and y.device.type != "cpu":
         y = y.round_()  # as in `frozen`
     for values, apply in zip(affine, (y.mul_, y.add_), strict=True):
         if values is not None:
             apply(product.per_channel(values, y))
     return y.to(dtype)
+
+
+def packed_real_forward(
+    x: Tensor, bits: SignBits, scale: Tensor, shift: Tensor | None, dtype: torch.dtype, product: Product
+) -> Tensor:
+    """y = scale * product(x, sign(w)) + shift of a real input, whose sums may be in another order than torch's."""
+    if isinstance(product, ConvProduct):
+        return packed_reference(x, None, False, bits, (scale, shift), dtype, product, 0.0)
+    if not torch.compiler.is_compiling() and type(x) is Tensor:
+        return _real(x, bits.bits, scale, shift).to(dtype)
+    return torch.ops.stompp_hf.packed_real_linear(x, bits.bits, scale, shift).to(dtype)
+
+
+def _real(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    signs = SignBits(bits, torch.Size((bits.shape[0], x.shape[-1])))
+    y = kernels.real_linear(x.float(), bits, scale, shift) if kernels.fits(x, bits, signs.fan_in) else None
+    if y is None:
+        y = packed_reference(x, None, False, signs, (scale, shift), torch.float32, LinearProduct(), 0.0)
+    return y
+
+
+def _compute(
+    x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, product: Product, pad: float
+) -> Tensor:
+    y = product.by_kernel(x, threshold, bits, affine, dtype, pad)
+    return packed_reference(x, threshold, True, bits, affine, dtype, product, pad) if y is None else y
 
 
 @torch.library.custom_op("stompp_hf::packed_linear", mutates_args=())
@@ -114,6 +145,17 @@ def _(
     size = kernels.output_size(x.shape[2:], kernel, stride, _pairs(padding), dilation)
     y = x.new_empty((x.shape[0], bits.shape[0], *size), dtype=dtype)
     return y.contiguous(memory_format=kernels.memory_format(x, kernel))
+
+
+@torch.library.custom_op("stompp_hf::packed_real_linear", mutates_args=())
+def packed_real_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """The operator of linear layers with a real input: x (..., K), y (..., N) float32."""
+    return _real(x, bits, scale, shift)
+
+
+@packed_real_linear.register_fake
+def _(x: Tensor, bits: Tensor, scale: Tensor, shift: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], bits.shape[0]), dtype=torch.float32)
 
 
 def _pairs(flat: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -115,5 +115,26 @@ static void product(const uint32_t *rows, int64_t row_stride, int64_t count, con
     }
 }
 
-const Backend stompp_avx512 = {"avx512", sign_row, sign_plane, make_panel, product, finish, sign_bytes, add_row};
+/* Each nibble of a lane looks up its sum. */
+TARGET static void real_product(const float *tables, const uint32_t *panel, int64_t vectors, int64_t words, float *z) {
+    for (int64_t v = 0; v < vectors; v += 2) { /* panels have an even number of vectors */
+        const float *table = tables;
+        __m512 sums[2][2] = {{_mm512_setzero_ps(), _mm512_setzero_ps()}, {_mm512_setzero_ps(), _mm512_setzero_ps()}};
+        for (int64_t word = 0; word < words; word++) {
+            __m512i a = _mm512_load_si512(panel + word * LANES + VECTOR * v);
+            __m512i b = _mm512_load_si512(panel + word * LANES + VECTOR * (v + 1));
+            _Pragma("GCC unroll 8") for (int nibble = 0; nibble < 8; nibble++, table += 16) {
+                __m512 values = _mm512_loadu_ps(table);
+                sums[0][nibble & 1] = _mm512_add_ps(sums[0][nibble & 1], _mm512_permutexvar_ps(a, values));
+                sums[1][nibble & 1] = _mm512_add_ps(sums[1][nibble & 1], _mm512_permutexvar_ps(b, values));
+                a = _mm512_srli_epi32(a, 4);
+                b = _mm512_srli_epi32(b, 4);
+            }
+        }
+        _mm512_storeu_ps(z + VECTOR * v, _mm512_add_ps(sums[0][0], sums[0][1]));
+        _mm512_storeu_ps(z + VECTOR * (v + 1), _mm512_add_ps(sums[1][0], sums[1][1]));
+    }
+}
+
+const Backend stompp_avx512 = {"avx512", sign_row, sign_plane, make_panel, product, finish, sign_bytes, add_row, real_product};
 #endif

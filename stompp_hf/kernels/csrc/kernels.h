@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define STOMPP_VERSION 1 /* to be raised with every change of a function that Python calls */
+#define STOMPP_VERSION 2 /* to be raised with every change of a function that Python calls */
 #define LANES 64
 #define VECTOR 16  /* lanes come in multiples of it */
 #define ROW_BLOCK 48 /* rows of results that are held at a time: 12 KiB */
@@ -50,6 +50,9 @@ typedef struct {
     void (*sign_bytes)(const void *x, int dtype, float b, int64_t count, int8_t *signs);
     /* sums[i] += sign * row[i * stride]. */
     void (*add_row)(const int8_t *row, int64_t stride, int sign, int64_t count, int16_t *sums);
+    /* Sums of real numbers: z[lane] = x . sign(w), for one row x whose 16 sums of every 4 numbers are `tables`, 8 tables
+     * a word. NULL where there is nothing better than plain sums of products. */
+    void (*real_product)(const float *tables, const uint32_t *panel, int64_t vectors, int64_t words, float *z);
 } Backend;
 
 extern const Backend stompp_portable;
