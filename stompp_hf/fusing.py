@@ -101,9 +101,7 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-def _fold(
-    layer: PackedLayer, scale: Tensor, shift: Tensor | None, norm: Any
-) -> tuple[Tensor, Tensor] | None:
+def _fold(layer: PackedLayer, scale: Tensor, shift: Tensor | None, norm: Any) -> tuple[Tensor, Tensor] | None:
     """Scale and shift with a BatchNorm in them, or None where they do not give what it gives."""
     own = shift if shift is not None else torch.zeros_like(scale)
     factor = (norm.running_var.double() + norm.eps).rsqrt()
@@ -184,7 +182,7 @@ class _Readers(TorchDispatchMode):
         x = args[0] if args else None
         name = self.made_by.get(x) if isinstance(x, Tensor) else None
         last = name is not None and not hasattr(self.layers[name], "stride")  # a linear layer's channels come last
-        self.reads_of[norm].add(None if last and x.dim() != 2 else name)
+        self.reads_of[norm].add(None if last and args[0].dim() != 2 else name)
         self.inside = norm
 
     def _leave(self, norm: Any, args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Compiled products against sums in float64 and against plain torch, for every set of instructions that this CPU has."""
+"""Compiled products against sums in float64 and against plain torch, for each set of instructions of this CPU."""
 
 import os
 import shutil
@@ -62,7 +62,9 @@ def integer_signs(x: Tensor) -> np.ndarray:
 
 
 @compiled
-@given(st.integers(1, 70), st.one_of(st.integers(1, 300), st.integers(1, 20_000)), st.integers(1, 200), st.integers(0, 9))
+@given(
+    st.integers(1, 70), st.one_of(st.integers(1, 300), st.integers(1, 20_000)), st.integers(1, 200), st.integers(0, 9)
+)
 @manual
 def test_linear_sums_are_the_whole_numbers(instructions: str, rows: int, inner: int, outer: int, seed: int) -> None:
     x, w = numbers((rows, inner), seed), numbers((outer, inner), seed + 1)
@@ -162,7 +164,12 @@ def convolutions(draw: Any) -> tuple[ConvProduct, Tensor, Tensor]:
 @given(convolutions(), st.sampled_from([-1.0, 0.0, 1.0]), st.sampled_from(DTYPES), st.booleans(), st.booleans())
 @manual
 def test_convolutions_are_those_of_torch(
-    instructions: str, case: tuple[ConvProduct, Tensor, Tensor], pad: float, dtype: torch.dtype, last: bool, affine: bool
+    instructions: str,
+    case: tuple[ConvProduct, Tensor, Tensor],
+    pad: float,
+    dtype: torch.dtype,
+    last: bool,
+    affine: bool,
 ) -> None:
     product, x, w = case
     x = x.to(dtype)
@@ -304,11 +311,15 @@ def test_operators_pass_their_checks() -> None:
     torch.library.opcheck(
         torch.ops.stompp_hf.packed_linear, (numbers((3, 40), 4), b, bits, scale, shift, torch.bfloat16)
     )
-    torch.library.opcheck(torch.ops.stompp_hf.packed_linear, (numbers((2, 3, 40), 4), None, bits, None, None, torch.float32))
+    torch.library.opcheck(
+        torch.ops.stompp_hf.packed_linear, (numbers((2, 3, 40), 4), None, bits, None, None, torch.float32)
+    )
     weight = pack_signs(numbers((6, 2 * 9), 0))
     sizes = ([3, 3], [2, 1], [1, 1, 0, 1], [1, 1], 2, 0)
     for x in (numbers((2, 4, 9, 9), 4), numbers((2, 4, 9, 9), 4).contiguous(memory_format=torch.channels_last)):
-        torch.library.opcheck(torch.ops.stompp_hf.packed_conv, (x, b[:4], weight, scale[:6], shift, torch.float32, *sizes))
+        torch.library.opcheck(
+            torch.ops.stompp_hf.packed_conv, (x, b[:4], weight, scale[:6], shift, torch.float32, *sizes)
+        )
 
 
 # ---- sanitizers and installation ----

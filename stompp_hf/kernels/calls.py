@@ -20,14 +20,16 @@ EXACT = 2**24
 SHORT = 2**15
 """Sums of fewer signs fit into 16 bits."""
 
+
 def fits(x: Tensor, bits: Tensor, fan_in: int) -> bool:
     """Whether the compiled part is used, and can take this input."""
     return (
-        x.dtype in DTYPES
-        and x.device.type == bits.device.type == "cpu"
+        choice().native is not None
+        and x.dtype in DTYPES
+        and x.is_cpu
+        and bits.is_cpu
         and 0 < fan_in < EXACT
         and x.numel() > 0
-        and choice().native is not None
     )
 
 
@@ -158,12 +160,16 @@ def memory_format(x: Tensor, kernel: Sequence[int]) -> torch.memory_format:
 def _check(
     features: int, fan_in: int, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> None:
-    """Sizes that C takes on trust."""
-    sizes = [None if t is None else t.numel() for t in (threshold, scale, shift)]
+    """Sizes and types that C takes on trust. Written out: it is part of every call."""
     outputs = bits.shape[0]
-    right = sizes[0] in (None, features) and all(size in (None, 1, outputs) for size in sizes[1:])
-    exact = all(t is None or t.dtype == torch.float32 for t in (threshold, scale, shift))
-    if not right or not exact or bits.dtype != torch.uint8 or bits.shape[1:] != (-(-fan_in // 8),):
+    if (
+        bits.dtype is not torch.uint8
+        or bits.shape[1] != (fan_in + 7) // 8
+        or (threshold is not None and (threshold.numel() != features or threshold.dtype is not torch.float32))
+        or (scale is not None and (scale.numel() not in (1, outputs) or scale.dtype is not torch.float32))
+        or (shift is not None and (shift.numel() not in (1, outputs) or shift.dtype is not torch.float32))
+    ):
+        sizes = [None if t is None else (t.numel(), t.dtype) for t in (threshold, scale, shift)]
         raise ShapeError(
             f"a packed product of {features} features, {fan_in} weights an output channel: bits of shape "
             f"{tuple(bits.shape)} and type {bits.dtype}, with {sizes} thresholds, scales and shifts, do not fit."
@@ -182,15 +188,26 @@ def _call(
     name: str, x: Tensor, threshold: Tensor | None, weights: Tensor, scale: Tensor | None, shift: Tensor | None,
     y: Tensor, *tail: Any,
 ) -> None:  # fmt: skip
-    threshold, scale, shift = (None if t is None else t.contiguous() for t in (threshold, scale, shift))
+    # The tensors keep their names until the call is over, and so their memory.
+    threshold, scale, shift = _in_order(threshold), _in_order(scale), _in_order(shift)
     status = getattr(choice().native, name)(
-        *(x.data_ptr(), DTYPES[x.dtype], None if threshold is None else threshold.data_ptr(), weights.data_ptr()),
-        *(None if scale is None else scale.data_ptr(), int(scale is not None and scale.numel() > 1)),
-        *(None if shift is None else shift.data_ptr(), int(shift is not None and shift.numel() > 1)),
-        *(y.data_ptr(), DTYPES[y.dtype]),
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        None if threshold is None else threshold.data_ptr(),
+        weights.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        scale is not None and scale.numel() > 1,
+        None if shift is None else shift.data_ptr(),
+        shift is not None and shift.numel() > 1,
+        y.data_ptr(),
+        DTYPES[y.dtype],
         *tail,
     )
     _succeed(status, name, x)
+
+
+def _in_order(values: Tensor | None) -> Tensor | None:
+    return values if values is None or values.is_contiguous() else values.contiguous()
 
 
 def _succeed(status: int, name: str, x: Tensor) -> None:

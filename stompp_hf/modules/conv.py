@@ -55,8 +55,11 @@ class ConvProduct:
             return None
         if min(kernels.output_size(x.shape[2:], bits.shape[2:], self.stride, self.padding, self.dilation)) < 1:
             return None  # the convolution itself says what is wrong
-        sizes = (bits.shape[2:], self.stride, self.padding, self.dilation, self.groups, int(pad))
-        return kernels.conv(x, threshold, bits.bits, *affine, dtype, *sizes)
+        scale, shift = affine
+        return kernels.conv(
+            x, threshold, bits.bits, scale, shift, dtype, bits.shape[2:], self.stride, self.padding, self.dilation,
+            self.groups, int(pad),
+        )  # fmt: skip
 
     def features_of(self, bits: SignBits) -> int:
         """Number of input channels."""

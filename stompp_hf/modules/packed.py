@@ -140,7 +140,8 @@ class PackedLayer(PackedMember, BinaryLayer):
         if self.is_fused:
             return self._fused(x, self.fused_scale, self.fused_shift)
         if self._is_fast(x):
-            y = packed_forward(x, *self._operands(), self.scale_and_shift(), *self._kind(x))
+            (threshold, bits), (dtype, product, pad) = self._operands(), self._kind(x)
+            y = packed_forward(x, threshold, bits, self.scale_and_shift(), dtype, product, pad)
             if y is not None:
                 return y
         return super()._frozen(x)

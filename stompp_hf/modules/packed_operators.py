@@ -18,7 +18,13 @@ from .product import Affine, LinearProduct, Product
 
 
 def packed_forward(
-    x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, product: Product, pad: float
+    x: Tensor,
+    threshold: Tensor | None,
+    bits: SignBits,
+    affine: Affine,
+    dtype: torch.dtype,
+    product: Product,
+    pad: float,
 ) -> Tensor | None:
     """y = scale * product(sign(x - b), sign(w)) + shift in the dtype given, or None where only plain torch can.
 
@@ -86,7 +92,13 @@ def _real(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tenso
 
 
 def _compute(
-    x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, product: Product, pad: float
+    x: Tensor,
+    threshold: Tensor | None,
+    bits: SignBits,
+    affine: Affine,
+    dtype: torch.dtype,
+    product: Product,
+    pad: float,
 ) -> Tensor:
     y = product.by_kernel(x, threshold, bits, affine, dtype, pad)
     return packed_reference(x, threshold, True, bits, affine, dtype, product, pad) if y is None else y

@@ -12,7 +12,6 @@ from torch import Tensor
 from .. import kernels
 from .bits import SignBits
 
-
 Affine = tuple[Tensor | None, Tensor | None]
 """scale and shift, one an output channel or a single one; None for 1 and 0."""
 
@@ -79,7 +78,8 @@ class LinearProduct:
     def by_kernel(
         self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, pad: float
     ) -> Tensor | None:
-        if x.shape[-1:] != (bits.fan_in,) or not kernels.fits(x, bits.bits, bits.fan_in):
+        fan_in = bits.shape[0] if bits.channel_dim else bits.shape[1]
+        if x.shape[-1] != fan_in or not kernels.fits(x, bits.bits, fan_in):
             return None
         return kernels.linear(x, threshold, bits.bits, *affine, dtype)
 
