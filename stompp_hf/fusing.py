@@ -1,4 +1,4 @@
-"""fuse_for_inference: what follows a packed product becomes one scale and one shift, and nothing waits for a gradient."""
+"""fuse_for_inference: one scale and one shift follow each packed product, and nothing waits for a gradient."""
 
 import logging
 from collections.abc import Mapping

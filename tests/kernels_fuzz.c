@@ -14,6 +14,10 @@ int stompp_conv(const void *, int, const float *, const uint32_t *, const float 
                 void *, int, const Shape *, int);
 int stompp_small_groups(const void *, int, const float *, const uint8_t *, const float *, int64_t, const float *,
                         int64_t, void *, int, const Shape *, int);
+int stompp_has_real(void);
+int stompp_real_linear(const float *, const uint8_t *, const float *, int64_t, const float *, int64_t, float *, int64_t,
+                       int64_t, int64_t, int);
+void stompp_unpack(const uint8_t *, int64_t, int64_t, float *);
 void stompp_tap_words(const uint8_t *, int64_t, int64_t, int64_t, uint32_t *);
 
 static int64_t compared;
@@ -70,6 +74,34 @@ static void linear(const char *limit) {
         exit(2);
     same(limit, y, expected, M * N);
     free(x), free(b), free(s), free(t), free(y), free(expected), free(bits);
+}
+
+/* Whole numbers, so that sums are exact in any order. */
+static void real_linear(void) {
+    int64_t M = 1 + below(70), N = 1 + below(150), K = 1 + below(300), bytes = (K + 7) / 8;
+    float *x = numbers(M * K), *s = numbers(N), *t = numbers(1), *signs = malloc((size_t)(N * K) * 4);
+    float *y = malloc((size_t)(M * N) * 4), *expected = malloc((size_t)(M * N) * 4);
+    uint8_t *bits = random_bits(N, K);
+    for (int64_t i = 0; i < M * K; i++)
+        x[i] = rintf(x[i] * 500.0f);
+    stompp_unpack(bits, N, K, signs);
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < N; n++) {
+            float z = 0.0f;
+            for (int64_t k = 0; k < K; k++) {
+                z += x[m * K + k] * signs[n * K + k];
+                if (signs[n * K + k] != (float)sign_at(bits + n * bytes, k))
+                    exit(3);
+            }
+            z *= s[n];
+            expected[m * N + n] = z + t[0];
+        }
+    if (stompp_has_real()) {
+        if (stompp_real_linear(x, bits, s, 1, t, 0, y, M, K, N, 1 + (int)below(3)))
+            exit(2);
+        same("real inputs", y, expected, M * N);
+    }
+    free(x), free(s), free(t), free(signs), free(y), free(expected), free(bits);
 }
 
 static int64_t sum_at(const Shape *shape, const float *x, const float *b, const uint8_t *row, const int64_t image,
@@ -142,6 +174,7 @@ int main(int count, char **words) {
         for (int i = 0; i < 3; i++) {
             const char *name = stompp_choose(limits[i]);
             linear(name);
+            real_linear();
             convolution(name);
         }
     printf("%lld entries equal\n", (long long)compared);

@@ -255,3 +255,23 @@ def test_what_stays_in_memory_is_an_eighth(plain: nn.Module) -> None:
     kept = sum(value.nbytes for _, value in _kept.get(layer.weight_bits, {}).values())
     own = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
     assert own + kept <= full / 8
+
+
+# ---- graphs ----
+
+
+@pytest.mark.parametrize(("name", "fused"), [("bert", False), ("resnet", True)])
+def test_graphs_hold_the_operators(name: str, fused: bool) -> None:
+    model, batch = packed(name)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if fused:
+        fuse_for_inference(model, inputs)
+    expected = logits(model, batch)
+    with torch.no_grad():
+        torch.compiler.reset()
+        compiled_model = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled_model(**inputs).logits, expected)
+        exported = torch.export.export(model, (), inputs)
+        targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+        assert sum(target.startswith("stompp_hf.") for target in targets) == len(binary_layers(model))
+        assert torch.equal(exported.module()(**inputs).logits, expected)

@@ -38,8 +38,8 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     assert isinstance(tmp_path, Path)
     monkeypatch.chdir(tmp_path)
     python = blocks("python")
-    assert len(python) == 6
-    training, reloading, refinements, teaching, loop, shipping = (
+    assert len(python) == 7
+    training, reloading, refinements, teaching, loop, shipping, fusing = (
         block.replace("bert-base-uncased", "checkpoint") for block in python
     )
 
@@ -75,6 +75,9 @@ def test_python_blocks_run(names: dict[str, object], monkeypatch: pytest.MonkeyP
     exec(shipping, names)
     shipped = names["model"]
     assert shipped is not model and get_plan(shipped).packed  # type: ignore[arg-type]
+    torch.testing.assert_close(shipped(**inputs).logits, expected, rtol=1e-6, atol=1e-7)  # type: ignore[operator]
+    exec(fusing, names)
+    assert names["model"] is shipped
     torch.testing.assert_close(shipped(**inputs).logits, expected, rtol=1e-6, atol=1e-7)  # type: ignore[operator]
 
 

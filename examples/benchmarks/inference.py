@@ -4,9 +4,9 @@
     python examples/benchmarks/inference.py --what models --models bert-base resnet18 --batch 8 --threads 0
     python examples/benchmarks/inference.py --what operators --weights_only True --threads 1
 
-All contenders take turns in one process (in a different order each round); a time is the median over the rounds, a
-ratio the median of the rounds' ratios to float32. With one thread it is the thread's CPU time, which a busy machine
-disturbs less, else wall time. int8 is torch's dynamic quantization of linear layers. Models have random weights; the
+All contenders take turns in one process (in a different order each round); a time is the least of all rounds, which a
+busy machine disturbs least, and a ratio that of two such times. With one thread it is the thread's CPU time, else wall
+time. int8 is torch's dynamic quantization of linear layers. Models have random weights; the
 packed ones are calibrated on their input, and fused with `fuse_for_inference`. Prints Markdown tables.
 """
 
@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -164,6 +163,7 @@ def contestants(name: str, args: BenchmarkArguments) -> tuple[dict[str, Any], di
     progression = Progression(packed, 1000)
     progression.step(1000)
     calibrate(packed, [inputs])
+    progression.detach()  # its checks of activations are for training
     pack_model(packed).eval()
     models = {FLOAT32: plain, **half_and_int8(plain, name in BERTS), PACKED: packed}
     models[FUSED] = fuse_for_inference(copy.deepcopy(packed), inputs)
@@ -194,8 +194,8 @@ def models_and_blocks(args: BenchmarkArguments) -> Iterator[Case]:
             yield Case(f"{name}, {path.split('.', 1)[1]}, {tuple(seen[0].shape)}", 0, calls)
 
 
-def measure(case: Case, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Medians in ms, and of the rounds' ratios float32 / contender."""
+def measure(case: Case, repeats: int) -> dict[str, float]:
+    """The least time of each contender, in ms."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in case.contenders}
     for call in case.contenders.values():
@@ -206,8 +206,7 @@ def measure(case: Case, repeats: int) -> tuple[dict[str, float], dict[str, float
             begin = clock()
             case.contenders[name]()
             times[name].append(clock() - begin)
-    ratios = {n: median(a / b for a, b in zip(times[FLOAT32], own, strict=True)) for n, own in times.items()}
-    return {name: 1e3 * median(own) for name, own in times.items()}, ratios
+    return {name: 1e3 * min(own) for name, own in times.items()}
 
 
 def machine() -> str:
@@ -240,7 +239,8 @@ def main() -> None:
             if source is models_and_blocks and not {"blocks", "models"} & set(args.what):
                 continue
             for case in source(args):
-                times, ratios = measure(case, args.repeats)
+                times = measure(case, args.repeats)
+                ratios = {name: times[FLOAT32] / own for name, own in times.items()}
                 cells = [f"{times[name]:.3f}" if name in times else "" for name in names]
                 int8 = f"{ratios[FUSED] / ratios[INT8]:.1f}" if INT8 in ratios else ""
                 rate = f"{case.macs / times[FUSED] / 1e6:.0f}" if case.macs else ""

@@ -16,8 +16,8 @@ class FoldedBatchNorm(Changed):
     def forward(self, input: Tensor) -> Tensor:  # named as in torch
         if self.training:
             raise PackingError(
-                f"this {self.plain_class.__name__} was folded by fuse_for_inference and cannot train: call model.eval(), "
-                "or stompp_hf.unfuse(model) first."
+                f"this {self.plain_class.__name__} was folded by fuse_for_inference and cannot train: call "
+                "model.eval(), or stompp_hf.unfuse(model) first."
             )
         return input
 
