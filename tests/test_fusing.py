@@ -142,6 +142,8 @@ def test_fused_models_in_half_precision_and_under_autocast() -> None:
     later = fuse_for_inference(copy.deepcopy(model), batch).to(torch.bfloat16)
     layer: Any = binary_layers(later)["bert.encoder.layer.0.output.dense"]
     assert layer.fused_scale.dtype == torch.float32
+    wide = fuse_for_inference(copy.deepcopy(model), batch).double()
+    assert torch.allclose(logits(wide, batch), logits(copy.deepcopy(model).double(), batch), atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(logits(fuse_for_inference(model, batch), batch), logits(unfuse(model), batch))
 

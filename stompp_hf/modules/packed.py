@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import kernels
 from ..errors import PackingError
 from .attention import BinaryAttention
 from .base import BinaryLayer, rebind_forward
@@ -22,6 +23,7 @@ from .frozen import affine
 from .linear import BinaryLinear
 from .member import FROZEN, Member
 from .packed_operators import packed_forward, packed_real_forward, packed_reference
+from .product import LinearProduct
 from .state import OWN_TENSORS
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -138,7 +140,8 @@ class PackedLayer(PackedMember, BinaryLayer):
 
     def _frozen(self, x: Tensor) -> Tensor:
         if self.is_fused:
-            return self._fused(x, self.fused_scale, self.fused_shift)
+            y = self._at_once(x)
+            return self._fused(x, self.fused_scale, self.fused_shift) if y is None else y
         if self._is_fast(x):
             (threshold, bits), (dtype, product, pad) = self._operands(), self._kind(x)
             y = packed_forward(x, threshold, bits, self.scale_and_shift(), dtype, product, pad)
@@ -184,6 +187,19 @@ class PackedLayer(PackedMember, BinaryLayer):
         for name in ("fused_scale", "fused_shift"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """A fused linear layer in eager mode, without a detour: with one row, what Python does is most of the time."""
+        if not isinstance(self.product, LinearProduct) or torch.compiler.is_compiling() or type(x) is not Tensor:
+            return None
+        dtype = self.output_dtype
+        if x.requires_grad or torch.is_autocast_enabled("cpu") or self.activation_scale is None or dtype.itemsize > 4:
+            return None
+        buffers, features = self._buffers, self.weight_shape[self.product.feature_dim]
+        bits, scale, shift = buffers["weight_bits"], buffers["fused_scale"], buffers["fused_shift"]
+        if bits is None or x.shape[-1] != features or not kernels.fits(x, bits, features):
+            return None
+        return kernels.linear(x, self.activation_threshold, bits, scale, shift, dtype)
 
     def _fused(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():

@@ -188,5 +188,5 @@ TARGET static void real_product(const float *tables, const uint32_t *panel, int6
     }
 }
 
-const Backend stompp_avx2 = {"avx2", sign_row, sign_plane, make_panel, product, finish, sign_bytes, add_row, real_product};
+const Backend stompp_avx2 = {"avx2", sign_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, real_product};
 #endif

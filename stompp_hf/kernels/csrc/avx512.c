@@ -115,6 +115,30 @@ static void product(const uint32_t *rows, int64_t row_stride, int64_t count, con
     }
 }
 
+/* 16 rows of weights at a time, each with 16 counters; their sums come from one transposition at the end. */
+TARGET static void one_row(const uint32_t *row, const uint8_t *bits, int64_t bytes, int64_t lanes, int32_t K,
+                           int32_t *z) {
+    for (int64_t lane = 0; lane < lanes; lane += 16) {
+        __m512i v[16];
+        for (int i = 0; i < 16; i++)
+            v[i] = _mm512_setzero_si512();
+        for (int64_t at = 0; at < bytes; at += 64) {
+            __mmask64 here = bytes - at >= 64 ? ~0ull : (1ull << (bytes - at)) - 1;
+            __m512i x = _mm512_maskz_loadu_epi8(here, (const uint8_t *)row + at);
+            for (int i = 0; i < 16; i++) {
+                const uint8_t *own = bits + smaller(lane + i, lanes - 1) * bytes + at;
+                __m512i differ = _mm512_xor_si512(x, _mm512_maskz_loadu_epi8(here, own));
+                v[i] = _mm512_add_epi32(v[i], _mm512_popcnt_epi32(differ));
+            }
+        }
+        transpose(v);
+        for (int step = 8; step > 0; step /= 2)
+            for (int i = 0; i < step; i++)
+                v[i] = _mm512_add_epi32(v[i], v[i + step]);
+        _mm512_storeu_si512(z + lane, _mm512_sub_epi32(_mm512_set1_epi32(K), _mm512_slli_epi32(v[0], 1)));
+    }
+}
+
 /* Each nibble of a lane looks up its sum. */
 TARGET static void real_product(const float *tables, const uint32_t *panel, int64_t vectors, int64_t words, float *z) {
     for (int64_t v = 0; v < vectors; v += 2) { /* panels have an even number of vectors */
@@ -136,5 +160,5 @@ TARGET static void real_product(const float *tables, const uint32_t *panel, int6
     }
 }
 
-const Backend stompp_avx512 = {"avx512", sign_row, sign_plane, make_panel, product, finish, sign_bytes, add_row, real_product};
+const Backend stompp_avx512 = {"avx512", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product};
 #endif

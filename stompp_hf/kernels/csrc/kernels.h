@@ -43,6 +43,8 @@ typedef struct {
     /* z[row][lane] = K - 2 (bits that differ), for `vectors` * VECTOR lanes. `spare`: words * LANES words. */
     void (*product)(const uint32_t *rows, int64_t row_stride, int64_t count, const uint32_t *panel,
                     int64_t panel_stride, int64_t vectors, int64_t words, int32_t K, int32_t *z, uint32_t *spare);
+    /* The same for one row and the bits themselves, without a panel, which few rows are not worth; NULL where it is. */
+    void (*one_row)(const uint32_t *row, const uint8_t *bits, int64_t bytes, int64_t lanes, int32_t K, int32_t *z);
     /* y = scale * z + shift along one row of lanes, rounded twice as torch does; steps of 0 repeat one value. */
     void (*finish)(const int32_t *z, const float *scale, int64_t scale_step, const float *shift, int64_t shift_step,
                    int64_t count, void *y, int dtype);

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #define SIGN_ROWS 8 /* rows whose signs are one piece of work */
+#define FEW_ROWS 2  /* a panel is not worth its making for them */
 
 typedef struct {
     const Backend *backend;
@@ -31,11 +32,17 @@ static void products(void *context, int64_t index, int slot) {
     int64_t bytes = (self->K + 7) / 8, words = self->words;
     uint32_t *panel = self->panels + slot * 2 * words * LANES, *spare = panel + words * LANES;
     int32_t z[ROW_BLOCK * LANES] __attribute__((aligned(64)));
-    backend->make_panel(self->bits + first * bytes, bytes, lanes, words, panel);
+    int by_rows = self->M <= FEW_ROWS && backend->one_row;
+    if (!by_rows)
+        backend->make_panel(self->bits + first * bytes, bytes, lanes, words, panel);
     for (int64_t m = from; m < to; m += ROW_BLOCK) {
         int64_t rows = smaller(ROW_BLOCK, to - m);
-        backend->product(self->signs + m * words, words, rows, panel, LANES, (lanes + VECTOR - 1) / VECTOR, words,
-                         (int32_t)self->K, z, spare);
+        if (!by_rows)
+            backend->product(self->signs + m * words, words, rows, panel, LANES, (lanes + VECTOR - 1) / VECTOR, words,
+                             (int32_t)self->K, z, spare);
+        for (int64_t row = 0; by_rows && row < rows; row++)
+            backend->one_row(self->signs + (m + row) * words, self->bits + first * bytes, bytes, lanes,
+                             (int32_t)self->K, z + row * LANES);
         for (int64_t row = 0; row < rows; row++)
             backend->finish(z + row * LANES, self->scale ? self->scale + first * self->scale_step : 0,
                             self->scale_step, self->shift ? self->shift + first * self->shift_step : 0,
