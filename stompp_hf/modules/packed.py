@@ -208,11 +208,15 @@ class PackedLayer(PackedMember, BinaryLayer):
                 "or stompp_hf.unfuse(model) first."
             )
         (threshold, bits), (dtype, product, pad), kind = self._operands(), self._kind(x), x.device.type
+        real, wide = self.activation_scale is None, scale.dtype == torch.float64
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
-            if self.activation_scale is None:
+            if real and not wide:
                 return packed_real_forward(x, bits, scale, shift, dtype, product)
-            y = packed_forward(x, threshold, bits, (scale, shift), dtype, product, pad) if kind == "cpu" else None
-            return packed_reference(x, threshold, True, bits, (scale, shift), dtype, product, pad) if y is None else y
+            if kind == "cpu" and not wide:
+                y = packed_forward(x, threshold, bits, (scale, shift), dtype, product, pad)
+                if y is not None:
+                    return y
+            return packed_reference(x, threshold, not real, bits, (scale, shift), dtype, product, pad)
 
     def _bits(self) -> SignBits:
         return SignBits(self.weight_bits, self.weight_shape, self.product.channel_dim)

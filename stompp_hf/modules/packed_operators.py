@@ -65,7 +65,8 @@ def packed_reference(
     pad: float,
 ) -> Tensor:
     """The same in plain torch, on any device; also for a real input (not binary_input), which has no threshold."""
-    y = packed_product(x.float(), threshold, binary_input, bits, product, pad)
+    wide = any(values is not None and values.dtype == torch.float64 for values in affine)
+    y = packed_product(x.double() if wide else x.float(), threshold, binary_input, bits, product, pad)
     if binary_input and isinstance(product, ConvProduct) and y.device.type != "cpu":
         y = y.round_()  # as in `frozen`
     for values, apply in zip(affine, (y.mul_, y.add_), strict=True):
