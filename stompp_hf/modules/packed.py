@@ -193,12 +193,14 @@ class PackedLayer(PackedMember, BinaryLayer):
         if not isinstance(self.product, LinearProduct) or torch.compiler.is_compiling() or type(x) is not Tensor:
             return None
         dtype = self.output_dtype
-        if x.requires_grad or torch.is_autocast_enabled("cpu") or self.activation_scale is None or dtype.itemsize > 4:
+        if x.requires_grad or torch.is_autocast_enabled("cpu") or dtype.itemsize > 4:
             return None
         buffers, features = self._buffers, self.weight_shape[self.product.feature_dim]
         bits, scale, shift = buffers["weight_bits"], buffers["fused_scale"], buffers["fused_shift"]
-        if bits is None or x.shape[-1] != features or not kernels.fits(x, bits, features):
+        if bits is None or scale is None or x.shape[-1] != features or not kernels.fits(x, bits, features):
             return None
+        if self.activation_scale is None:
+            return kernels.real_linear(x, bits, scale, shift) if x.dtype == dtype == torch.float32 else None
         return kernels.linear(x, self.activation_threshold, bits, scale, shift, dtype)
 
     def _fused(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
