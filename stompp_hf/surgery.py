@@ -9,6 +9,7 @@ from torch import nn
 from .attention_interface import NAMES, attach, detach_all, switch
 from .config import StoMPPConfig
 from .errors import AlreadyBinarizedError, CheckpointError, ConfigError
+from .fusing import unfuse
 from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, binary_class_of
 from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from .plan import Plan, binary_layers, get_plan, planned_model, set_plan
@@ -115,6 +116,7 @@ def restore_model(model: Model) -> Model:
     """
     layers = binary_layers(model)
     root = planned_model(model)
+    unfuse(root)
     for layer in layers.values():
         layer.restore()
     detach_all(root)

@@ -18,6 +18,7 @@ from stompp_hf import (
     fuse_for_inference,
     kernels,
     pack_model,
+    restore_model,
     unfuse,
     unpack_model,
 )
@@ -131,6 +132,9 @@ def test_what_is_fused_does_not_train_and_saves_as_before(tmp_path: Any) -> None
         copy.deepcopy(model).train()(**batch)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(type(model).from_pretrained(tmp_path), batch), before)
+    plain = restore_model(copy.deepcopy(model))
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    assert not any(isinstance(module, FoldedBatchNorm) for module in plain.modules())
     assert torch.equal(logits(unpack_model(model), batch), before)
 
 
