@@ -259,6 +259,10 @@ def test_sizes_that_do_not_fit_never_reach_c() -> None:
                       (None, bits[:, :2], None, None), (None, bits.int(), None, None)):  # fmt: skip
         with pytest.raises(ShapeError, match="do not fit"):
             kernels.linear(x, *arguments, torch.float32)
+    for images, groups in ((torch.ones(1, 5, 9), 2), (torch.ones(1, 6, 9), 3), (torch.ones(1, 6, 9, 9), 1)):
+        few = torch.zeros(4, -(-(images.shape[1] // groups * 3) // 8), dtype=torch.uint8)
+        with pytest.raises(ShapeError, match="does not fit"):
+            kernels.conv(images, None, few, None, None, torch.float32, [3], [1], [(0, 0)], [1], groups, 0)
     product = LinearProduct()
     signs = SignBits(bits, torch.Size((4, 21)))
     assert product.by_kernel(x, None, signs, (None, None), torch.float32, 0.0) is None  # torch says what is wrong

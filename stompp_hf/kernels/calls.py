@@ -118,6 +118,11 @@ def conv(
     """
     dims, channels, taps = len(kernel), x.shape[1] // groups, math.prod(kernel)
     _check(x.shape[1], channels * taps, threshold, bits, scale, shift)
+    if x.dim() != dims + 2 or x.shape[1] % groups or bits.shape[0] % groups:
+        raise ShapeError(
+            f"a packed convolution in {groups} groups with {bits.shape[0]} outputs: an input of shape {tuple(x.shape)} "
+            f"does not fit; it is (batch, channels, *size) with {dims} sizes, and groups divide channels and outputs."
+        )
     size = output_size(x.shape[2:], kernel, stride, padding, dilation)
     y = x.new_empty((x.shape[0], bits.shape[0], *size), dtype=dtype)
     shape = Shape(x.shape[0], x.shape[1], bits.shape[0], groups)
