@@ -5,6 +5,7 @@ from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
+from .fusing import fuse_for_inference, unfuse
 from .gradient_recorder import GradientNormCallback
 from .live_metrics import LiveMetrics
 from .model_card import model_card, push_to_hub, write_model_card
@@ -56,6 +57,7 @@ __all__ = [
     "add_remote_code",
     "binarize_model",
     "calibrate",
+    "fuse_for_inference",
     "create_optimizer",
     "export_onnx",
     "get_plan",
@@ -69,6 +71,7 @@ __all__ = [
     "report",
     "restore_model",
     "summary",
+    "unfuse",
     "unpack_model",
     "write_model_card",
 ]

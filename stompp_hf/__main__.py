@@ -1,6 +1,7 @@
-"""The command line: `python -m stompp_hf inspect DIR`, and pack, unpack, compare, card, export-onnx and report."""
+"""The command line: `python -m stompp_hf inspect DIR`; pack, unpack, compare, card, export-onnx, report and env."""
 
 import argparse
+import platform
 import shutil
 import sys
 import tempfile
@@ -9,6 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from . import __version__, kernels
 from .checkpoint_files import architecture, model_class, read_config, weight_files
 from .comparing import output_difference
 from .errors import CheckpointError, StoMPPError
@@ -98,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
     card.add_argument("--metric", action="append", type=_metric, default=[], metavar="NAME=VALUE")
     command("export-onnx", _export, "an ONNX file of standard operators, 8 weights a byte", "the file")
     add_report(commands).set_defaults(run=_report)
+    env = commands.add_parser("env", help="versions, and which kernels compute packed layers, and why")
+    env.set_defaults(run=lambda args: environment())
     return made
 
 
@@ -131,6 +138,12 @@ def _export(args: argparse.Namespace) -> Any:
 
 def _report(args: argparse.Namespace) -> Any:
     return write_report(args.runs, args.out, args.before, args.pictures)
+
+
+def environment() -> str:
+    """Versions, and which kernels compute packed layers, and why."""
+    versions = f"stompp_hf {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{versions}, Python {platform.python_version()}, {platform.machine()}\n{kernels.describe()}"
 
 
 def main(words: list[str] | None = None) -> int:

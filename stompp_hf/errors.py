@@ -67,3 +67,7 @@ class RunError(StoMPPError, ValueError):
 
 class ExtraError(StoMPPError, ImportError):
     """An optional package is missing; the message names the extra that brings it."""
+
+
+class KernelError(StoMPPError, RuntimeError):
+    """The compiled kernels were asked for and are not there, or had no memory."""

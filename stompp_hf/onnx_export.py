@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ExportError
+from .fusing import unfuse
 from .modules.exported import export_form, sign_table
 from .packing import pack_model
 from .plan import get_plan, members
@@ -160,7 +161,9 @@ def _not_one(value: Any, axes: Mapping[int, str]) -> Any:
 def _twin(model: nn.Module) -> nn.Module:
     """A copy on the CPU in float32 whose members have the form to be recorded."""
     twin = copy.deepcopy(model)
-    if not get_plan(twin).packed:
+    if get_plan(twin).packed:
+        unfuse(twin)  # a folded BatchNorm is recorded as itself
+    else:
         pack_model(twin)
     twin.float().cpu().eval().requires_grad_(False)
     table = sign_table()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .errors import NonFiniteError, NotCalibratedError, PackingError
+from .fusing import unfuse
 from .modules import FROZEN, BinaryLayer, Member
 from .modules.packed import PACKED_CLASSES, PackedMember
 from .plan import FLOAT32, Plan, get_plan, members, planned_model
@@ -117,6 +118,7 @@ def unpack_model(model: Model) -> Model:
     plan, found = get_plan(root), members(root)
     if not plan.packed:
         raise PackingError("unpack_model: this model is not packed; its latent weights are there.")
+    unfuse(root)
     cast_to_float32(root, dataclasses.replace(plan.config, keep_dtype=False))
     for member in found.values():
         if isinstance(member, PackedMember):

@@ -10,6 +10,7 @@ from .adapters import base_model, check_wrapped
 from .attention_interface import NAMES, attach, detach_all, switch
 from .config import StoMPPConfig
 from .errors import AlreadyBinarizedError, CheckpointError, ConfigError
+from .fusing import unfuse
 from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, binary_class_of
 from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from .plan import Plan, binary_layers, get_plan, members, plain_name, planned_model, set_plan, submodule
@@ -140,6 +141,7 @@ def restore_model(model: Model) -> Model:
     own = set(_own_buffers(root))
     if others := [name for name in root.__dict__.pop(_NOT_BROADCAST, []) if name not in own]:
         setattr(root, _NOT_BROADCAST, others)
+    unfuse(root)
     for layer in layers.values():
         layer.restore()
     widen(root, get_plan(root))

@@ -222,6 +222,16 @@ def test_metrics_cost_benchmark() -> None:
         assert f"| all frozen | {kind} |" in printed
 
 
+@pytest.mark.parametrize("weights_only", ["False", "True"])
+def test_inference_benchmark(weights_only: str) -> None:
+    printed = run(
+        *("examples/benchmarks/inference.py", "--models", "tiny-bert", "tiny-resnet", "--size", "32", "--seq", "8"),
+        *("--repeats", "1", "--rows", "1", "--what", "blocks", "models", "--weights_only", weights_only),
+    )
+    for name in ("tiny-bert, 8 tokens", "tiny-bert, encoder.layer.1", "tiny-resnet, 32x32", "tiny-resnet, encoder"):
+        assert f"| {name}" in printed
+
+
 def test_grammar_needs_more_than_a_bag_of_words() -> None:
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression

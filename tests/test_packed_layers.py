@@ -54,6 +54,7 @@ def convolutions(draw: Any) -> tuple[nn.Module, torch.Tensor]:
     return plain, torch.randn(2, inner, *[5] * dims)
 
 
+@pytest.mark.usefixtures("plain_torch")
 @given(convolutions(), st.booleans(), st.sampled_from(["zero", "one"]), st.booleans(), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_convolutions_of_any_geometry(
@@ -67,6 +68,7 @@ def test_convolutions_of_any_geometry(
         assert torch.equal(packed(layer)(x), layer(x))
 
 
+@pytest.mark.usefixtures("plain_torch")
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.integers(1, 300), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_linear_layers_of_any_size(inner: int, outer: int, rows: int, tile: int, one_sided: bool) -> None:
@@ -117,6 +119,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_a_weight_is_unpacked_in_tiles() -> None:
     x = torch.randn(1, 1024)
     layer = packed(frozen_layer(nn.Linear(1024, 4096), x))

@@ -41,8 +41,8 @@ def test_python_blocks_run(
     assert isinstance(tmp_path, Path)
     monkeypatch.chdir(tmp_path)
     python = blocks("python")
-    assert len(python) == 9
-    training, reloading, refinements, teaching, loop, seeing, shipping, exporting, adapting = (
+    assert len(python) == 10
+    training, reloading, refinements, teaching, loop, seeing, shipping, exporting, fusing, adapting = (
         block.replace("bert-base-uncased", "checkpoint") for block in python
     )
 
@@ -88,6 +88,10 @@ def test_python_blocks_run(
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
     feed = {"input_ids": inputs["input_ids"].numpy(), "attention_mask": torch.ones(1, 6, dtype=torch.long).numpy()}
     torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), expected, rtol=1e-4, atol=5e-6)
+
+    exec(fusing, names)
+    assert names["model"] is shipped
+    torch.testing.assert_close(shipped(**inputs).logits, expected, rtol=1e-6, atol=1e-7)  # type: ignore[operator]
 
     training, reloading = adapting.rsplit("\n\n", 1)
     exec(training, names)

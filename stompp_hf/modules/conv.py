@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import kernels
 from .base import BinaryLayer
+from .bits import SignBits
+from .product import Affine
 from .registry import register
 
 _CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -38,6 +41,29 @@ class ConvProduct:
         native = self._native_padding(pad)
         x = x if native is not None else self.padded(x, pad)
         return convolution(x, weight, None, self.stride, native or 0, self.dilation, self.groups)
+
+    def by_kernel(
+        self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, pad: float
+    ) -> Tensor | None:
+        if self.mode != "zeros" and any(map(any, self.padding)):
+            return self.bare().by_kernel(self.padded(x, pad), threshold, bits, affine, dtype, 0.0)
+        dims = len(self.stride)
+        if x.dim() == dims + 1:
+            y = self.by_kernel(x.unsqueeze(0), threshold, bits, affine, dtype, pad)
+            return None if y is None else y.squeeze(0)
+        if x.dim() != dims + 2 or x.shape[1] != self.features_of(bits) or not kernels.fits(x, bits.bits, bits.fan_in):
+            return None
+        if min(kernels.output_size(x.shape[2:], bits.shape[2:], self.stride, self.padding, self.dilation)) < 1:
+            return None  # the convolution itself says what is wrong
+        scale, shift = affine
+        return kernels.conv(
+            x, threshold, bits.bits, scale, shift, dtype, bits.shape[2:], self.stride, self.padding, self.dilation,
+            self.groups, int(pad),
+        )  # fmt: skip
+
+    def features_of(self, bits: SignBits) -> int:
+        """Number of input channels."""
+        return bits.shape[1] * self.groups
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         x = weight.new_empty(1).expand(shape)  # only its shape is looked at

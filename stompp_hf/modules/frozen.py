@@ -16,6 +16,24 @@ from .packed_product import packed_product
 from .product import Product
 
 
+def affine(
+    weight_scale: Tensor,
+    activation_scale: Tensor | None,
+    bias: Tensor | None,
+    row_sums: Tensor | None,
+    offset: float,
+) -> tuple[Tensor, Tensor | None]:
+    """What follows the product of a frozen layer, y = scale * z + shift: s * a, and bias + s * a * offset * row_sums.
+
+    In this order of operations, everywhere. Each is (out,) or (1,); row_sums is None where the offset is 0.
+    """
+    scale = weight_scale if activation_scale is None else weight_scale * activation_scale
+    if row_sums is None:
+        return scale, bias
+    own = scale * (row_sums * offset)
+    return scale, own if bias is None else bias + own
+
+
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -46,10 +64,7 @@ class _FrozenProduct(torch.autograd.Function):
             row_sums = weight_signs.sum(others) if offset else None
         if binary_input and len(shape) > 2 and z.device.type != "cpu":
             z = z.round_()  # cuDNN may pick an algorithm (Winograd, FFT) that is off an integer by its last bits
-        scale = weight_scale if activation_scale is None else weight_scale * activation_scale
-        shift = bias
-        if row_sums is not None:
-            shift = scale * (row_sums * offset) if bias is None else bias + scale * (row_sums * offset)
+        scale, shift = affine(weight_scale, activation_scale, bias, row_sums, offset)
 
         # What the backward pass needs, and no more: an STE-free layer with fixed scales saves nothing at all.
         needs = ctx.needs_input_grad

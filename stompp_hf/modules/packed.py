@@ -4,12 +4,14 @@ A frozen member is packed in place (its `__class__` changes), so names, hooks an
 Each packed class is a subclass of its binary class, and so of its nn class.
 """
 
+import contextlib
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import kernels
 from ..errors import PackingError
 from .attention import BinaryAttention
 from .base import BinaryLayer, rebind_forward
@@ -17,8 +19,11 @@ from .bits import SignBits, unpack_signs
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding
+from .frozen import affine
 from .linear import BinaryLinear
 from .member import FROZEN, Member
+from .packed_operators import packed_forward, packed_real_forward, packed_reference
+from .product import LinearProduct
 from .state import OWN_TENSORS
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -70,7 +75,7 @@ class PackedMember(Member):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device=self.like.device)).dtype
-        own = self.own_tensors().values()
+        own = (*self.own_tensors().values(), *self.buffers(recurse=False))
         exact = {id(t) for tensor in own for t in (tensor, tensor.grad) if t is not None and t.is_floating_point()}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -112,6 +117,7 @@ class PackedLayer(PackedMember, BinaryLayer):
 
         Their signs are those of the packed weight whatever became of s, and their size is what the scale started from.
         """
+        self.unfuse()
         signs, size = self._bits().signs(self.weight_scale.dtype), self.weight_scale.detach().abs()
         latents = signs.mul_(self._weight_shaped(size.clamp_min(torch.finfo(size.dtype).tiny)))
         layer: Any = self
@@ -130,6 +136,94 @@ class PackedLayer(PackedMember, BinaryLayer):
         if not self.weight_bits.is_meta and self._bits().has_stray_bits():
             return "weight_bits holds bits behind the end of its rows"
         return super().damage()
+
+    # ---- forward ----
+
+    is_fused = False
+    fused_scale: Tensor
+    fused_shift: Tensor | None
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        if self.is_fused:
+            y = self._at_once(x)
+            return self._fused(x, self.fused_scale, self.fused_shift) if y is None else y
+        if self._is_fast(x):
+            (threshold, bits), (dtype, product, pad) = self._operands(), self._kind(x)
+            y = packed_forward(x, threshold, bits, self.scale_and_shift(), dtype, product, pad)
+            if y is not None:
+                return y
+        return super()._frozen(x)
+
+    def _is_fast(self, x: Tensor) -> bool:
+        """Whether one operator can do it all: a binary input on a CPU, float32 scales, and no gradient."""
+        if self.activation_scale is None or x.device.type != "cpu" or self.like.dtype != torch.float32:
+            return False
+        if x.dtype == torch.float64 or self.output_dtype == torch.float64:
+            return False
+        own = (self.weight_scale, self.activation_scale, self.activation_threshold, self.bias)
+        return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *own))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
+        """What follows the product, y = scale * z + shift, in float32."""
+        offset, bias = self.activation_offset, None if self.bias is None else self.bias.float()
+        row_sums = self._bits().row_sums(torch.float32) if offset else None
+        return affine(self.weight_scale, self.activation_scale, bias, row_sums, offset)
+
+    def _operands(self) -> tuple[Tensor | None, SignBits]:
+        return self.activation_threshold, self._bits()
+
+    def _kind(self, x: Tensor) -> tuple[torch.dtype, Any, float]:
+        """Dtype of the output, product, and what stands around x."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.output_dtype
+        return dtype, self._product_of(x), self._pad_level() - self.activation_offset
+
+    # ---- fused for inference ----
+
+    def fuse(self, scale: Tensor, shift: Tensor | None) -> None:
+        """Compute y = scale * z + shift from now on, without a gradient; float32, one an output channel or one."""
+        for name, value in (("fused_scale", scale), ("fused_shift", shift)):
+            self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
+        self.is_fused = True
+
+    def unfuse(self) -> None:
+        """Undo `fuse`."""
+        self.__dict__.pop("is_fused", None)
+        for name in ("fused_scale", "fused_shift"):
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """A fused linear layer in eager mode, without a detour: with one row, what Python does is most of the time."""
+        if not isinstance(self.product, LinearProduct) or torch.compiler.is_compiling() or type(x) is not Tensor:
+            return None
+        dtype = self.output_dtype
+        if x.requires_grad or torch.is_autocast_enabled("cpu") or dtype.itemsize > 4:
+            return None
+        buffers, features = self._buffers, self.weight_shape[self.product.feature_dim]
+        bits, scale, shift = buffers["weight_bits"], buffers["fused_scale"], buffers["fused_shift"]
+        if bits is None or scale is None or x.shape[-1] != features or not kernels.fits(x, bits, features):
+            return None
+        if self.activation_scale is None:
+            return kernels.real_linear(x, bits, scale, shift) if x.dtype == dtype == torch.float32 else None
+        return kernels.linear(x, self.activation_threshold, bits, scale, shift, dtype)
+
+    def _fused(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise PackingError(
+                f"{type(self).__name__} is fused for inference and gives no gradient: call it under torch.no_grad(), "
+                "or stompp_hf.unfuse(model) first."
+            )
+        (threshold, bits), (dtype, product, pad), kind = self._operands(), self._kind(x), x.device.type
+        real, wide = self.activation_scale is None, scale.dtype == torch.float64
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+            if real and not wide:
+                return packed_real_forward(x, bits, scale, shift, dtype, product)
+            if kind == "cpu" and not wide:
+                y = packed_forward(x, threshold, bits, (scale, shift), dtype, product, pad)
+                if y is not None:
+                    return y
+            return packed_reference(x, threshold, not real, bits, (scale, shift), dtype, product, pad)
 
     def _bits(self) -> SignBits:
         return SignBits(self.weight_bits, self.weight_shape, self.product.channel_dim)

@@ -1,4 +1,7 @@
-"""The product of a packed layer, in plain torch: exact, and with few float copies of its weight at a time."""
+"""The product of a packed layer: in compiled C where it is there and can, else in plain torch, which is the oracle.
+
+Plain torch is exact, and makes few float copies of a weight at a time.
+"""
 
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ TILE = 2**20
 def packed_product(
     x: Tensor, threshold: Tensor | None, binary_input: bool, bits: SignBits, product: Product, pad: float
 ) -> Tensor:
-    """z of a frozen layer whose weight is packed. All packed products go through here: a faster one replaces this.
+    """z of a frozen layer whose weight is packed.
 
     Forward:  z = product(sign(x - b), sign(w)), or product(x, sign(w)) where the input is real
     Shape and dtype: those of the product, in the dtype of x.
@@ -31,6 +34,10 @@ def packed_product(
         pad: what stands around a padded x.
     """
     operand = x.detach()
+    if binary_input and not torch.compiler.is_compiling():
+        z = product.by_kernel(operand, threshold, bits, (None, None), x.dtype, pad)
+        if z is not None:
+            return z
     if binary_input:
         operand = hard_above(x, None if threshold is None else product.per_feature(threshold, x))
     channels = bits.shape[bits.channel_dim]

@@ -9,6 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .. import kernels
+from .bits import SignBits
+
+Affine = tuple[Tensor | None, Tensor | None]
+"""scale and shift, one an output channel or a single one; None for 1 and 0."""
+
 
 class Product(Protocol):
     """z = product(x, w), its two gradients, and where channels and features are."""
@@ -25,6 +31,11 @@ class Product(Protocol):
 
     def __call__(self, x: Tensor, weight: Tensor, pad: float = 0.0) -> Tensor:
         """z, without bias; `pad` is what stands around x where the layer pads with a constant."""
+
+    def by_kernel(
+        self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: "Affine", dtype: torch.dtype, pad: float
+    ) -> Tensor | None:
+        """scale * product(sign(x - b), sign(w)) + shift in compiled C, without a gradient; None where it cannot."""
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         """dL/dx from dL/dz, for an x of `shape`."""
@@ -63,6 +74,14 @@ class LinearProduct:
 
     def __call__(self, x: Tensor, weight: Tensor, pad: float = 0.0) -> Tensor:
         return torch.nn.functional.linear(x, weight)
+
+    def by_kernel(
+        self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, pad: float
+    ) -> Tensor | None:
+        fan_in = bits.shape[0] if bits.channel_dim else bits.shape[1]
+        if x.shape[-1] != fan_in or not kernels.fits(x, bits.bits, fan_in):
+            return None
+        return kernels.linear(x, threshold, bits.bits, *affine, dtype)
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         return grad.matmul(weight)

@@ -1,0 +1,198 @@
+"""fuse_for_inference: one scale and one shift follow each packed product, and nothing waits for a gradient."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .dataflow import plain_outputs
+from .errors import PackingError
+from .modules.embedding import BinaryEmbedding
+from .modules.folded import FOLDED, FoldedBatchNorm
+from .modules.packed import PackedLayer
+from .plan import binary_layers, get_plan, planned_model
+from .probe import example_inputs_of, run, undisturbed
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+_GRADIENTS = "stompp_gradients"
+
+TOLERANCE = 8 * torch.finfo(torch.float32).eps
+"""By how much a folded BatchNorm may differ, in parts of the sum of the sizes of its terms."""
+VALUES_AT_ONCE = 2**22
+
+
+def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool = False) -> Model:
+    """Make a packed model as fast as it gets, in place, for inference alone, and return the same model in eval mode.
+
+    Forward:  every packed layer computes y = scale * product(sign(x - b), sign(w)) + shift, scale and shift made once:
+              bit for bit what it computed before. With exact=False, also:
+              - a BatchNorm that alone reads a layer's output goes into scale and shift. For each layer this is proven
+                by computing both for every whole number that the product can be: they differ by no more than
+                `TOLERANCE` of the sum of the sizes of the terms, or the BatchNorm stays, with a warning.
+              - linear layers with real inputs (W1A32) sum in the order that is fastest (see `kernels.real_linear`).
+              A rounding difference can flip a sign further down, where a value is that close to its threshold.
+    Backward: none; no parameter wants a gradient any more.
+    Saving writes the packed model as it was before. `unfuse` undoes it all.
+    Source:   this library's choice.
+
+    Args:
+        model: a packed model, or a wrapper of one.
+        example_inputs: one small batch, to see what reads which output; made from a transformers model's config.
+        exact: only what changes no bit.
+
+    Raises:
+        NotBinarizedError: the model has no binary layers.
+        PackingError: it is not packed, or is fused already.
+    """
+    root = planned_model(model)
+    if not get_plan(root).packed:
+        raise PackingError("fuse_for_inference: this model is not packed; call stompp_hf.pack_model(model) first.")
+    if hasattr(root, _GRADIENTS):
+        raise PackingError("fuse_for_inference: this model is fused already; stompp_hf.unfuse(model) undoes it.")
+    layers = {n: m for n, m in binary_layers(root).items() if isinstance(m, PackedLayer)}
+    layers = {name: layer for name, layer in layers.items() if not isinstance(layer, BinaryEmbedding)}
+    followers = {} if exact else _followers(root, layers, example_inputs)
+    plans: list[tuple[Any, Tensor, Tensor | None, Any]] = []
+    with torch.no_grad():
+        for name, layer in layers.items():
+            real = layer.activation_scale is None
+            if real and exact:
+                continue  # its sums keep torch's order
+            scale, shift = layer.scale_and_shift()
+            norm = None if real else followers.get(name)
+            folded = None if norm is None else _fold(layer, scale, shift, norm)
+            if norm is not None and folded is None:
+                logger.warning("%s: its BatchNorm rounds too differently to be folded, and stays.", name)
+            plans.append((layer, *(folded or (scale, shift)), norm if folded else None))
+    for layer, scale, shift, norm in plans:
+        layer.fuse(scale, shift)
+        if norm is not None:
+            norm.__class__ = FOLDED[type(norm)]
+    wanting = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    setattr(root, _GRADIENTS, wanting)
+    count = sum(norm is not None for *_, norm in plans)
+    logger.info("%d packed layers fused for inference, %d BatchNorms folded into them.", len(plans), count)
+    model.eval()
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo `fuse_for_inference`, in place; the model stays packed, and in eval mode. Without effect where not fused.
+
+    Raises:
+        NotBinarizedError: the model has no binary layers.
+    """
+    root = planned_model(model)
+    for module in list(root.modules()):
+        if isinstance(module, PackedLayer):
+            module.unfuse()
+        if isinstance(module, FoldedBatchNorm):
+            module.restore()
+    for parameter in root.__dict__.pop(_GRADIENTS, ()):
+        parameter.requires_grad_(True)
+    return model
+
+
+def _fold(layer: PackedLayer, scale: Tensor, shift: Tensor | None, norm: Any) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift with a BatchNorm in them, or None where they do not give what it gives."""
+    own = shift if shift is not None else torch.zeros_like(scale)
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight.double()
+    offset = torch.zeros_like(factor) if norm.bias is None else norm.bias.double()
+    scales = (scale.double() * factor).float()
+    shifts = ((own.double() - norm.running_mean.double()) * factor + offset).float()
+    every = layer._bits().fan_in
+    z = torch.arange(-every, every + 1, dtype=torch.float32, device=scales.device)
+    step = max(1, VALUES_AT_ONCE // len(z))
+    for channels in torch.arange(len(scales)).split(step):
+        s, t = (value if value.numel() == 1 else value[channels] for value in (scale, own))
+        tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        mean, var, weight, bias = (None if value is None else value[channels] for value in tensors)
+        before = z[:, None] * s + t
+        after = torch.nn.functional.batch_norm(before, mean, var, weight, bias, False, 0.0, norm.eps)
+        terms = z[:, None].abs() * s.abs() + t.abs() + norm.running_mean[channels].abs()
+        sizes = terms * factor[channels].float().abs() + offset[channels].float().abs()
+        found = z[:, None] * scales[channels] + shifts[channels]
+        if not bool(((found - after).abs() <= TOLERANCE * sizes).all()):  # also where anything is NaN
+            return None
+    return scales, shifts
+
+
+def _followers(root: nn.Module, layers: Mapping[str, Any], example_inputs: Any) -> dict[str, nn.Module]:
+    """The BatchNorms that read a layer's output, every time and alone, by the layer's name."""
+    norms = [module for module in root.modules() if type(module) in FOLDED and module.running_mean is not None]
+    inputs = example_inputs_of(root) if example_inputs is None else example_inputs
+    if not norms or inputs is None:
+        if norms:
+            logger.warning("BatchNorms are not folded: pass fuse_for_inference(model, example_inputs) one small batch.")
+        return {}
+    with undisturbed(root), _Readers(layers, norms) as readers:
+        readers.close(run(root, inputs))
+    return readers.followers()
+
+
+class _Readers(TorchDispatchMode):
+    """Watches who reads the layers' outputs."""
+
+    def __init__(self, layers: Mapping[str, Any], norms: list[Any]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.made_by = WeakTensorKeyDictionary()
+        self.read_by: dict[str, set[Any]] = {}  # BatchNorms, and None for all else
+        self.reads_of: dict[Any, set[str | None]] = {norm: set() for norm in norms}
+        self.inside: Any = None
+        self.handles: list[Any] = []
+        for name, layer in layers.items():
+            if not layer._forward_hooks and not layer._forward_pre_hooks:
+                self.handles.append(layer.register_forward_hook(self._made(name)))
+        for norm in norms:
+            if not norm._forward_hooks and not norm._forward_pre_hooks:
+                self.handles.append(norm.register_forward_pre_hook(self._enter))
+                self.handles.append(norm.register_forward_hook(self._leave))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self.handles:
+            handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note((args, kwargs), self.inside)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, values: Any, reader: Any) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and (name := self.made_by.get(tensor)) is not None:
+                self.read_by.setdefault(name, set()).add(reader)
+
+    def _made(self, name: str) -> Any:
+        def made(module: nn.Module, args: Any, output: Tensor) -> None:
+            self.made_by[output] = name
+
+        return made
+
+    def _enter(self, norm: Any, args: Any) -> None:
+        x = args[0] if args else None
+        name = self.made_by.get(x) if isinstance(x, Tensor) else None
+        last = name is not None and not hasattr(self.layers[name], "stride")  # a linear layer's channels come last
+        self.reads_of[norm].add(None if last and args[0].dim() != 2 else name)
+        self.inside = norm
+
+    def _leave(self, norm: Any, args: Any, output: Any) -> None:
+        self.inside = None
+
+    def close(self, outputs: Any) -> None:
+        """Note what the model returns."""
+        self._note(plain_outputs(outputs), None)
+
+    def followers(self) -> dict[str, nn.Module]:
+        """The pairs that read and are read by nothing else."""
+        pairs = {name: next(iter(readers)) for name, readers in self.read_by.items() if len(readers) == 1}
+        return {name: norm for name, norm in pairs.items() if norm is not None and self.reads_of[norm] == {name}}

@@ -1,0 +1,18 @@
+"""1-bit products in compiled C: which part of it is used, and its calls. Plain torch is always there instead."""
+
+from .calls import conv, fits, linear, memory_format, output_size, real_linear, unpack
+from .native import Choice, choice, describe, use
+
+__all__ = [
+    "Choice",
+    "choice",
+    "conv",
+    "describe",
+    "fits",
+    "linear",
+    "memory_format",
+    "output_size",
+    "real_linear",
+    "unpack",
+    "use",
+]

@@ -1,0 +1,220 @@
+"""Calls of the compiled part with tensors: CPU, float32, bfloat16 or float16 in and out, no gradient."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..derived import derived
+from ..errors import KernelError, ShapeError
+from .native import Shape, choice
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FEW_CHANNELS = 8
+"""Groups with fewer channels are summed byte by byte: a word of 32 channels would hold little."""
+EXACT = 2**24
+"""Sums of fewer signs are exact in float32."""
+SHORT = 2**15
+"""Sums of fewer signs fit into 16 bits."""
+
+
+def fits(x: Tensor, bits: Tensor, fan_in: int) -> bool:
+    """Whether the compiled part is used, and can take this input."""
+    return (
+        choice().native is not None
+        and x.dtype in DTYPES
+        and x.is_cpu
+        and bits.is_cpu
+        and 0 < fan_in < EXACT
+        and x.numel() > 0
+    )
+
+
+def linear(
+    x: Tensor, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """y = scale * (sign(x - b) @ sign(w).T) + shift, rounded as torch rounds it: bit for bit.
+
+    Infinities and NaN: sign(x - b) is the sign bit of the difference, as in torch,
+    whose sign for a NaN in b itself depends on the CPU.
+
+    Raises:
+        ShapeError: the sizes do not fit together.
+        KernelError: there is no memory.
+
+    Args:
+        x: (..., K).
+        threshold: b, (K,) float32, or None for 0.
+        bits: sign(w), uint8 (N, ceil(K / 8)).
+        scale, shift: float32, (N,) or (1,); None for 1 and 0.
+        dtype: of y, (..., N).
+    """
+    features = x.shape[-1]
+    _check(features, features, threshold, bits, scale, shift)
+    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], bits.shape[0]), dtype=dtype)
+    tail = (x.numel() // features, features, bits.shape[0], torch.get_num_threads())
+    _call("stompp_linear", x, threshold, bits.contiguous(), scale, shift, y, *tail)
+    return y
+
+
+def real_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor | None:
+    """y = scale * (x @ sign(w).T) + shift of real inputs, by look-up; None where there is nothing better than torch.
+
+    Sums are not in torch's order: y differs by at most K * 2**-23 * |scale| * sum |x|, K the number of features.
+
+    Args:
+        x: (..., K) float32.
+        bits, scale, shift: as for `linear`.
+    """
+    native: Any = choice().native
+    if not native.stompp_has_real():
+        return None
+    features = x.shape[-1]
+    _check(features, features, None, bits, scale, shift)
+    x, bits, scale = x.contiguous(), bits.contiguous(), scale.contiguous()
+    shift = None if shift is None else shift.contiguous()
+    y = x.new_empty((*x.shape[:-1], bits.shape[0]))
+    status = native.stompp_real_linear(
+        *(x.data_ptr(), bits.data_ptr(), scale.data_ptr(), int(scale.numel() > 1)),
+        *(None if shift is None else shift.data_ptr(), int(shift is not None and shift.numel() > 1), y.data_ptr()),
+        *(x.numel() // features, features, bits.shape[0], torch.get_num_threads()),
+    )
+    _succeed(status, "stompp_real_linear", x)
+    return y
+
+
+def unpack(bits: Tensor, count: int) -> Tensor:
+    """The signs of rows of bits as float32: (rows, count) from uint8 (rows, ceil(count / 8))."""
+    signs = torch.empty(bits.shape[0], count)
+    native: Any = choice().native
+    native.stompp_unpack(bits.contiguous().data_ptr(), bits.shape[0], count, signs.data_ptr())
+    return signs
+
+
+def conv(
+    x: Tensor,
+    threshold: Tensor | None,
+    bits: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    pad: int,
+) -> Tensor:
+    """y = scale * conv(pad(sign(x - b)), sign(w)) + shift, bit for bit; see `linear`.
+
+    Args:
+        x: (batch, in_channels, *size) of one to three dimensions; y has the memory format that torch would give it.
+        threshold: b, (in_channels,).
+        bits: sign(w), uint8 (out_channels, ceil(in_channels / groups * volume of the kernel / 8)).
+        padding: before and after, one pair a dimension; pad: what stands there, -1, 0 or 1.
+    """
+    dims, channels, taps = len(kernel), x.shape[1] // groups, math.prod(kernel)
+    _check(x.shape[1], channels * taps, threshold, bits, scale, shift)
+    if x.dim() != dims + 2 or x.shape[1] % groups or bits.shape[0] % groups:
+        raise ShapeError(
+            f"a packed convolution in {groups} groups with {bits.shape[0]} outputs: an input of shape {tuple(x.shape)} "
+            f"does not fit; it is (batch, channels, *size) with {dims} sizes, and groups divide channels and outputs."
+        )
+    size = output_size(x.shape[2:], kernel, stride, padding, dilation)
+    y = x.new_empty((x.shape[0], bits.shape[0], *size), dtype=dtype)
+    shape = Shape(x.shape[0], x.shape[1], bits.shape[0], groups)
+    filled: dict[str, tuple[Sequence[int], int]] = {
+        "inner": (x.shape[2:], 1), "outer": (size, 1), "kernel": (kernel, 1), "stride": (stride, 1),
+        "before": ([before for before, _ in padding], 0), "dilation": (dilation, 1),
+    }  # fmt: skip
+    for name, (values, rest) in filled.items():
+        setattr(shape, name, (ctypes.c_int64 * 3)(*[rest] * (3 - dims), *values))
+    shape.pad = pad
+    if channels < FEW_CHANNELS and channels * taps < SHORT:
+        name, weights = "stompp_small_groups", bits.contiguous()
+    else:
+        name, weights = "stompp_conv", derived(bits, "tap words", lambda: _tap_words(bits, channels, taps))
+    tail = (ctypes.byref(shape), torch.get_num_threads())
+    _call(name, x.contiguous(), threshold, weights, scale, shift, y, *tail)
+    return y.contiguous(memory_format=memory_format(x, kernel))
+
+
+def output_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> list[int]:
+    """The spatial size of a convolution's output."""
+    every = zip(size, kernel, stride, padding, dilation, strict=True)
+    return [(n + sum(around) - d * (k - 1) - 1) // s + 1 for n, k, s, around, d in every]
+
+
+def memory_format(x: Tensor, kernel: Sequence[int]) -> torch.memory_format:
+    """The memory format in which torch would give a convolution's output: what comes next may sum in that order."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d if math.prod(kernel) > 1 else None}.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
+def _check(
+    features: int, fan_in: int, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    """Sizes and types that C takes on trust. Written out: it is part of every call."""
+    outputs = bits.shape[0]
+    if (
+        bits.dtype is not torch.uint8
+        or bits.shape[1] != (fan_in + 7) // 8
+        or (threshold is not None and (threshold.numel() != features or threshold.dtype is not torch.float32))
+        or (scale is not None and (scale.numel() not in (1, outputs) or scale.dtype is not torch.float32))
+        or (shift is not None and (shift.numel() not in (1, outputs) or shift.dtype is not torch.float32))
+    ):
+        sizes = [None if t is None else (t.numel(), t.dtype) for t in (threshold, scale, shift)]
+        raise ShapeError(
+            f"a packed product of {features} features, {fan_in} weights an output channel: bits of shape "
+            f"{tuple(bits.shape)} and type {bits.dtype}, with {sizes} thresholds, scales and shifts, do not fit."
+        )
+
+
+def _tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
+    outputs, words = bits.shape[0], -(-channels // 32)
+    result = torch.empty(outputs * taps * (words + 1), dtype=torch.int32)
+    native: Any = choice().native
+    native.stompp_tap_words(bits.contiguous().data_ptr(), outputs, channels, taps, result.data_ptr())
+    return result
+
+
+def _call(
+    name: str, x: Tensor, threshold: Tensor | None, weights: Tensor, scale: Tensor | None, shift: Tensor | None,
+    y: Tensor, *tail: Any,
+) -> None:  # fmt: skip
+    # The tensors keep their names until the call is over, and so their memory.
+    threshold, scale, shift = _in_order(threshold), _in_order(scale), _in_order(shift)
+    status = getattr(choice().native, name)(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        None if threshold is None else threshold.data_ptr(),
+        weights.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        scale is not None and scale.numel() > 1,
+        None if shift is None else shift.data_ptr(),
+        shift is not None and shift.numel() > 1,
+        y.data_ptr(),
+        DTYPES[y.dtype],
+        *tail,
+    )
+    _succeed(status, name, x)
+
+
+def _in_order(values: Tensor | None) -> Tensor | None:
+    return values if values is None or values.is_contiguous() else values.contiguous()
+
+
+def _succeed(status: int, name: str, x: Tensor) -> None:
+    if status:
+        raise KernelError(f"{name}: no memory for an input of shape {tuple(x.shape)}; use a smaller batch.")

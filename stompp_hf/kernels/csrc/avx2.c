@@ -1,0 +1,192 @@
+/* AVX2: a look-up by nibbles. For 4 bits of a row, a table holds how many of them differ from each of the 16 values
+ * that 4 bits of a lane can have; one shuffle looks up 32 lanes. */
+#include "kernels.h"
+
+#ifdef STOMPP_X86
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx2,f16c")))
+#define OWN_HALVES
+
+TARGET static void halves_to_floats(const uint16_t *from, int64_t count, float *to) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+    for (; i < count; i++)
+        to[i] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(from[i])));
+}
+
+TARGET static void floats_to_halves(const float *from, int64_t count, uint16_t *to) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < count; i++)
+        to[i] = (uint16_t)_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(from[i]), _MM_FROUND_TO_NEAREST_INT));
+}
+
+TARGET static inline uint32_t signs_of_32(const float *x, const float *b) {
+    const __m256 minus_zero = _mm256_set1_ps(-0.0f);
+    uint32_t negative = 0;
+    for (int i = 0; i < 4; i++) {
+        __m256 under = minus_zero;
+        if (b) /* -(0 - b) */
+            under = _mm256_xor_ps(minus_zero, _mm256_sub_ps(_mm256_setzero_ps(), _mm256_loadu_ps(b + 8 * i)));
+        negative |= (uint32_t)_mm256_movemask_ps(_mm256_sub_ps(_mm256_loadu_ps(x + 8 * i), under)) << (8 * i);
+    }
+    return ~negative;
+}
+
+#include "common.inc"
+
+/* 8 rows of 8 words become 8 words of 8 lanes. */
+TARGET static inline void transpose(__m256i v[8]) {
+    __m256i t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            v[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+            v[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2x128_si256(v[i], v[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; i++)
+        v[i] = t[i];
+}
+
+TARGET static void make_panel(const uint8_t *bits, int64_t bytes, int64_t lanes, int64_t words, uint32_t *panel) {
+    int64_t whole = bytes / 32 * 8; /* words that can be read 8 at a time */
+    for (int64_t word = 0; word < whole; word += 8)
+        for (int64_t lane = 0; lane < LANES; lane += 8) {
+            __m256i v[8];
+            for (int i = 0; i < 8; i++)
+                v[i] = lane + i < lanes ? _mm256_loadu_si256((const __m256i *)(bits + (lane + i) * bytes + 4 * word))
+                                        : _mm256_setzero_si256();
+            transpose(v);
+            for (int i = 0; i < 8; i++)
+                _mm256_store_si256((__m256i *)(panel + (word + i) * LANES + lane), v[i]);
+        }
+    panel_rest(bits, bytes, lanes, whole, words, panel);
+}
+
+/* Each word of 32 lanes becomes 4 vectors, vector i with byte i of every lane. */
+TARGET static void split_bytes(const uint32_t *panel, int64_t panel_stride, int64_t words, int64_t vectors,
+                               __m256i *split) {
+    const __m256i by_place = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int64_t word = 0; word < words; word++, panel += panel_stride)
+        for (int64_t half = 0; half < 2; half++, split += 4) {
+            __m256i v[4];
+            for (int i = 0; i < 4; i++) {
+                int there = (32 * half + 8 * i) / VECTOR < vectors;
+                __m256i lanes = there ? _mm256_loadu_si256((const __m256i *)(panel + 32 * half + 8 * i))
+                                      : _mm256_setzero_si256();
+                v[i] = _mm256_shuffle_epi8(lanes, by_place);
+            }
+            __m256i t0 = _mm256_unpacklo_epi32(v[0], v[1]), t1 = _mm256_unpackhi_epi32(v[0], v[1]);
+            __m256i t2 = _mm256_unpacklo_epi32(v[2], v[3]), t3 = _mm256_unpackhi_epi32(v[2], v[3]);
+            split[0] = _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi64(t0, t2), order);
+            split[1] = _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi64(t0, t2), order);
+            split[2] = _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi64(t1, t3), order);
+            split[3] = _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi64(t1, t3), order);
+        }
+}
+
+#define DIFFERENT(a) {OF(a, 0), OF(a, 1), OF(a, 2), OF(a, 3), OF(a, 4), OF(a, 5), OF(a, 6), OF(a, 7), OF(a, 8),        \
+                      OF(a, 9), OF(a, 10), OF(a, 11), OF(a, 12), OF(a, 13), OF(a, 14), OF(a, 15)}
+#define OF(a, w) (((a) ^ (w)) & 1) + ((((a) ^ (w)) >> 1) & 1) + ((((a) ^ (w)) >> 2) & 1) + (((a) ^ (w)) >> 3)
+static const uint8_t different[16][16] __attribute__((aligned(64))) = {
+    DIFFERENT(0), DIFFERENT(1), DIFFERENT(2),  DIFFERENT(3),  DIFFERENT(4),  DIFFERENT(5),  DIFFERENT(6),  DIFFERENT(7),
+    DIFFERENT(8), DIFFERENT(9), DIFFERENT(10), DIFFERENT(11), DIFFERENT(12), DIFFERENT(13), DIFFERENT(14), DIFFERENT(15)};
+
+#define WORDS_A_BYTE 7 /* a counter of 8 bits holds the differences of 7 words, at most 224 */
+#define STAYS(v) __asm__("" : "+x"(v)) /* or gcc adds in another order, and counters leave their registers */
+
+#define TILE(R)                                                                                                        \
+    TARGET static void tile_##R(const uint32_t *rows, int64_t row_stride, const __m256i *split, int64_t words,         \
+                                int32_t K, int32_t *z) {                                                               \
+        const __m256i low = _mm256_set1_epi8(15);                                                                      \
+        uint16_t differ[R][LANES] __attribute__((aligned(64)));                                                        \
+        __builtin_memset(differ, 0, sizeof(differ));                                                                   \
+        for (int64_t first = 0; first < words; first += WORDS_A_BYTE) {                                                \
+            int64_t last = smaller(first + WORDS_A_BYTE, words);                                                       \
+            __m256i count[R][2];                                                                                       \
+            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) count[r][0] = count[r][1] = _mm256_setzero_si256();    \
+            for (int64_t word = first; word < last; word++)                                                            \
+                _Pragma("GCC unroll 4") for (int byte = 0; byte < 4; byte++) {                                         \
+                    __m256i a = _mm256_load_si256(split + 8 * word + byte);                                            \
+                    __m256i b = _mm256_load_si256(split + 8 * word + 4 + byte);                                        \
+                    _Pragma("GCC unroll 2") for (int nibble = 0; nibble < 2; nibble++) {                               \
+                        __m256i c = _mm256_and_si256(nibble ? _mm256_srli_epi16(a, 4) : a, low);                       \
+                        __m256i d = _mm256_and_si256(nibble ? _mm256_srli_epi16(b, 4) : b, low);                       \
+                        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                          \
+                            uint32_t own = (rows[r * row_stride + word] >> (8 * byte + 4 * nibble)) & 15;              \
+                            __m256i table =                                                                            \
+                                _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)different[own]));          \
+                            count[r][0] = _mm256_add_epi8(count[r][0], _mm256_shuffle_epi8(table, c));                 \
+                            count[r][1] = _mm256_add_epi8(count[r][1], _mm256_shuffle_epi8(table, d));                 \
+                            STAYS(count[r][0]);                                                                        \
+                            STAYS(count[r][1]);                                                                        \
+                        }                                                                                              \
+                    }                                                                                                  \
+                }                                                                                                      \
+            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) for (int half = 0; half < 2; half++) {                 \
+                __m256i *sum = (__m256i *)(differ[r] + 32 * half), bytes = count[r][half];                             \
+                sum[0] = _mm256_add_epi16(sum[0], _mm256_cvtepu8_epi16(_mm256_castsi256_si128(bytes)));                \
+                sum[1] = _mm256_add_epi16(sum[1], _mm256_cvtepu8_epi16(_mm256_extracti128_si256(bytes, 1)));           \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int r = 0; r < R; r++)                                                                                    \
+            for (int lane = 0; lane < LANES; lane++)                                                                   \
+                z[r * LANES + lane] += K - 2 * (int32_t)differ[r][lane];                                               \
+    }
+TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+
+typedef void (*Tile)(const uint32_t *, int64_t, const __m256i *, int64_t, int32_t, int32_t *);
+static const Tile tiles[6] = {tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
+
+#define WORDS_A_SUM 2047 /* a sum of 16 bits holds the differences of as many words */
+
+TARGET static void product(const uint32_t *rows, int64_t row_stride, int64_t count, const uint32_t *panel,
+                           int64_t panel_stride, int64_t vectors, int64_t words, int32_t K, int32_t *z,
+                           uint32_t *spare) {
+    __m256i *split = (__m256i *)spare;
+    split_bytes(panel, panel_stride, words, vectors, split);
+    __builtin_memset(z, 0, (size_t)count * LANES * sizeof(*z));
+    for (int64_t row = 0; row < count; row += 6)
+        for (int64_t word = 0; word < words; word += WORDS_A_SUM)
+            tiles[smaller(6, count - row) - 1](rows + row * row_stride + word, row_stride, split + 8 * word,
+                                               smaller(WORDS_A_SUM, words - word), word ? 0 : K, z + row * LANES);
+}
+
+/* Each nibble of a lane looks up its sum: its 3 lower bits in one half of the table or the other, as its highest says. */
+TARGET static void real_product(const float *tables, const uint32_t *panel, int64_t vectors, int64_t words, float *z) {
+    for (int64_t first = 0; first < vectors * VECTOR; first += 32) {
+        const float *table = tables;
+        __m256 sums[4];
+        for (int i = 0; i < 4; i++)
+            sums[i] = _mm256_setzero_ps();
+        for (int64_t word = 0; word < words; word++)
+            for (int nibble = 0; nibble < 8; nibble++, table += 16) {
+                __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+                _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+                    __m256i lanes = _mm256_loadu_si256((const __m256i *)(panel + word * LANES + first + 8 * i));
+                    __m256i at = _mm256_srlv_epi32(lanes, _mm256_set1_epi32(4 * nibble));
+                    __m256 top = _mm256_castsi256_ps(_mm256_sllv_epi32(lanes, _mm256_set1_epi32(28 - 4 * nibble)));
+                    __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at),
+                                                    _mm256_permutevar8x32_ps(high, at), top);
+                    sums[i] = _mm256_add_ps(sums[i], value);
+                }
+            }
+        for (int i = 0; i < 4; i++)
+            _mm256_storeu_ps(z + first + 8 * i, sums[i]);
+    }
+}
+
+const Backend stompp_avx2 = {"avx2", sign_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, real_product};
+#endif

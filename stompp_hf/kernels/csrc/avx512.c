@@ -1,0 +1,164 @@
+/* AVX-512 with VPOPCNTDQ: xor, count, add, 512 bits at a time. */
+#include "kernels.h"
+
+#ifdef STOMPP_X86
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,f16c,avx2,fma")))
+#define OWN_HALVES
+
+TARGET static void halves_to_floats(const uint16_t *from, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i += 16) {
+        __mmask16 here = (__mmask16)_cvtu32_mask16(count - i < 16 ? (1u << (count - i)) - 1 : 0xffff);
+        __m256i halves = _mm256_maskz_loadu_epi16(here, from + i);
+        _mm512_mask_storeu_ps(to + i, here, _mm512_cvtph_ps(halves));
+    }
+}
+
+TARGET static void floats_to_halves(const float *from, int64_t count, uint16_t *to) {
+    for (int64_t i = 0; i < count; i += 16) {
+        __mmask16 here = (__mmask16)_cvtu32_mask16(count - i < 16 ? (1u << (count - i)) - 1 : 0xffff);
+        __m256i halves = _mm512_cvtps_ph(_mm512_maskz_loadu_ps(here, from + i), _MM_FROUND_TO_NEAREST_INT);
+        _mm256_mask_storeu_epi16(to + i, here, halves);
+    }
+}
+
+TARGET static inline uint32_t signs_of_16(const float *x, const float *b) {
+    const __m512 minus_zero = _mm512_set1_ps(-0.0f);
+    __m512 under = minus_zero;
+    if (b) /* -(0 - b) */
+        under = _mm512_xor_ps(minus_zero, _mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(b)));
+    __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(x), under);
+    return 0xffffu ^ _cvtmask16_u32(_mm512_movepi32_mask(_mm512_castps_si512(difference)));
+}
+
+TARGET static inline uint32_t signs_of_32(const float *x, const float *b) {
+    return signs_of_16(x, b) | signs_of_16(x + 16, b ? b + 16 : 0) << 16;
+}
+
+#include "common.inc"
+
+/* 16 rows of 16 words become 16 words of 16 lanes. */
+TARGET static inline void transpose(__m512i v[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+            v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+TARGET static void make_panel(const uint8_t *bits, int64_t bytes, int64_t lanes, int64_t words, uint32_t *panel) {
+    for (int64_t word = 0; word < words; word += 16) {
+        int64_t left = bytes - 4 * word;
+        __mmask64 here = left >= 64 ? ~0ull : (1ull << left) - 1;
+        for (int64_t lane = 0; lane < LANES; lane += 16) {
+            __m512i v[16];
+            for (int i = 0; i < 16; i++)
+                v[i] = lane + i < lanes ? _mm512_maskz_loadu_epi8(here, bits + (lane + i) * bytes + 4 * word)
+                                        : _mm512_setzero_si512();
+            transpose(v);
+            for (int i = 0; i < 16 && word + i < words; i++)
+                _mm512_store_si512(panel + (word + i) * LANES + lane, v[i]);
+        }
+    }
+}
+
+/* R rows by V vectors: R * V counters stay in registers. */
+#define TILE(R, V)                                                                                                     \
+    TARGET static void tile_##R##_##V(const uint32_t *rows, int64_t row_stride, const uint32_t *panel,                 \
+                                      int64_t panel_stride, int64_t words, int32_t K, int32_t *z) {                    \
+        __m512i differ[R][V];                                                                                          \
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)                                                            \
+            _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) differ[r][v] = _mm512_setzero_si512();                 \
+        for (int64_t word = 0; word < words; word++, panel += panel_stride) {                                          \
+            __m512i beside[V];                                                                                         \
+            _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) beside[v] = _mm512_loadu_si512(panel + VECTOR * v);    \
+            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                      \
+                __m512i own = _mm512_set1_epi32((int32_t)rows[r * row_stride + word]);                                 \
+                _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) differ[r][v] = _mm512_add_epi32(                   \
+                    differ[r][v], _mm512_popcnt_epi32(_mm512_xor_si512(own, beside[v])));                              \
+            }                                                                                                          \
+        }                                                                                                              \
+        __m512i all = _mm512_set1_epi32(K);                                                                            \
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++)                                                            \
+            _Pragma("GCC unroll 8") for (int v = 0; v < V; v++) _mm512_storeu_si512(                                   \
+                z + r * LANES + VECTOR * v, _mm512_sub_epi32(all, _mm512_slli_epi32(differ[r][v], 1)));                \
+    }
+#define TILES(R) TILE(R, 1) TILE(R, 2) TILE(R, 3) TILE(R, 4)
+TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
+
+typedef void (*Tile)(const uint32_t *, int64_t, const uint32_t *, int64_t, int64_t, int32_t, int32_t *);
+#define ROW(R) {tile_##R##_1, tile_##R##_2, tile_##R##_3, tile_##R##_4}
+static const Tile tiles[6][4] = {ROW(1), ROW(2), ROW(3), ROW(4), ROW(5), ROW(6)};
+
+static void product(const uint32_t *rows, int64_t row_stride, int64_t count, const uint32_t *panel,
+                    int64_t panel_stride, int64_t vectors, int64_t words, int32_t K, int32_t *z, uint32_t *spare) {
+    (void)spare;
+    for (int64_t row = 0; row < count; row += 6) {
+        Tile tile = tiles[smaller(6, count - row) - 1][vectors - 1];
+        tile(rows + row * row_stride, row_stride, panel, panel_stride, words, K, z + row * LANES);
+    }
+}
+
+/* 16 rows of weights at a time, each with 16 counters; their sums come from one transposition at the end. */
+TARGET static void one_row(const uint32_t *row, const uint8_t *bits, int64_t bytes, int64_t lanes, int32_t K,
+                           int32_t *z) {
+    for (int64_t lane = 0; lane < lanes; lane += 16) {
+        __m512i v[16];
+        for (int i = 0; i < 16; i++)
+            v[i] = _mm512_setzero_si512();
+        for (int64_t at = 0; at < bytes; at += 64) {
+            __mmask64 here = bytes - at >= 64 ? ~0ull : (1ull << (bytes - at)) - 1;
+            __m512i x = _mm512_maskz_loadu_epi8(here, (const uint8_t *)row + at);
+            for (int i = 0; i < 16; i++) {
+                const uint8_t *own = bits + smaller(lane + i, lanes - 1) * bytes + at;
+                __m512i differ = _mm512_xor_si512(x, _mm512_maskz_loadu_epi8(here, own));
+                v[i] = _mm512_add_epi32(v[i], _mm512_popcnt_epi32(differ));
+            }
+        }
+        transpose(v);
+        for (int step = 8; step > 0; step /= 2)
+            for (int i = 0; i < step; i++)
+                v[i] = _mm512_add_epi32(v[i], v[i + step]);
+        _mm512_storeu_si512(z + lane, _mm512_sub_epi32(_mm512_set1_epi32(K), _mm512_slli_epi32(v[0], 1)));
+    }
+}
+
+/* Each nibble of a lane looks up its sum. */
+TARGET static void real_product(const float *tables, const uint32_t *panel, int64_t vectors, int64_t words, float *z) {
+    for (int64_t v = 0; v < vectors; v += 2) { /* panels have an even number of vectors */
+        const float *table = tables;
+        __m512 sums[2][2] = {{_mm512_setzero_ps(), _mm512_setzero_ps()}, {_mm512_setzero_ps(), _mm512_setzero_ps()}};
+        for (int64_t word = 0; word < words; word++) {
+            __m512i a = _mm512_load_si512(panel + word * LANES + VECTOR * v);
+            __m512i b = _mm512_load_si512(panel + word * LANES + VECTOR * (v + 1));
+            _Pragma("GCC unroll 8") for (int nibble = 0; nibble < 8; nibble++, table += 16) {
+                __m512 values = _mm512_loadu_ps(table);
+                sums[0][nibble & 1] = _mm512_add_ps(sums[0][nibble & 1], _mm512_permutexvar_ps(a, values));
+                sums[1][nibble & 1] = _mm512_add_ps(sums[1][nibble & 1], _mm512_permutexvar_ps(b, values));
+                a = _mm512_srli_epi32(a, 4);
+                b = _mm512_srli_epi32(b, 4);
+            }
+        }
+        _mm512_storeu_ps(z + VECTOR * v, _mm512_add_ps(sums[0][0], sums[0][1]));
+        _mm512_storeu_ps(z + VECTOR * (v + 1), _mm512_add_ps(sums[1][0], sums[1][1]));
+    }
+}
+
+const Backend stompp_avx512 = {"avx512", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product};
+#endif

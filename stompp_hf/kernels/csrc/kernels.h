@@ -1,0 +1,86 @@
+/* 1-bit products on a CPU: what the files share.
+ *
+ * Signs are bits, 1 for +1; 32 of them are a word, the first in its lowest bit. Bits behind the last are 0 in both
+ * operands, so that they never differ: with d the number of bits that differ, the product of K signs is K - 2 d.
+ *
+ * Every product has `rows` of words, whose words are broadcast, and a `panel`, whose words lie side by side in LANES
+ * lanes: panel[word][lane]. In a linear layer rows are inputs and lanes are output channels; in a convolution rows
+ * are output channels and lanes are pixels. So results lie in lanes as they lie in memory.
+ */
+#ifndef STOMPP_KERNELS_H
+#define STOMPP_KERNELS_H
+
+#include <stdint.h>
+
+#define STOMPP_VERSION 2 /* to be raised with every change of a function that Python calls */
+#define LANES 64
+#define VECTOR 16  /* lanes come in multiples of it */
+#define ROW_BLOCK 48 /* rows of results that are held at a time: 12 KiB */
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { DONE = 0, NO_MEMORY = 1 };
+
+static inline int64_t words_of(int64_t bits) { return (bits + 31) / 32; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+/* What differs between CPUs. */
+typedef struct {
+    const char *name;
+    /* Words of sign(x - b) of `count` numbers side by side; b may be NULL. */
+    void (*sign_row)(const void *x, int dtype, const float *b, int64_t count, uint32_t *words);
+    /* One word for each of `count` pixels, bit i from channel i of `channels` <= 32, which lie `stride` numbers apart. */
+    void (*sign_plane)(const void *x, int dtype, int64_t stride, const float *b, int64_t channels, int64_t count,
+                       uint32_t *words);
+    /* panel[word][lane] of `lanes` <= LANES rows of `bytes` bytes each; lanes behind them are 0. */
+    void (*make_panel)(const uint8_t *bits, int64_t bytes, int64_t lanes, int64_t words, uint32_t *panel);
+    /* z[row][lane] = K - 2 (bits that differ), for `vectors` * VECTOR lanes. `spare`: words * LANES words. */
+    void (*product)(const uint32_t *rows, int64_t row_stride, int64_t count, const uint32_t *panel,
+                    int64_t panel_stride, int64_t vectors, int64_t words, int32_t K, int32_t *z, uint32_t *spare);
+    /* The same for one row and the bits themselves, without a panel, which few rows are not worth; NULL where it is. */
+    void (*one_row)(const uint32_t *row, const uint8_t *bits, int64_t bytes, int64_t lanes, int32_t K, int32_t *z);
+    /* y = scale * z + shift along one row of lanes, rounded twice as torch does; steps of 0 repeat one value. */
+    void (*finish)(const int32_t *z, const float *scale, int64_t scale_step, const float *shift, int64_t shift_step,
+                   int64_t count, void *y, int dtype);
+    /* sign(x - b) of `count` numbers as -1 and 1, for one b. */
+    void (*sign_bytes)(const void *x, int dtype, float b, int64_t count, int8_t *signs);
+    /* sums[i] += sign * row[i * stride]. */
+    void (*add_row)(const int8_t *row, int64_t stride, int sign, int64_t count, int16_t *sums);
+    /* Sums of real numbers: z[lane] = x . sign(w), for one row x whose 16 sums of every 4 numbers are `tables`, 8 tables
+     * a word. NULL where there is nothing better than plain sums of products. */
+    void (*real_product)(const float *tables, const uint32_t *panel, int64_t vectors, int64_t words, float *z);
+} Backend;
+
+extern const Backend stompp_portable;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define STOMPP_X86 1
+extern const Backend stompp_avx2, stompp_avx512;
+#endif
+
+const Backend *stompp_backend(void);
+
+/* Sizes of a convolution with up to three dimensions; those that it has not are 1 (padding 0). */
+typedef struct {
+    int64_t batch, channels, outputs, groups;
+    int64_t in[3], out[3], kernel[3], stride[3], before[3], dilation[3]; /* before: padding in front of the input */
+    int64_t pad; /* what stands around the input: -1, 0 or 1 */
+} Shape;
+
+static inline int64_t volume(const int64_t size[3]) { return size[0] * size[1] * size[2]; }
+
+/* Calls task(context, index, slot) for every index below `count`; no two at a time share a slot below `threads`. */
+typedef void (*Task)(void *context, int64_t index, int slot);
+void stompp_run(Task task, void *context, int64_t count, int threads);
+int stompp_threads_for(double products, int threads);
+
+/* Memory that vectors may be read from and written to, also a vector behind its end; NULL where there is none. */
+void *stompp_allocate(int64_t bytes);
+void stompp_release(void *memory);
+
+#endif

@@ -1,0 +1,150 @@
+"""The compiled part: where it is, whether it is used, and with which instructions of this CPU.
+
+STOMPP_KERNELS=torch|c|auto   plain torch; compiled, or an error; compiled where it is there (the default)
+STOMPP_KERNELS_CPU=portable|avx2|avx512   instructions that may be used at most; by default the best of this CPU
+"""
+
+import ctypes
+import importlib.machinery
+import os
+import platform
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import KernelError
+
+MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
+MODES, LIMITS = ("auto", "torch", "c"), ("", "portable", "avx2", "avx512")
+VERSION = 2
+"""STOMPP_VERSION of the sources that these calls belong to."""
+BUILD = 'pip install "stompp-hf" from its sources where a C compiler is (in a checkout: pip install -e .)'
+
+
+class Shape(ctypes.Structure):
+    """Shape of kernels.h: the sizes of a convolution."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "channels", "outputs", "groups")),
+        *((name, c_int64 * 3) for name in ("inner", "outer", "kernel", "stride", "before", "dilation")),
+        ("pad", c_int64),
+    )
+
+
+_INPUT = (c_void_p, c_int, c_void_p, c_void_p)  # x, its dtype, threshold, bits
+_OUTPUT = (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int)  # scale and its step, shift and its step, y, dtype
+_FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "stompp_choose": (c_char_p, (c_char_p,)),
+    "stompp_set_team": (None, (c_void_p,)),
+    "stompp_linear": (c_int, (*_INPUT, *_OUTPUT, c_int64, c_int64, c_int64, c_int)),
+    "stompp_conv": (c_int, (*_INPUT, *_OUTPUT, POINTER(Shape), c_int)),
+    "stompp_small_groups": (c_int, (*_INPUT, *_OUTPUT, POINTER(Shape), c_int)),
+    "stompp_has_real": (c_int, ()),
+    "stompp_real_linear": (c_int, (*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_int)),
+    "stompp_unpack": (None, (c_void_p, c_int64, c_int64, c_void_p)),
+    "stompp_tap_words": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is used: "c" or "torch", with which instructions, and why."""
+
+    used: str
+    instructions: str
+    reason: str
+    native: ctypes.CDLL | None = None
+
+
+_chosen: Choice | None = None
+
+
+def choice() -> Choice:
+    """What is used in this process; decided at the first call, from the environment.
+
+    Raises:
+        KernelError: STOMPP_KERNELS=c without the compiled part, or a value that is none.
+    """
+    return _chosen if _chosen is not None else use()
+
+
+def use(mode: str | None = None, cpu: str | None = None) -> Choice:
+    """Decide anew what is used in this process.
+
+    Args:
+        mode: "torch", "c" or "auto"; None for what STOMPP_KERNELS says.
+        cpu: "portable", "avx2" or "avx512", the instructions that may be used at most; None for STOMPP_KERNELS_CPU.
+
+    Raises:
+        KernelError: "c" without the compiled part, or a value that is none.
+    """
+    global _chosen
+    mode = os.environ.get(MODE, "auto") if mode is None else mode
+    cpu = os.environ.get(LIMIT, "") if cpu is None else cpu
+    for name, value, values in ((MODE, mode, MODES), (LIMIT, cpu, LIMITS)):
+        if value not in values:
+            known = ", ".join(word for word in values if word)
+            raise KernelError(f"{name} is {value!r}, and must be one of {known}.")
+    _chosen = _choose(mode, cpu)
+    return _chosen
+
+
+def _choose(mode: str, cpu: str) -> Choice:
+    if mode == "torch":
+        return Choice("torch", "", f"{MODE}=torch")
+    native = _load()
+    if isinstance(native, str):
+        if mode == "c":
+            raise KernelError(f"{MODE}=c, and {native}. To have it: {BUILD}; or set {MODE}=auto.")
+        return Choice("torch", "", native)
+    instructions = native.stompp_choose(cpu.encode()).decode()
+    limit = f", {LIMIT}={cpu}" if cpu else ""
+    return Choice("c", instructions, f"{MODE}={mode}{limit}, on {platform.machine()}", native)
+
+
+def library_path() -> Path | None:
+    """The compiled part's file, or None."""
+    here = Path(__file__).parent
+    paths = (here / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _load() -> ctypes.CDLL | str:
+    """The compiled part, or why there is none."""
+    path = library_path()
+    if path is None:
+        return "the compiled part was not built (no C compiler when this was installed, or a checkout without a build)"
+    try:
+        native = ctypes.CDLL(str(path))
+        version = native.stompp_version()
+        if version != VERSION:
+            return f"{path.name} was built from other sources (version {version}, not {VERSION}): build it again"
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(native, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return f"{path.name} cannot be loaded: {error}"
+    native.stompp_set_team(_team())
+    return native
+
+
+def _team() -> int | None:
+    """The function of torch's own OpenMP that runs a team of threads, where it can be found."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError, TypeError):  # TypeError: Windows
+        return None
+
+
+def describe() -> str:
+    """Lines that say what is used and why."""
+    chosen = choice()
+    path = library_path()
+    lines = [
+        f"kernels       {chosen.used}{' with ' + chosen.instructions if chosen.instructions else ''}",
+        f"because       {chosen.reason}",
+        f"compiled part {path.name if path else 'none'}",
+    ]
+    if chosen.used == "c":
+        lines.append(f"threads       {'of torch' if _team() else 'made for each call'}")
+    return "\n".join(lines)
