@@ -154,35 +154,67 @@ class _MixActivation(torch.autograd.Function):
         surrogate: str,
         width: float,
     ) -> Tensor:
-        _keep(ctx, (u, real, scale, threshold, mask), low, high)
-        ctx.offset, ctx.surrogate, ctx.width = offset, surrogate, width
+        wants_u, wants_real, wants_scale, wants_threshold = ctx.needs_input_grad[:4]
         levels = hard_above(u, threshold)
+        unfrozen = u if real is None else real
+        # What the backward pass asks of u is three bits an entry: they are kept in a byte, and u is not.
+        flags: dict[int, Tensor] = {}
+        if wants_scale:
+            flags[_ABOVE] = levels > 0
+        if low is not None and (wants_u if real is None else wants_real):
+            flags[_INSIDE] = _between(unfrozen, low, high)
+        if surrogate == "windowed_ste" and (wants_u or wants_threshold):
+            flags[_PASSING] = near(u, threshold, scale, width)
+        elif surrogate == "clipped_ste" and low is not None and (real is not None or not wants_u):
+            flags[_PASSING] = _between(u, low, high)
+        ctx.save_for_backward(scale, threshold, mask, _packed(flags))
+        ctx.bits, ctx.offset, ctx.surrogate, ctx.absorbed = tuple(flags), offset, surrogate, real is not None
         levels = levels.add_(offset).mul_(scale) if offset else levels.mul_(scale)
-        return torch.lerp(soft(u if real is None else real, low, high), levels, mask, out=levels)
+        return torch.lerp(soft(unfrozen, low, high), levels, mask, out=levels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (u, real, scale, threshold, mask), edges = _kept(ctx)
+        scale, threshold, mask, code = ctx.saved_tensors
         wants_u, wants_real, wants_scale, wants_threshold = ctx.needs_input_grad[:4]
         grad_u = grad_real = grad_scale = grad_threshold = None
-        clipped = inside(grad, u, *edges) if real is None or ctx.surrogate == "clipped_ste" else grad
-        passed = {"zero": None, "clipped_ste": clipped}.get(ctx.surrogate, grad)
-        if ctx.surrogate == "windowed_ste" and (wants_u or wants_threshold):
-            passed = grad * near(u, threshold, scale, ctx.width)
+        clipped = grad * (code & _INSIDE).ne(0) if _INSIDE in ctx.bits else grad
+        passed: Tensor | None = None
+        if _PASSING in ctx.bits:
+            passed = grad * (code & _PASSING).ne(0)
+        elif ctx.surrogate != "zero":
+            passed = clipped if ctx.surrogate == "clipped_ste" and not ctx.absorbed else grad
         if wants_real:
-            grad_real = inside(grad, real, *edges) * (1.0 - mask)
-        if wants_u and real is None:
+            grad_real = clipped * (1.0 - mask)
+        if wants_u and not ctx.absorbed:
             grad_u = _through(clipped, passed, mask)
         elif wants_u and passed is not None:
             grad_u = passed * mask
         if wants_scale:
-            levels = hard_above(u, threshold)
-            levels = levels.add_(ctx.offset) if ctx.offset else levels
+            levels = (code & _ABOVE).to(grad.dtype).mul_(2.0 / _ABOVE).add_(ctx.offset - 1.0)
             grad_scale = _masked_sum(levels.mul_(grad), mask, scale.shape)
         if wants_threshold and passed is not None:
             grad_threshold = -_masked_sum(passed, mask, threshold.shape)
         return grad_u, grad_real, grad_scale, grad_threshold, *[None] * 6
+
+
+_ABOVE, _INSIDE, _PASSING = 1, 2, 4
+"""Bits of an entry: u >= b; within the clip; where the surrogate passes its gradient."""
+
+
+def _between(u: Tensor, low: Edge, high: Edge) -> Tensor:
+    u = u.detach()
+    return (u > low) & (u < high)  # type: ignore[operator]
+
+
+def _packed(flags: dict[int, Tensor]) -> Tensor | None:
+    """Booleans as the bits of one byte an entry; None without any."""
+    code: Tensor | None = None
+    for bit, flag in flags.items():
+        part = flag.view(torch.uint8)
+        part = part * bit if bit > 1 else part
+        code = part if code is None else code.bitwise_or_(part)
+    return code
 
 
 def mix_activation(
