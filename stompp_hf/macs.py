@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from . import kernels
 from .modules import PENDING, Member
 from .modules.packed import PackedMember
 from .probe import example_inputs_of, run, undisturbed
@@ -86,7 +87,8 @@ def count_macs(model: nn.Module, example_inputs: Any = None) -> Macs | None:
         handles.append(module.register_forward_pre_hook(entering(name)))
         handles.append(module.register_forward_hook(leave))
     try:
-        with _without_values(model), _module_by_module(), undisturbed(model), counter:
+        # Compiled kernels are called past torch, which could not count them.
+        with _without_values(model), _module_by_module(), kernels.switched_off(), undisturbed(model), counter:
             run(model, inputs)
             settle()
     except Exception as error:

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stompp_hf import Progression, StoMPPConfig, binarize_model, pack_model, restore_model, summary
+from stompp_hf import Progression, StoMPPConfig, binarize_model, kernels, pack_model, restore_model, summary
 from stompp_hf.errors import ConfigError
 from stompp_hf.metrics import frozen_fraction
 from stompp_hf.modules import BinaryLayer, Member
@@ -43,10 +43,10 @@ def saved(model: Any, folder: Path) -> int:
 
 
 def flops(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """Multiply-accumulates by torch's own counter, which counts two FLOPs each."""
+    """Multiply-accumulates by torch's own counter, which counts two FLOPs each, and none of compiled kernels."""
     training = model.training
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), kernels.switched_off(), FlopCounterMode(display=False) as counter:
         model(**inputs)
     model.train(training)
     assert counter.get_total_flops() % 2 == 0

@@ -1,7 +1,7 @@
 """1-bit products in compiled C: which part of it is used, and its calls. Plain torch is always there instead."""
 
 from .calls import conv, fits, linear, memory_format, output_size, real_linear, unpack
-from .native import Choice, choice, describe, use
+from .native import Choice, choice, describe, switched_off, use
 
 __all__ = [
     "Choice",
@@ -13,6 +13,7 @@ __all__ = [
     "memory_format",
     "output_size",
     "real_linear",
+    "switched_off",
     "unpack",
     "use",
 ]

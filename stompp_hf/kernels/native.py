@@ -4,10 +4,12 @@ STOMPP_KERNELS=torch|c|auto   plain torch; compiled, or an error; compiled where
 STOMPP_KERNELS_CPU=portable|avx2|avx512   instructions that may be used at most; by default the best of this CPU
 """
 
+import contextlib
 import ctypes
 import importlib.machinery
 import os
 import platform
+from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,17 @@ def use(mode: str | None = None, cpu: str | None = None) -> Choice:
             raise KernelError(f"{name} is {value!r}, and must be one of {known}.")
     _chosen = _choose(mode, cpu)
     return _chosen
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Inside the block everything computes in plain torch, whatever was decided before."""
+    global _chosen
+    before, _chosen = _chosen, _choose("torch", "")
+    try:
+        yield
+    finally:
+        _chosen = before
 
 
 def _choose(mode: str, cpu: str) -> Choice:
