@@ -62,6 +62,10 @@ def main(job: dict[str, Any]) -> None:
         (out / "history.json").write_text(json.dumps(trainer.state.log_history))
         (out / "began.json").write_text(json.dumps(before and Path(before).name))
     assert trainer.state.global_step == TOTAL
+    if world > 1:
+        torch.distributed.barrier()
+        sys.stderr.flush()
+        os._exit(0)  # gloo's threads may outlive the interpreter, which then aborts
 
 
 if __name__ == "__main__":

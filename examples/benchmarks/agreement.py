@@ -172,7 +172,9 @@ def main() -> int:
     """Start two processes of this script, or be one of them."""
     reduced = "--reduced" in sys.argv[1:]
     if "RANK" in os.environ:
-        return work(reduced)
+        status = work(reduced)
+        sys.stdout.flush()
+        os._exit(status)  # gloo's threads may outlive the interpreter, which then aborts
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*launch, __file__, *sys.argv[1:]], env=environment, check=False).returncode
