@@ -201,8 +201,9 @@ def test_no_trainer(tmp_path: Path) -> None:
 def test_training_cost_benchmark() -> None:
     printed = run(
         *("examples/benchmarks/training_cost.py", "--shapes", "tiny", "--batch", "2", "--seq", "8"),
-        *("--repeats", "1", "--run_points", "2", "--run_repeats", "1"),
+        *("--repeats", "1", "--run_points", "2", "--run_repeats", "1", "--bf16", "True", "--fractions", "0.5", "1"),
     )
+    assert "bfloat16" in printed and "| none frozen |" not in printed
     for method in ("plain", "vanilla STE", "StoMPP+STE", "StoMPP STE-free"):
         assert f"| all frozen | {method} |" in printed
 

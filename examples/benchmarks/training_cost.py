@@ -3,6 +3,7 @@
     python examples/benchmarks/training_cost.py                                    # MiniLM's shapes, minutes on a CPU
     python examples/benchmarks/training_cost.py --shapes bert-base --batch 32 --seq 128 --device cuda
     python examples/benchmarks/training_cost.py --weights_only True --threads 1 --cpu_time True
+    python examples/benchmarks/training_cost.py --bf16 True --fractions 0 0.25 0.5 0.75 1
     python examples/benchmarks/training_cost.py --shapes resnet18 --batch 8         # images of --size pixels
 
 All methods take turns step by step in one process (in a different order each round); a time is the median over the
@@ -40,6 +41,7 @@ BERT_SHAPES = {
 }
 RESNET_SHAPES: dict[str, dict[str, Any]] = {
     "resnet18": {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]},
+    "resnet50": {"layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]},
     "tiny-resnet": {"layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
 }
 PLAIN, VANILLA, WITH_STE, STE_FREE = "plain", "vanilla STE", "StoMPP+STE", "StoMPP STE-free"
@@ -60,6 +62,10 @@ class BenchmarkArguments:
     repeats: int = field(default=15, metadata={"help": "Rounds a row."})
     run_points: int = field(default=12, metadata={"help": "Equally spaced steps of the whole run; 0 leaves it out."})
     run_repeats: int = field(default=5, metadata={"help": "Rounds a step of the whole run."})
+    fractions: list[float] = field(
+        default_factory=lambda: [0.0, 0.5, 1.0], metadata={"help": "Shares of the stages that are frozen, a row each."}
+    )
+    bf16: bool = field(default=False, metadata={"help": "Forward under bfloat16 autocast."})
     weights_only: bool = field(default=False, metadata={"help": "Binary weights and real activations."})
     surrogate: str = field(
         default=StoMPPConfig.frozen_gradient,
@@ -101,7 +107,7 @@ class Runner:
         torch.manual_seed(0)
         model, self.inputs = build(args)
         model.to(args.device).train()
-        self.cuda = args.device.startswith("cuda")
+        self.cuda, self.kind, self.mixed = args.device.startswith("cuda"), args.device.partition(":")[0], args.bf16
         self.clock: Callable[[], float] = time.process_time if args.cpu_time else time.perf_counter
         self.labels = torch.randint(0, 2, (args.batch,), device=args.device)
         self.progression: Progression | None = None
@@ -133,7 +139,9 @@ class Runner:
         if self.progression is not None:
             self.progression.step(self.at)
         drawn = self._now()
-        self.model(**self.inputs, labels=self.labels).loss.backward()
+        with torch.autocast(self.kind, torch.bfloat16, enabled=self.mixed):
+            loss = self.model(**self.inputs, labels=self.labels).loss
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         end = self._now()
@@ -220,12 +228,10 @@ def main() -> None:
     count, total = stages(args), total_steps(args)
     half = count // 2
     # At a window's first step its stage is still real (p = 0): if time stands still, nothing is in transition.
-    states = {
-        0: "none frozen",
-        half * WINDOW: f"{half} of {count} frozen",
-        half * WINDOW + round(0.5 ** (1 / 3) * WINDOW): f"{half} of {count} frozen, the next at p = 0.5",
-        total: "all frozen",
-    }
+    names = {0: "none", count: "all"}
+    frozen = [round(share * count) for share in args.fractions]
+    states = {k * WINDOW if k < count else total: f"{names.get(k, f'{k} of {count}')} frozen" for k in frozen}
+    states[half * WINDOW + round(0.5 ** (1 / 3) * WINDOW)] = f"{half} of {count} frozen, the next at p = 0.5"
     points = [round(total * (i + 0.5) / args.run_points) for i in range(args.run_points)]
     at_state, at_point = {}, []
     for step in sorted({*states, *points}):
@@ -236,10 +242,12 @@ def main() -> None:
 
     memory = "peak above the start, MB" if args.device.startswith("cuda") else "saved for backward (no parameters), MB"
     size = f"{args.seq} tokens" if args.shapes in BERT_SHAPES else f"{args.size}x{args.size} pixels"
-    print(f"{args.shapes} shapes, batch {args.batch}, {size}, {binarize}; {machine(args)}\n")
+    print(
+        f"{args.shapes} shapes, batch {args.batch}, {size}, {binarize}, {'bfloat16' if args.bf16 else 'float32'}; {machine(args)}\n"
+    )
     print(f"| state | method | step, ms | / plain | / vanilla STE | progression.step(), ms | {memory} |")
     print("|---|---|---|---|---|---|---|")
-    for step, rows in at_state.items():
+    for step, rows in sorted(at_state.items()):
         for name, row in rows.items():
             print(
                 f"| {states[step]} | {name} | {row.time:.1f} | {row.to_plain:.2f} | {row.to_vanilla:.2f} "
