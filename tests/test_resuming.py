@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import CASES, quick, same_tensors
 from test_kill_resume import history, masks
-from train_and_die import SAVE, TOTAL, arguments, rows
+from train_and_die import SAVE, arguments, rows
 from transformers import Trainer
 
 from stompp_hf import StoMPPTrainerCallback, binarize_model, last_whole_checkpoint
@@ -158,22 +158,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish({"out": str(tmp_path_factory.mktemp("two") / "uninterrupted")})
 
 
-def kills(count: int) -> list[dict[str, Any]]:
-    """Kills of either rank, every second one within the 40 ms after a save's step, when files are written."""
-    draw = random.Random(count)
-    found = []
-    for number in range(count):
-        step = draw.choice([s for s in range(1, TOTAL) if (s % SAVE == 0) == (number % 2 == 0)])
-        found.append({"rank": draw.randrange(2), "step": step, "seconds": draw.random() * 0.04})
-    return found
+def die(out: Path, rank: int, step: int, seconds: float) -> None:
+    """A run that is killed so many seconds after a step."""
+    done = launch({"out": str(out), "kill": {"rank": rank, "step": step, "seconds": seconds}})
+    assert done.returncode != 0
 
 
-def survive(planned: list[dict[str, Any]], uninterrupted: Path, out: Path) -> None:
-    """Kill, resume, kill again; a kill behind a run's end, or before its resume's step, is none. Then finish."""
-    died = 0
-    for kill in planned:
-        died += launch({"out": str(out), "kill": kill}).returncode != 0
-    assert died >= len(planned) // 2
+def ends_like(uninterrupted: Path, out: Path) -> None:
     finish({"out": str(out)})
     assert same_tensors(torch.load(uninterrupted / "final.pt"), torch.load(out / "final.pt")) == []
     assert masks(uninterrupted) == masks(out)
@@ -181,14 +172,24 @@ def survive(planned: list[dict[str, Any]], uninterrupted: Path, out: Path) -> No
 
 
 def test_killed_twice_and_resumed_equals_uninterrupted(uninterrupted: Path, tmp_path: Path) -> None:
-    planned = [{"rank": 1, "step": SAVE, "seconds": 0.01}, {"rank": 0, "step": 13, "seconds": 0.0}]
-    survive(planned, uninterrupted, tmp_path / "killed")
-    assert json.loads((tmp_path / "killed" / "began.json").read_text()) == "checkpoint-10"
+    out = tmp_path / "killed"
+    die(out, rank=1, step=SAVE, seconds=0.01)
+    die(out, rank=0, step=13, seconds=0.0)
+    ends_like(uninterrupted, out)
+    assert json.loads((out / "began.json").read_text()) == "checkpoint-10"
 
 
 @pytest.mark.slow
-def test_twenty_kills(uninterrupted: Path, tmp_path: Path) -> None:
-    survive(kills(20), uninterrupted, tmp_path / "killed")
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_six_times(uninterrupted: Path, tmp_path: Path, seed: int) -> None:
+    """Either process, at random moments: three times within the 40 ms after a save's step, when files are written."""
+    draw = random.Random(seed)
+    for number in range(6):
+        whole = last_whole_checkpoint(tmp_path, processes=2)
+        base = int(whole.rpartition("-")[2]) if whole else 0
+        step = base + SAVE if number % 2 == 0 else base + draw.randrange(1, SAVE - 1)
+        die(tmp_path, draw.randrange(2), step, draw.random() * 0.04)
+    ends_like(uninterrupted, tmp_path)
 
 
 def test_resumed_on_one_process(tmp_path: Path) -> None:

@@ -242,9 +242,8 @@ def main() -> None:
 
     memory = "peak above the start, MB" if args.device.startswith("cuda") else "saved for backward (no parameters), MB"
     size = f"{args.seq} tokens" if args.shapes in BERT_SHAPES else f"{args.size}x{args.size} pixels"
-    print(
-        f"{args.shapes} shapes, batch {args.batch}, {size}, {binarize}, {'bfloat16' if args.bf16 else 'float32'}; {machine(args)}\n"
-    )
+    what = f"{binarize}, {'bfloat16' if args.bf16 else 'float32'}"
+    print(f"{args.shapes} shapes, batch {args.batch}, {size}, {what}; {machine(args)}\n")
     print(f"| state | method | step, ms | / plain | / vanilla STE | progression.step(), ms | {memory} |")
     print("|---|---|---|---|---|---|---|")
     for step, rows in sorted(at_state.items()):
