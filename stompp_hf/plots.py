@@ -95,7 +95,7 @@ def progress(run: Run) -> Any:
         return None
     heights = [1.5] * len(panels) + [min(3.2, 0.9 + 0.24 * len(run.stage_windows()))] * has_map
     figure, axes = new_figure(len(heights), 1, sum(heights) + 0.7, sharex=True, height_ratios=heights)
-    for axis, (title, pairs) in zip(axes[:, 0], panels, strict=False):
+    for axis, (title, pairs) in zip(axes[: len(panels), 0], panels, strict=True):
         ends = []
         for index, (key, label) in enumerate(pairs):
             steps, values = run.series(key)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint_files import headers
+from .errors import CheckpointError
 from .modules.calibration import in_processes
 
 logger = logging.getLogger(__name__)
@@ -81,17 +83,11 @@ def _weights(path: Path) -> str | None:
 
 def _ends_as_it_begins(file: Path) -> bool:
     """Whether a safetensors file has the length that its header tells."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > size - 8:
-            return False
-        try:
-            header = json.loads(opened.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return False
-    return size == 8 + length + max(ends, default=0)
+    try:
+        list(headers([file]))
+    except CheckpointError:
+        return False
+    return True
 
 
 def _training(path: Path) -> str | None:

@@ -72,7 +72,7 @@ def weights(before: str | Path, after: str | Path) -> Any:
     figure, axes = new_figure(rows, columns, 1.9 * rows + 0.5, sharex=True, sharey=True)
     edges = np.linspace(-REACH, REACH, BINS + 1)
     titles = short_names([title for title, _ in stages])
-    for axis, title, (_, names) in zip(axes.flat, titles, stages, strict=False):
+    for axis, title, (_, names) in zip(axes.flat[: len(stages)], titles, stages, strict=True):
         units = [np.abs(then[name]).mean() or 1.0 for name in names]
         old, new = (
             np.concatenate([values[n] / unit for n, unit in zip(names, units, strict=True)]) for values in (then, now)
@@ -83,7 +83,7 @@ def weights(before: str | Path, after: str | Path) -> Any:
         axis.axvline(0.0, color="black", linewidth=0.6)
         axis.set_title(f"{title}\n{np.mean((old >= 0) != (new >= 0)):.1%} changed sign", fontsize=9)
         axis.set_yticks([])
-    for axis in list(axes.flat)[len(stages) :]:
+    for axis in axes.flat[len(stages) :]:
         axis.set_visible(False)
     figure.supxlabel("latent weight, in units of the mean |w| before: filled before, outlined after", fontsize=9)
     return figure
