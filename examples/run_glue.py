@@ -37,6 +37,7 @@ from stompp_hf import (
     get_plan,
     last_whole_checkpoint,
     report,
+    restore_model,
 )
 from stompp_hf.errors import NotBinarizedError
 from stompp_hf.metrics import frozen_fraction
@@ -126,6 +127,8 @@ def load_model(args: ModelArguments, task: Any) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    if is_binarized(model) and get_plan(model).config.binarize == "nothing":
+        restore_model(model)  # a run of --method full_precision: a plain model on the same code path
     return model, tokenizer
 
 

@@ -233,6 +233,16 @@ def test_inference_benchmark(weights_only: str) -> None:
         assert f"| {name}" in printed
 
 
+def test_inference_benchmark_beside_other_libraries() -> None:
+    printed = run(
+        *("examples/benchmarks/inference.py", "--models", "tiny-bert", "--seq", "8", "--repeats", "1"),
+        *("--what", "models", "--peers", "onnxruntime"),
+    )
+    titles, _, values = printed[printed.index("| | float32") :].strip().splitlines()[:3]
+    cells = dict(zip(titles.split("|"), values.split("|"), strict=True))
+    assert float(cells[" onnxruntime, ms "]) > 0 and float(cells[" onnxruntime int8, ms "]) > 0
+
+
 def test_grammar_needs_more_than_a_bag_of_words() -> None:
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression

@@ -25,7 +25,7 @@ from typing import Any
 
 from cells import chosen, write_json
 from datasets import Dataset
-from glue_grid import LABELS, METRICS, PRESETS, TextCell, TextPreset
+from glue_grid import FINE_TUNED, LABELS, METRICS, PRESETS, TextCell, TextPreset
 from report import Interval, interval, spread
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
@@ -116,15 +116,22 @@ def options_of(cell: TextCell, preset: TextPreset, args: GlueArguments, folder: 
     validation = data / "validation.parquet"
     if args.held_out:
         validation = held_out(data / "train.parquet", args.held_out, preset.recipe.train_samples, folder / "data")
+    own = {"model_name_or_path": model, **cell.options()}
+    if cell.fine_tuned is not None:
+        place = str(folder / "cells" / cell.fine_tuned.id)
+        own = {key: place if value == FINE_TUNED and key != "method" else value for key, value in own.items()}
     return {
-        **preset.recipe.options(cell.task), **cell.options(), "model_name_or_path": model,
+        **preset.recipe.options(cell.task), **own,
         "train_file": str(data / "train.parquet"), "validation_file": str(validation),
         **json.loads(args.options or "{}"), "output_dir": str(folder / "cells" / cell.id),
     }  # fmt: skip
 
 
 def run_cell(options: dict[str, Any], threads: int) -> dict[str, Any]:
-    """One run of run_glue.py in a process of its own; returns its metrics. Raises RuntimeError with the log's end."""
+    """One run of run_glue.py in a process of its own; returns its metrics. Raises RuntimeError with the log's end.
+
+    Weights are kept in full precision only: other cells may start from them, and options.json makes the rest again.
+    """
     folder = Path(options["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "options.json").write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
@@ -139,7 +146,8 @@ def run_cell(options: dict[str, Any], threads: int) -> dict[str, Any]:
         raise RuntimeError(f"exit status {code}: " + (folder / "log.txt").read_text(encoding="utf-8")[-600:])
     metrics = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
     for weights in (*folder.glob("*.safetensors"), *folder.glob("_teacher/*.safetensors")):
-        weights.unlink()  # dozens of cells; options.json makes them again
+        if options["method"] != FINE_TUNED:
+            weights.unlink()
     return {
         "metrics": metrics,
         "seconds": round(time.perf_counter() - began, 1),
@@ -150,7 +158,8 @@ def run_cell(options: dict[str, Any], threads: int) -> dict[str, Any]:
 
 def portable(options: dict[str, Any]) -> dict[str, Any]:
     """Options without what differs from machine to machine: where things lie, not what they are."""
-    names = {key: Path(options[key]) for key in ("model_name_or_path", "train_file", "validation_file")}
+    places = ("model_name_or_path", "teacher", "train_file", "validation_file")
+    names = {key: Path(options[key]) for key in places if key in options}
     named = {key: "/".join(path.parts[-2 if path.suffix else -1 :]) for key, path in names.items()}
     return {key: value for key, value in {**options, **named}.items() if key != "output_dir"}
 
@@ -226,6 +235,25 @@ def write_report(folder: Path, known: list[str] | None = None) -> str:
     return text
 
 
+def run_cells(rest: dict[TextCell, dict[str, Any]], args: GlueArguments, folder: Path) -> list[str]:
+    """Run cells side by side and write a record of each; returns the ids of those that failed."""
+    failed = []
+    with ThreadPoolExecutor(args.workers) as pool:
+        running = {pool.submit(run_cell, options, args.threads): cell for cell, options in rest.items()}
+        for number, future in enumerate(as_completed(running), 1):
+            cell = running[future]
+            if error := future.exception():
+                failed.append(cell.id)
+                logger.error("%s failed: %s", cell.id, error)
+                continue
+            record = {"id": cell.id, "cell": asdict(cell), "options": portable(rest[cell]), **future.result()}
+            write_json(folder / "cells" / f"{cell.id}.json", record)
+            logger.info(
+                "%d of %d: %s: %.2f, %.0f s", number, len(rest), cell.id, score(cell, record), record["seconds"]
+            )
+    return failed
+
+
 def main(words: list[str] | None = None) -> None:
     """Run what is missing, then write the table of all that is there."""
     (args,) = HfArgumentParser(GlueArguments).parse_args_into_dataclasses(words)  # type: ignore[arg-type]
@@ -245,21 +273,14 @@ def main(words: list[str] | None = None) -> None:
         elif (then := done[cell]["options"]) != (now := portable(options)):
             changed = sorted(k for k in {*then, *now} if then.get(k) != now.get(k))
             raise SystemExit(f"{cell.id} was made with other options ({', '.join(changed)}). Use another --output_dir.")
+    needed = {cell.fine_tuned for cell in rest if cell.fine_tuned is not None}
+    for cell in needed:
+        if cell not in rest and not list((folder / "cells" / cell.id).glob("*.safetensors")):
+            rest[cell] = options_of(cell, preset, args, folder)  # known from elsewhere, or outside --only
     logger.info("%d cells, %d of them to run, on %d workers", len(preset.cells), len(rest), args.workers)
-    failed = []
-    with ThreadPoolExecutor(args.workers) as pool:
-        running = {pool.submit(run_cell, options, args.threads): cell for cell, options in rest.items()}
-        for number, future in enumerate(as_completed(running), 1):
-            cell = running[future]
-            if error := future.exception():
-                failed.append(cell.id)
-                logger.error("%s failed: %s", cell.id, error)
-                continue
-            record = {"id": cell.id, "cell": asdict(cell), "options": portable(rest[cell]), **future.result()}
-            write_json(folder / "cells" / f"{cell.id}.json", record)
-            logger.info(
-                "%d of %d: %s: %.2f, %.0f s", number, len(rest), cell.id, score(cell, record), record["seconds"]
-            )
+    failed: list[str] = []
+    for wave in (needed & rest.keys(), rest.keys() - needed):
+        failed += run_cells({cell: options for cell, options in rest.items() if cell in wave}, args, folder)
     if read(folder, args.known):
         print(write_report(folder, args.known))
     if failed:

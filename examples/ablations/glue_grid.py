@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 OWN = {"teacher": "own", "start": 0.2, "end": 0.35, "pending_lr": 0.1, "refresh_rate": 20}
 """A fifth of the run fine-tunes in full precision; the model as it then stands teaches the rest."""
+FINE_TUNED = "full_precision"
+"""As a teacher or a checkpoint: the full-precision cell of the same task, depth and seed, which then runs first."""
 METHODS: dict[str, dict[str, Any]] = {
     "full_precision": {"method": "full_precision"},
     "vanilla_identity": {"method": "vanilla_ste", "frozen_gradient": "ste"},
@@ -63,6 +65,12 @@ class TextCell:
     def id(self) -> str:
         """A stable, readable name."""
         return f"{self.group}-s{self.seed}"
+
+    @property
+    def fine_tuned(self) -> "TextCell | None":
+        """The full-precision cell whose weights this one needs."""
+        needs = FINE_TUNED in (self.options().get("teacher"), self.options().get("model_name_or_path"))
+        return replace(self, method=FINE_TUNED, lr=BEST[FINE_TUNED]) if needs else None
 
     def options(self) -> dict[str, Any]:
         """run_glue.py's options of this cell alone."""

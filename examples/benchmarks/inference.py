@@ -3,6 +3,7 @@
     python examples/benchmarks/inference.py --threads 1                       # everything, a few minutes on a CPU
     python examples/benchmarks/inference.py --what models --models bert-base resnet18 --batch 8 --threads 0
     python examples/benchmarks/inference.py --what operators --weights_only True --threads 1
+    python examples/benchmarks/inference.py --peers onnxruntime bnn-lab --threads 1
 
 All contenders take turns in one process (in a different order each round); a time is the least of all rounds, which a
 busy machine disturbs least, and a ratio that of two such times. With one thread it is the thread's CPU time, else wall
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
@@ -79,6 +81,9 @@ class BenchmarkArguments:
     weights_only: bool = field(default=False, metadata={"help": "Binary weights and real activations (W1A32)."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's number."})
     repeats: int = field(default=15, metadata={"help": "Rounds a row."})
+    peers: list[str] = field(
+        default_factory=list, metadata={"help": f"Also these, where installed: {', '.join(peers.COLUMNS)}."}
+    )
 
 
 @dataclass
@@ -142,6 +147,7 @@ def operators(args: BenchmarkArguments) -> Iterator[Case]:
         if INT8 in others:
             calls[INT8] = lambda m=others[INT8], x=x: m(x)
         calls[FUSED] = lambda m=packed, x=x: m(x)
+        calls.update(peers.calls_of(args.peers, plain, x))
         yield Case(name, macs, calls)
 
 
@@ -181,6 +187,7 @@ def models_and_blocks(args: BenchmarkArguments) -> Iterator[Case]:
                 dtype = torch.bfloat16 if kind == BFLOAT16 else torch.float32
                 own = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
                 calls[kind] = lambda m=model, i=own: m(**i)
+            calls.update(peers.calls_of(args.peers, models[FLOAT32], inputs))
             yield Case(f"{name}, {size}, batch {args.batch}", 0, calls)
         if "blocks" in args.what:
             path = BLOCKS["bert" if name in BERTS else "resnet"]
@@ -226,10 +233,12 @@ def main() -> None:
     """Measure and print."""
     (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
     logging.set_verbosity_error()
+    if unknown := set(args.peers) - set(peers.COLUMNS):
+        raise SystemExit(f"--peers {' '.join(unknown)}: choose among {', '.join(peers.COLUMNS)}.")
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"{'W1A32' if args.weights_only else 'W1A1'}; {machine()}\n")
-    names = [FLOAT32, BFLOAT16, INT8, PACKED, FUSED]
+    names = [FLOAT32, BFLOAT16, INT8, *(name for peer in args.peers for name in peers.COLUMNS[peer]), PACKED, FUSED]
     print("| | " + " | ".join(f"{name}, ms" for name in names) + " | fused over float32 | over int8 | GMAC/s |")
     print("|---|" + "---|" * (len(names) + 3))
     with torch.inference_mode():
