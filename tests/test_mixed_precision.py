@@ -1,5 +1,6 @@
 """Autocast, half-precision weights, the fp16 scaler's skipped steps, activation checkpointing."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch.amp import GradScaler
 from train_and_die import arguments, rows
 from transformers import Trainer
 
-from stompp_hf import Progression, StoMPPTrainerCallback, binarize_model
+from stompp_hf import Progression, StoMPPConfig, StoMPPTrainerCallback, binarize_model
+from stompp_hf.functional import hard
+from stompp_hf.modules import binary_class_of as type_of
 from stompp_hf.plan import binary_layers
 
 BERT = CASES["bert"]
@@ -66,6 +69,32 @@ def test_a_frozen_layers_signs_do_not_depend_on_autocast(dtype):
     with torch.autocast("cpu", dtype):
         mixed = layer(near)
     assert mixed.dtype == dtype and torch.equal(mixed, exact.to(dtype))
+
+
+@HALVES
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_autocast_narrows_a_frozen_layers_backward_pass_as_a_plain_layers(dtype, kind):
+    """With scales of 1 the binary weight is exact in every dtype: both products of the backward pass are autocast's."""
+    torch.manual_seed(0)
+    plain = nn.Linear(65, 33) if kind == "linear" else nn.Conv2d(13, 7, 3, padding=1)
+    values = torch.randn(9, 65) if kind == "linear" else torch.randn(2, 13, 6, 6)
+    signs = copy.deepcopy(plain)
+    signs.weight.data = hard(plain.weight.data)
+    layer = type_of(plain).convert(plain, StoMPPConfig.paper(frozen_gradient="ste", conv_padding="zero"))
+    layer.enter("frozen", 1.0)
+    runs = []
+    for module, x in ((layer, values), (signs, hard(values))):
+        x = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = module(x)
+        y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(dtype))
+        runs.append((x.grad, module.weight.grad))
+    assert all(map(torch.equal, *runs))
+    exact = copy.deepcopy(layer)
+    exact.zero_grad()
+    y = exact(values)
+    y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape))
+    assert not torch.equal(exact.weight.grad, runs[0][1])  # else nothing was narrowed
 
 
 def test_weights_in_half_precision_warn_and_run(caplog):

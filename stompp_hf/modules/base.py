@@ -226,6 +226,7 @@ class BinaryLayer(LayerState):
         exact = torch.float64 if self.like.dtype == torch.float64 else torch.float32
         kind = x.device.type
         mixed = torch.is_autocast_enabled(kind)
+        narrow = torch.get_autocast_dtype(kind) if mixed else None
         with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
             y = frozen_product(
                 self._gated(x).to(exact),
@@ -240,8 +241,9 @@ class BinaryLayer(LayerState):
                 self._pad_level(),
                 self.stompp_config.frozen_gradient,
                 self.stompp_config.surrogate_width,
+                narrow,
             )
-        return y.to(torch.get_autocast_dtype(kind) if mixed else self.output_dtype)
+        return y.to(narrow or self.output_dtype)
 
     def _signed(self, dtype: torch.dtype) -> Tensor | SignBits:
         """What gives the frozen product the weight's signs."""

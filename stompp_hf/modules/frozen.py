@@ -50,6 +50,7 @@ class _FrozenProduct(torch.autograd.Function):
         pad: float,
         surrogate: str,
         width: float,
+        narrow: torch.dtype | None,
     ) -> Tensor:
         binary_input, shape = activation_scale is not None, weight.shape
         others = [dim for dim in range(len(shape)) if dim != product.channel_dim]
@@ -98,6 +99,7 @@ class _FrozenProduct(torch.autograd.Function):
         ctx.clips = clips
         ctx.product, ctx.offset, ctx.pad, ctx.surrogate = product, offset, pad, surrogate
         ctx.binary_input, ctx.shapes, ctx.others, ctx.bits = binary_input, (x.shape, shape), others, bits
+        ctx.narrow = narrow
         return y
 
     @staticmethod
@@ -108,6 +110,7 @@ class _FrozenProduct(torch.autograd.Function):
         wants_x, wants_weight, wants_s, wants_a, wants_threshold, wants_bias = ctx.needs_input_grad[:6]
         product, offset, surrogate = ctx.product, ctx.offset, ctx.surrogate
         clipped, passes = surrogate == "clipped_ste", surrogate != "zero"
+        wide, narrow = grad.dtype, ctx.narrow or grad.dtype
         grad_x = grad_weight = grad_s = grad_a = grad_threshold = None
         per_channel: Any = None  # dL/d(s a)
 
@@ -117,13 +120,13 @@ class _FrozenProduct(torch.autograd.Function):
             weight_signs = ctx.bits.signs(grad.dtype)
         if weight_signs is not None and wants_weight and passes:
             if levels is not None:
-                operand = levels.to(grad.dtype)
+                operand = levels
             elif ctx.binary_input:
                 operand = _signs(x, threshold, product)
                 operand = operand.add_(offset) if offset else operand
             else:
                 operand = x
-            grad_weight = product.grad_weight(grad, operand, ctx.shapes[1], ctx.pad)
+            grad_weight = product.grad_weight(grad.to(narrow), operand.to(narrow), ctx.shapes[1], ctx.pad).to(wide)
             if wants_s or wants_a:
                 per_channel = (grad_weight * weight_signs).sum(ctx.others)
             if ctx.binary_input:
@@ -140,7 +143,8 @@ class _FrozenProduct(torch.autograd.Function):
             grad_a = (per_channel * s).sum().reshape(a.shape)
         if weight_signs is not None and needs_signs:
             shape = [-1 if dim == product.channel_dim else 1 for dim in range(weight_signs.dim())]
-            grad_x = product.grad_input(grad, weight_signs.mul_(s.reshape(shape)), ctx.shapes[0])
+            binary_weight = weight_signs.mul_(s.reshape(shape)).to(narrow)
+            grad_x = product.grad_input(grad.to(narrow), binary_weight, ctx.shapes[0]).to(wide)
             if ctx.binary_input and clipped:
                 grad_x = inside(grad_x, x, low, high)
             if window is not None:
@@ -148,7 +152,7 @@ class _FrozenProduct(torch.autograd.Function):
             if wants_threshold:
                 grad_threshold = -product.feature_sums(grad_x)
         grad_bias = product.channel_sums(grad) if wants_bias else None
-        return (grad_x if wants_x else None), grad_weight, grad_s, grad_a, grad_threshold, grad_bias, *[None] * 6
+        return (grad_x if wants_x else None), grad_weight, grad_s, grad_a, grad_threshold, grad_bias, *[None] * 7
 
 
 def _signs(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:
@@ -168,6 +172,7 @@ def frozen_product(
     pad: float,
     surrogate: Surrogate,
     width: float = 1.0,
+    narrow: torch.dtype | None = None,
 ) -> Tensor:
     """Output of a layer whose entries are all frozen.
 
@@ -195,7 +200,21 @@ def frozen_product(
         pad: what stands around a convolution's padded input, in units of a: 0.0, or the upper level, 1.0 + offset.
         surrogate: what frozen entries pass back.
         width: of the window of `windowed_ste`, in units of the activation scale.
+        narrow: what the operands of the backward pass's two products are rounded to, as autocast rounds those of a
+            plain layer (their sums are not); None for no rounding. The forward pass is exact always.
     """
     return _FrozenProduct.apply(
-        x, weight, weight_scale, activation_scale, threshold, bias, clips, product, offset, pad, surrogate, width
+        x,
+        weight,
+        weight_scale,
+        activation_scale,
+        threshold,
+        bias,
+        clips,
+        product,
+        offset,
+        pad,
+        surrogate,
+        width,
+        narrow,
     )
