@@ -40,21 +40,27 @@ def test_cells_are_run_once_and_can_be_repeated_by_hand(
     out = [*words, "--output_dir", str(tmp_path)]
     glue.main([*out, "--only", "*-vanilla_ste-*"])
     glue.main([*out, "--workers", "2"])
-    assert "3 cells, 2 of them to run, on 2 workers" in caplog.text
+    assert "4 cells, 4 of them to run, on 2 workers" in caplog.text  # 3, and one that is another's teacher
     text = (tmp_path / "results.md").read_text()
     assert all(record["cpu_seconds"] > 1 and record["peak_mb"] > 50 for record in glue.read(tmp_path).values())
-    assert text.count("| sst2 |") == 3 and "StoMPP+STE, windowed, own teacher" in text
+    assert text.count("| sst2 |") == 5 and "StoMPP+STE, windowed, own teacher" in text
     folder = tmp_path / "cells" / OWN_TEACHER.id
     model, _, training, stompp = run_glue.parse([str(folder / "options.json")])
     assert (model.teacher, stompp.start, stompp.end, stompp.pending_lr) == ("own", 0.2, 0.35, 0.1)
     assert (training.learning_rate, training.max_grad_norm, training.num_train_epochs) == (1e-3, 0.0, 2)
     assert (folder / "_teacher" / "config.json").is_file()
-    assert not list(tmp_path.rglob("*.safetensors"))
+    kept = {path.parent.name for path in tmp_path.rglob("*.safetensors")}
+    assert kept == {"sst2-full_precision-lr0.001-s0", "sst2-full_precision-lr0.0001-s0"}
+    taught = tmp_path / "cells" / TextCell("sst2", "stompp_ste_taught", 1e-3).id
+    model, *_ = run_glue.parse([str(taught / "options.json")])
+    assert model.teacher == model.model_name_or_path == str(tmp_path / "cells" / "sst2-full_precision-lr0.0001-s0")
+    assert json.loads((taught / "all_results.json").read_text())["eval_samples"] == 24
+    assert "(weights and activations)" in (taught / "log.txt").read_text()  # binary, though it began as a baseline
     with pytest.raises(SystemExit, match="num_train_epochs"):
         glue.main([*out, "--options", '{"num_train_epochs": 3}'])
     elsewhere = ["--output_dir", str(tmp_path / "elsewhere"), "--known", str(tmp_path / "results.json")]
     glue.main([*words, *elsewhere])
-    assert "3 cells, 0 of them to run" in caplog.text
+    assert "4 cells, 0 of them to run" in caplog.text
     assert (tmp_path / "elsewhere" / "results.md").read_text() == text
     assert str(tmp_path) not in (tmp_path / "results.json").read_text()
 

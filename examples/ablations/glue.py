@@ -146,7 +146,7 @@ def run_cell(options: dict[str, Any], threads: int) -> dict[str, Any]:
         raise RuntimeError(f"exit status {code}: " + (folder / "log.txt").read_text(encoding="utf-8")[-600:])
     metrics = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
     for weights in (*folder.glob("*.safetensors"), *folder.glob("_teacher/*.safetensors")):
-        if options["method"] != FINE_TUNED:
+        if options.get("method") != FINE_TUNED:
             weights.unlink()
     return {
         "metrics": metrics,

@@ -9,6 +9,8 @@ OWN = {"teacher": "own", "start": 0.2, "end": 0.35, "pending_lr": 0.1, "refresh_
 """A fifth of the run fine-tunes in full precision; the model as it then stands teaches the rest."""
 FINE_TUNED = "full_precision"
 """As a teacher or a checkpoint: the full-precision cell of the same task, depth and seed, which then runs first."""
+TAUGHT = {"teacher": FINE_TUNED, "model_name_or_path": FINE_TUNED}
+"""Two runs: the first fine-tunes in full precision; the second starts from it, and is taught by it from step 0."""
 METHODS: dict[str, dict[str, Any]] = {
     "full_precision": {"method": "full_precision"},
     "vanilla_identity": {"method": "vanilla_ste", "frozen_gradient": "ste"},
@@ -19,6 +21,9 @@ METHODS: dict[str, dict[str, Any]] = {
     # All layers at once, at the moment when the first stage of the others begins: STE with the same teacher.
     "one_shot_distilled": {**OWN, "end": OWN["start"]},
     "stompp_ste_distilled": OWN,
+    "vanilla_taught": {**TAUGHT, "method": "vanilla_ste"},
+    "stompp_taught": {**TAUGHT, "frozen_gradient": "zero", "end": 0.8, "pending_lr": 0.1},
+    "stompp_ste_taught": {**TAUGHT, "end": 0.25, "pending_lr": 0.1, "refresh_rate": 20},
 }
 """run_glue.py's options for each method; what is not named is the library's default."""
 PAPER: dict[str, dict[str, Any]] = {
@@ -36,6 +41,9 @@ LABELS = {
     "stompp_distilled": "StoMPP (STE-free), own teacher",
     "one_shot_distilled": "windowed STE from a fifth of the run on, own teacher",
     "stompp_ste_distilled": "StoMPP+STE, windowed, own teacher",
+    "vanilla_taught": "vanilla STE, windowed, from its fine-tuned teacher",
+    "stompp_taught": "StoMPP (STE-free), from its fine-tuned teacher",
+    "stompp_ste_taught": "StoMPP+STE, windowed, from its fine-tuned teacher",
 }
 METRICS = {"sst2": "accuracy", "mrpc": "combined_score", "stsb": "pearson"}
 """What is compared; `combined_score` is the mean of accuracy and F1."""
@@ -115,7 +123,10 @@ def product(**axes: Iterable[Any]) -> list[TextCell]:
 
 
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
-BEST = {"full_precision": 1e-4, "one_shot_distilled": 1e-3, "stompp_ste_distilled": 1e-3}
+BEST = {
+    "full_precision": 1e-4, "one_shot_distilled": 1e-3, "stompp_ste_distilled": 1e-3, "vanilla_taught": 1e-3,
+    "stompp_ste_taught": 1e-3,
+}  # fmt: skip
 """Learning rate of a method in the tables; 4e-4 for the others."""
 
 
@@ -149,7 +160,8 @@ def _paper(tasks: list[str], seeds: list[int]) -> TextPreset:
 
 
 def _quick(tasks: list[str], seeds: list[int]) -> TextPreset:
-    cells = product(method=["full_precision", "vanilla_ste", "stompp_ste_distilled"], lr=[1e-3], task=tasks, seed=seeds)
+    methods = ["full_precision", "vanilla_ste", "stompp_ste_distilled", "stompp_ste_taught"]
+    cells = product(method=methods, lr=[1e-3], task=tasks, seed=seeds)
     return TextPreset(TextRecipe(64, 2, batch=8, max_seq_length=16), cells)
 
 
