@@ -15,6 +15,7 @@ from .errors import PackingError
 from .modules.embedding import BinaryEmbedding
 from .modules.folded import FOLDED, FoldedBatchNorm
 from .modules.packed import PackedLayer
+from .modules.pooling import SeparableMaxPool2d
 from .plan import binary_layers, get_plan, planned_model
 from .probe import example_inputs_of, run, undisturbed
 
@@ -36,6 +37,7 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
                 by computing both for every whole number that the product can be: they differ by no more than
                 `TOLERANCE` of the sum of the sizes of the terms, or the BatchNorm stays, with a warning.
               - linear layers with real inputs (W1A32) sum in the order that is fastest (see `kernels.real_linear`).
+              - a MaxPool2d takes the maximum of rows, then of columns: the same numbers (see `SeparableMaxPool2d`).
               A rounding difference can flip a sign further down, where a value is that close to its threshold.
     Backward: none; no parameter wants a gradient any more.
     Saving writes the packed model as it was before. `unfuse` undoes it all.
@@ -74,6 +76,9 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
         layer.fuse(scale, shift)
         if norm is not None:
             norm.__class__ = FOLDED[type(norm)]
+    for module in list(root.modules()):
+        if not exact and SeparableMaxPool2d.fits(module):
+            module.__class__ = SeparableMaxPool2d
     wanting = [parameter for parameter in root.parameters() if parameter.requires_grad]
     for parameter in wanting:
         parameter.requires_grad_(False)
@@ -94,7 +99,7 @@ def unfuse(model: Model) -> Model:
     for module in list(root.modules()):
         if isinstance(module, PackedLayer):
             module.unfuse()
-        if isinstance(module, FoldedBatchNorm):
+        if isinstance(module, FoldedBatchNorm | SeparableMaxPool2d):
             module.restore()
     for parameter in root.__dict__.pop(_GRADIENTS, ()):
         parameter.requires_grad_(True)

@@ -7,6 +7,8 @@ import models
 import pytest
 import torch
 import vision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import logits, quick, train
 from torch import nn
 
@@ -27,6 +29,7 @@ from stompp_hf.errors import PackingError
 from stompp_hf.modules import BinaryLinear, binary_class_of
 from stompp_hf.modules.folded import FoldedBatchNorm
 from stompp_hf.modules.packed import PackedLayer
+from stompp_hf.modules.pooling import SeparableMaxPool2d
 from stompp_hf.packing import pack_members
 from stompp_hf.plan import binary_layers
 
@@ -99,7 +102,11 @@ def test_fusing_and_undoing_it(name: str) -> None:
         assert torch.equal(logits(model, batch), before)
     found, expected = kernels_and_torch(model, batch)
     assert torch.equal(found, expected)  # whatever was folded, with kernels and without
+    pools = [module for module in model.modules() if isinstance(module, nn.MaxPool2d)]
+    assert all(isinstance(pool, SeparableMaxPool2d) for pool in pools)
+    assert bool(pools) == name.startswith("resnet")
     assert unfuse(model) is model and torch.equal(logits(model, batch), before)
+    assert not any(isinstance(module, SeparableMaxPool2d) for module in model.modules())
     assert [p.requires_grad for p in model.parameters()] == wanting
     assert not any(isinstance(module, FoldedBatchNorm) for module in model.modules())
 
@@ -281,3 +288,37 @@ def test_graphs_hold_the_operators(name: str, fused: bool) -> None:
         targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
         assert sum(target.startswith("stompp_hf.") for target in targets) == len(binary_layers(model))
         assert torch.equal(exported.module()(**inputs).logits, expected)
+
+
+# ---- pools ----
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(1, 9),
+    st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.integers(0, 9),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_pools_one_dimension_after_the_other(
+    high: int, wide: int, down: int, along: int, around: int, rows: int, columns: int, dtype: torch.dtype, seed: int
+) -> None:
+    around = min(around, high // 2, wide // 2)
+    rows, columns = max(rows, high - 2 * around), max(columns, wide - 2 * around)
+    torch.manual_seed(seed)
+    x = torch.randn(2, 3, rows, columns).to(dtype)
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0]).to(dtype)
+    places = torch.randint(0, x.numel(), (4,))
+    x.view(-1)[places] = special
+    pool = nn.MaxPool2d((high, wide), (down, along), around)
+    expected = pool(x)
+    assert SeparableMaxPool2d.fits(pool)
+    pool.__class__ = SeparableMaxPool2d
+    for given in (x, x.contiguous(memory_format=torch.channels_last), x[0]):
+        y = pool(given)
+        assert torch.equal(y.nan_to_num(7.0), (expected[0] if given.dim() == 3 else expected).nan_to_num(7.0))
+        assert torch.equal(y.isnan(), (expected[0] if given.dim() == 3 else expected).isnan())
+    with pytest.raises(RuntimeError):
+        pool(torch.ones(3))
+    assert type(pool.restore()) is nn.MaxPool2d
+    assert not SeparableMaxPool2d.fits(nn.MaxPool2d(3, ceil_mode=True))
+    assert not SeparableMaxPool2d.fits(nn.MaxPool2d(3, return_indices=True))
+    assert not SeparableMaxPool2d.fits(nn.MaxPool2d(3, dilation=2))
