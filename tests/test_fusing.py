@@ -312,10 +312,10 @@ def test_pools_one_dimension_after_the_other(
     expected = pool(x)
     assert SeparableMaxPool2d.fits(pool)
     pool.__class__ = SeparableMaxPool2d
-    for given in (x, x.contiguous(memory_format=torch.channels_last), x[0]):
-        y = pool(given)
-        assert torch.equal(y.nan_to_num(7.0), (expected[0] if given.dim() == 3 else expected).nan_to_num(7.0))
-        assert torch.equal(y.isnan(), (expected[0] if given.dim() == 3 else expected).isnan())
+    last = x.contiguous(memory_format=torch.channels_last)
+    for images, found in ((expected, pool(x)), (expected, pool(last)), (expected[0], pool(x[0]))):
+        assert torch.equal(found.isnan(), images.isnan())
+        assert torch.equal(found.nan_to_num(7.0), images.nan_to_num(7.0))
     with pytest.raises(RuntimeError):
         pool(torch.ones(3))
     assert type(pool.restore()) is nn.MaxPool2d

@@ -1,5 +1,6 @@
 """A maximum over windows, one dimension after the other: on a CPU torch takes the entries of a window one by one."""
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -35,11 +36,7 @@ class SeparableMaxPool2d(Changed, nn.MaxPool2d):
         if above or beside:
             x = F.pad(x, (beside, beside, above, above), value=float("-inf"))
         for dim, k, s in zip((-2, -1), kernel, stride, strict=True):
-            count = (x.shape[dim] - k) // s + 1
-            rows = [x[(..., slice(i, i + (count - 1) * s + 1, s), *[slice(None)] * (-1 - dim))] for i in range(k)]
-            x = rows[0]
-            for row in rows[1:]:
-                x = torch.maximum(x, row)
+            x = reduce(torch.maximum, x.unfold(dim, k, s).unbind(-1))
         return x.contiguous()
 
 
