@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dataflow import plain_outputs
 from .errors import PackingError
+from .joining import join
 from .modules.embedding import BinaryEmbedding
 from .modules.folded import FOLDED, FoldedBatchNorm
 from .modules.packed import PackedLayer
@@ -59,7 +60,8 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
         raise PackingError("fuse_for_inference: this model is fused already; stompp_hf.unfuse(model) undoes it.")
     layers = {n: m for n, m in binary_layers(root).items() if isinstance(m, PackedLayer)}
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, BinaryEmbedding)}
-    followers = {} if exact else _followers(root, layers, example_inputs)
+    inputs = example_inputs_of(root) if example_inputs is None else example_inputs
+    followers = {} if exact else _followers(root, layers, inputs)
     plans: list[tuple[Any, Tensor, Tensor | None, Any]] = []
     with torch.no_grad():
         for name, layer in layers.items():
@@ -83,9 +85,11 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
     for parameter in wanting:
         parameter.requires_grad_(False)
     setattr(root, _GRADIENTS, wanting)
-    count = sum(norm is not None for *_, norm in plans)
-    logger.info("%d packed layers fused for inference, %d BatchNorms folded into them.", len(plans), count)
     model.eval()
+    joined = 0 if inputs is None else join(root, {n: layer for n, layer in layers.items() if layer.is_fused}, inputs)
+    count = sum(norm is not None for *_, norm in plans)
+    message = "%d packed layers fused for inference, %d BatchNorms folded into them, %d hand the next layer bits."
+    logger.info(message, len(plans), count, joined)
     return model
 
 
@@ -131,10 +135,9 @@ def _fold(layer: PackedLayer, scale: Tensor, shift: Tensor | None, norm: Any) ->
     return scales, shifts
 
 
-def _followers(root: nn.Module, layers: Mapping[str, Any], example_inputs: Any) -> dict[str, nn.Module]:
+def _followers(root: nn.Module, layers: Mapping[str, Any], inputs: Any) -> dict[str, nn.Module]:
     """The BatchNorms that read a layer's output, every time and alone, by the layer's name."""
     norms = [module for module in root.modules() if type(module) in FOLDED and module.running_mean is not None]
-    inputs = example_inputs_of(root) if example_inputs is None else example_inputs
     if not norms or inputs is None:
         if norms:
             logger.warning("BatchNorms are not folded: pass fuse_for_inference(model, example_inputs) one small batch.")

@@ -1,10 +1,13 @@
 """1-bit products in compiled C: which part of it is used, and its calls. Plain torch is always there instead."""
 
 from .calls import conv, fits, linear, memory_format, output_size, real_linear, unpack
+from .handed import Cut, Signs
 from .native import Choice, choice, describe, switched_off, use
 
 __all__ = [
     "Choice",
+    "Cut",
+    "Signs",
     "choice",
     "conv",
     "describe",

@@ -13,6 +13,8 @@ from ..errors import KernelError, ShapeError
 from .native import Shape, choice
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CODES = {**DTYPES, torch.int32: 4}
+"""With words of bits, as `kernels.handed` has them."""
 FEW_CHANNELS = 8
 """Groups with fewer channels are summed byte by byte: a word of 32 channels would hold little."""
 EXACT = 2**24
@@ -53,10 +55,10 @@ def linear(
         dtype: of y, (..., N).
     """
     features = x.shape[-1]
-    _check(features, features, threshold, bits, scale, shift)
+    check(features, features, threshold, bits, scale, shift)
     x, y = x.contiguous(), x.new_empty((*x.shape[:-1], bits.shape[0]), dtype=dtype)
     tail = (x.numel() // features, features, bits.shape[0], torch.get_num_threads())
-    _call("stompp_linear", x, threshold, bits.contiguous(), scale, shift, y, *tail)
+    call("stompp_linear", x, threshold, bits.contiguous(), scale, shift, y, *tail)
     return y
 
 
@@ -73,7 +75,7 @@ def real_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) ->
     if not native.stompp_has_real():
         return None
     features = x.shape[-1]
-    _check(features, features, None, bits, scale, shift)
+    check(features, features, None, bits, scale, shift)
     x, bits, scale = x.contiguous(), bits.contiguous(), scale.contiguous()
     shift = None if shift is None else shift.contiguous()
     y = x.new_empty((*x.shape[:-1], bits.shape[0]))
@@ -117,7 +119,7 @@ def conv(
         padding: before and after, one pair a dimension; pad: what stands there, -1, 0 or 1.
     """
     dims, channels, taps = len(kernel), x.shape[1] // groups, math.prod(kernel)
-    _check(x.shape[1], channels * taps, threshold, bits, scale, shift)
+    check(x.shape[1], channels * taps, threshold, bits, scale, shift)
     if x.dim() != dims + 2 or x.shape[1] % groups or bits.shape[0] % groups:
         raise ShapeError(
             f"a packed convolution in {groups} groups with {bits.shape[0]} outputs: an input of shape {tuple(x.shape)} "
@@ -125,21 +127,36 @@ def conv(
         )
     size = output_size(x.shape[2:], kernel, stride, padding, dilation)
     y = x.new_empty((x.shape[0], bits.shape[0], *size), dtype=dtype)
-    shape = Shape(x.shape[0], x.shape[1], bits.shape[0], groups)
-    filled: dict[str, tuple[Sequence[int], int]] = {
-        "inner": (x.shape[2:], 1), "outer": (size, 1), "kernel": (kernel, 1), "stride": (stride, 1),
-        "before": ([before for before, _ in padding], 0), "dilation": (dilation, 1),
-    }  # fmt: skip
-    for name, (values, rest) in filled.items():
-        setattr(shape, name, (ctypes.c_int64 * 3)(*[rest] * (3 - dims), *values))
-    shape.pad = pad
+    shape = make_shape(x.shape, y.shape, kernel, stride, padding, dilation, groups, pad)
     if channels < FEW_CHANNELS and channels * taps < SHORT:
         name, weights = "stompp_small_groups", bits.contiguous()
     else:
-        name, weights = "stompp_conv", derived(bits, "tap words", lambda: _tap_words(bits, channels, taps))
+        name, weights = "stompp_conv", derived(bits, "tap words", lambda: tap_words(bits, channels, taps))
     tail = (ctypes.byref(shape), torch.get_num_threads())
-    _call(name, x.contiguous(), threshold, weights, scale, shift, y, *tail)
+    call(name, x.contiguous(), threshold, weights, scale, shift, y, *tail)
     return y.contiguous(memory_format=memory_format(x, kernel))
+
+
+def make_shape(
+    x: Sequence[int],
+    y: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    pad: int,
+) -> Shape:
+    """The sizes of a convolution, from the shapes of its input and output."""
+    shape = Shape(x[0], x[1], y[1], groups)
+    filled: dict[str, tuple[Sequence[int], int]] = {
+        "inner": (x[2:], 1), "outer": (y[2:], 1), "kernel": (kernel, 1), "stride": (stride, 1),
+        "before": ([before for before, _ in padding], 0), "dilation": (dilation, 1),
+    }  # fmt: skip
+    for name, (values, rest) in filled.items():
+        setattr(shape, name, (ctypes.c_int64 * 3)(*[rest] * (3 - len(kernel)), *values))
+    shape.pad = pad
+    return shape
 
 
 def output_size(
@@ -162,7 +179,7 @@ def memory_format(x: Tensor, kernel: Sequence[int]) -> torch.memory_format:
     return last
 
 
-def _check(
+def check(
     features: int, fan_in: int, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> None:
     """Sizes and types that C takes on trust. Written out: it is part of every call."""
@@ -181,7 +198,7 @@ def _check(
         )
 
 
-def _tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
+def tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
     outputs, words = bits.shape[0], -(-channels // 32)
     result = torch.empty(outputs * taps * (words + 1), dtype=torch.int32)
     native: Any = choice().native
@@ -189,7 +206,7 @@ def _tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
     return result
 
 
-def _call(
+def call(
     name: str, x: Tensor, threshold: Tensor | None, weights: Tensor, scale: Tensor | None, shift: Tensor | None,
     y: Tensor, *tail: Any,
 ) -> None:  # fmt: skip
@@ -197,7 +214,7 @@ def _call(
     threshold, scale, shift = _in_order(threshold), _in_order(scale), _in_order(shift)
     status = getattr(choice().native, name)(
         x.data_ptr(),
-        DTYPES[x.dtype],
+        _CODES[x.dtype],
         None if threshold is None else threshold.data_ptr(),
         weights.data_ptr(),
         None if scale is None else scale.data_ptr(),
@@ -205,7 +222,7 @@ def _call(
         None if shift is None else shift.data_ptr(),
         shift is not None and shift.numel() > 1,
         y.data_ptr(),
-        DTYPES[y.dtype],
+        _CODES[y.dtype],
         *tail,
     )
     _succeed(status, name, x)

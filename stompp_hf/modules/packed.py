@@ -22,6 +22,7 @@ from .embedding import BinaryEmbedding
 from .frozen import affine
 from .linear import BinaryLinear
 from .member import FROZEN, Member
+from .joined import Join, by_bits
 from .packed_operators import packed_forward, packed_real_forward, packed_reference
 from .product import LinearProduct
 from .state import OWN_TENSORS
@@ -140,12 +141,14 @@ class PackedLayer(PackedMember, BinaryLayer):
     # ---- forward ----
 
     is_fused = False
+    join: Join
     fused_scale: Tensor
     fused_shift: Tensor | None
 
     def _frozen(self, x: Tensor) -> Tensor:
         if self.is_fused:
-            y = self._at_once(x)
+            y = by_bits(self, x)
+            y = self._at_once(x) if y is None else y
             return self._fused(x, self.fused_scale, self.fused_shift) if y is None else y
         if self._is_fast(x):
             (threshold, bits), (dtype, product, pad) = self._operands(), self._kind(x)
@@ -188,7 +191,8 @@ class PackedLayer(PackedMember, BinaryLayer):
 
     def unfuse(self) -> None:
         """Undo `fuse`."""
-        self.__dict__.pop("is_fused", None)
+        for name in ("is_fused", "join"):
+            self.__dict__.pop(name, None)
         for name in ("fused_scale", "fused_shift"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)

@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define STOMPP_VERSION 2 /* to be raised with every change of a function that Python calls */
+#define STOMPP_VERSION 3 /* to be raised with every change of a function that Python calls */
 #define LANES 64
 #define VECTOR 16  /* lanes come in multiples of it */
 #define ROW_BLOCK 48 /* rows of results that are held at a time: 12 KiB */
@@ -23,12 +23,15 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+/* Numbers of an input or an output; SUMS are those of a product, int32_t. BITS are what one layer hands the next one:
+ * words of signs, rows of words_of(features) in linear layers, planes of pixels [batch][word][pixel] in convolutions,
+ * whose groups have whole words (or there is but one). Panels are read from them: LANES words more can be read. */
+enum { FLOAT32, BFLOAT16, FLOAT16, SUMS, BITS };
 enum { DONE = 0, NO_MEMORY = 1 };
 
 static inline int64_t words_of(int64_t bits) { return (bits + 31) / 32; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t size_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+static inline int64_t size_of(int dtype) { return dtype == BFLOAT16 || dtype == FLOAT16 ? 2 : 4; }
 
 /* What differs between CPUs. */
 typedef struct {
