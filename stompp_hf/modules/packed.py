@@ -20,9 +20,9 @@ from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding
 from .frozen import affine
+from .joined import Join, by_bits
 from .linear import BinaryLinear
 from .member import FROZEN, Member
-from .joined import Join, by_bits
 from .packed_operators import packed_forward, packed_real_forward, packed_reference
 from .product import LinearProduct
 from .state import OWN_TENSORS
