@@ -124,7 +124,7 @@ def _fold(layer: PackedLayer, scale: Tensor, shift: Tensor | None, norm: Any) ->
     for channels in torch.arange(len(scales)).split(step):
         s, t = (value if value.numel() == 1 else value[channels] for value in (scale, own))
         tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        mean, var, weight, bias = (None if value is None else value[channels] for value in tensors)
+        mean, var, weight, bias = (None if value is None else value[channels].float() for value in tensors)
         before = z[:, None] * s + t
         after = torch.nn.functional.batch_norm(before, mean, var, weight, bias, False, 0.0, norm.eps)
         terms = z[:, None].abs() * s.abs() + t.abs() + norm.running_mean[channels].abs()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..derived import derived
 from ..errors import ShapeError
-from .calls import EXACT, FEW_CHANNELS, SHORT, call, check, make_shape, output_size, tap_words
+from .calls import call, check, make_shape, output_size, tap_words
 from .native import LANES
 
 
@@ -42,10 +42,9 @@ def words_of(features: int) -> int:
     return -(-features // 32)
 
 
-def whole_words(channels: int, groups: int, taps: int) -> bool:
+def whole_words(channels: int, groups: int) -> bool:
     """Whether a convolution can take bits of, or give, so many channels: its groups have words of their own."""
-    small = channels // groups < FEW_CHANNELS and channels // groups * taps < SHORT
-    return not small and channels // groups * taps < EXACT and (groups == 1 or channels // groups % 32 == 0)
+    return groups == 1 or channels // groups % 32 == 0
 
 
 def _new(shape: Sequence[int], features: int) -> Signs:
@@ -75,8 +74,9 @@ def conv(
 ) -> Tensor | Signs:  # fmt: skip
     """As `kernels.conv`, for contiguous x and y, where x may be signs, and y; see `linear` and `whole_words`."""
     channels, taps = x.shape[1] // groups, math.prod(kernel)
-    if not (whole_words(x.shape[1], groups, taps) and whole_words(bits.shape[0], groups, 1)):
-        raise ShapeError(f"{x.shape[1]} and {bits.shape[0]} channels in {groups} groups have no words of their own.")
+    for side, count in ((x, x.shape[1]), (to, bits.shape[0])):
+        if isinstance(side, Signs | Cut) and not whole_words(count, groups):
+            raise ShapeError(f"{count} channels as bits, in {groups} groups that have no words of their own.")
     shape = (x.shape[0], bits.shape[0], *output_size(x.shape[2:], kernel, stride, padding, dilation))
     data, threshold = _data(x, threshold)
     y, scale, shift = _result(shape, 1, to, scale, shift)

@@ -107,17 +107,14 @@ def join_of(layer: Any, reader: Any, between: list[nn.Module]) -> Join | None:
             return None
     kinds = {type(layer.product), type(reader.product)}
     if kinds == {ConvProduct}:
-        for each, channels in ((layer, layer.weight_shape[0]), (reader, reader.weight_shape[1] * reader.groups)):
-            taps = each.weight_shape[2:].numel()
-            inner = each.weight_shape[1] * each.groups
-            if not handed.whole_words(channels, each.groups, taps) or not handed.whole_words(inner, each.groups, taps):
-                return None
-            if each.padding_mode != "zeros" or each.dims != layer.dims:
+        for each in (layer, reader):
+            few = each.weight_shape[1] < kernels.calls.FEW_CHANNELS  # summed byte by byte
+            if few or each.padding_mode != "zeros" or not handed.whole_words(layer.weight_shape[0], each.groups):
                 return None
     elif kinds != {LinearProduct}:
         return None
     dtype, fan_in = layer.output_dtype, layer._bits().fan_in
-    if dtype not in kernels.calls.DTYPES or fan_in >= kernels.calls.EXACT:
+    if dtype not in kernels.calls.DTYPES or max(fan_in, reader._bits().fan_in) >= kernels.calls.EXACT:
         return None
     count = layer.weight_bits.shape[0]
     cut = cut_of(layer.fused_scale, layer.fused_shift, reader.activation_threshold, dtype, fan_in, count)
