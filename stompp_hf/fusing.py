@@ -33,7 +33,11 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
     """Make a packed model as fast as it gets, in place, for inference alone, and return the same model in eval mode.
 
     Forward:  every packed layer computes y = scale * product(sign(x - b), sign(w)) + shift, scale and shift made once:
-              bit for bit what it computed before. With exact=False, also:
+              bit for bit what it computed before. Where one packed layer alone reads another's output, as the example
+              inputs show, it gets the signs of y - b as bits, and no y is written: by a table of the whole numbers at
+              which that sign changes, so that every output stays what it is (see `modules.joined`). Hooks on the way
+              still see y, and in another dtype and in compiled and exported graphs it is written; but called by
+              itself such a layer returns NaN, so that adapters are to come before. With exact=False, also:
               - a BatchNorm that alone reads a layer's output goes into scale and shift. For each layer this is proven
                 by computing both for every whole number that the product can be: they differ by no more than
                 `TOLERANCE` of the sum of the sizes of the terms, or the BatchNorm stays, with a warning.

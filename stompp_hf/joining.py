@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def join(root: nn.Module, layers: Mapping[str, Any], inputs: Any) -> int:
     """Let fused layers hand each other bits, where one forward pass shows that nothing else reads what flows between.
 
-    A second pass shows that the bits arrive, and that no entry of any output changes; else nothing is joined.
+    Further passes show where the bits arrive, and that no entry of any output changes; else nothing is joined.
 
     Args:
         root: the model, fused.
@@ -40,17 +40,21 @@ def join(root: nn.Module, layers: Mapping[str, Any], inputs: Any) -> int:
         made = join_of(layers[name], layers[reader], between)
         if made is not None:
             layers[name].join = made
-    with undisturbed(root):
-        after = _tensors(run(root, inputs))
-    same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
     joined = [layer for layer in layers.values() if "join" in layer.__dict__]
-    kept = [layer for layer in joined if same and layer.join.taken]
-    for layer in joined:
-        if layer not in kept:
+    while joined:
+        with undisturbed(root):
+            after = _tensors(run(root, inputs))
+        lost = [layer for layer in joined if not layer.join.taken]
+        same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
+        if not lost and not same:
+            logger.warning("no layers hand each other bits: an output was another one with them.")
+            lost = joined
+        for layer in lost:
             del layer.join
-    if not same:
-        logger.warning("no layers hand each other bits: an output was another one with them.")
-    return len(kept)
+        if not lost:
+            break
+        joined = [layer for layer in joined if "join" in layer.__dict__]
+    return len(joined)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

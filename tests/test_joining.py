@@ -138,6 +138,12 @@ def test_convolutions_hand_over_bits(
 
 def test_a_cut_that_does_not_fit_never_reaches_c() -> None:
     bits = torch.zeros(4, 1, dtype=torch.uint8)
+    weight = torch.zeros(4, 8 * 9 // 8, dtype=torch.uint8)
+    sizes = ([3, 3], [1, 1], [(0, 0)] * 2, [1, 1], 1, 0)
+    for shape in ((1, 8, 2, 5), (8, 5, 5)):
+        signs = Signs(torch.zeros(500).int(), torch.Size(shape))
+        with pytest.raises(ShapeError):
+            handed.conv(signs, None, weight, None, None, torch.float32, *sizes)
     for cut in (Cut(torch.ones(3), torch.zeros(1).int()), Cut(torch.ones(4), torch.zeros(2).int()),
                 Cut(torch.ones(4), torch.zeros(1))):  # fmt: skip
         with pytest.raises(ShapeError, match="4 outputs"):
@@ -281,7 +287,7 @@ def test_graphs_are_those_of_layers_apart(fused: tuple[Any, dict[str, Tensor]]) 
 
 
 class Chain(nn.Module):
-    """Four linear layers, of which three (the first stays real) could hand each other bits, but for what happens on the way."""
+    """Linear layers, of which three (the first stays real) hand each other bits, but for what happens on the way."""
 
     def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

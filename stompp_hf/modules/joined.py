@@ -106,7 +106,7 @@ def join_of(layer: Any, reader: Any, between: list[nn.Module]) -> Join | None:
         if each.activation_scale is None or each.fused_scale.dtype != torch.float32 or not each.fused_scale.is_cpu:
             return None
     kinds = {type(layer.product), type(reader.product)}
-    if kinds == {ConvProduct}:
+    if kinds == {ConvProduct} and layer.dims == reader.dims:
         for each in (layer, reader):
             few = each.weight_shape[1] < kernels.calls.FEW_CHANNELS  # summed byte by byte
             if few or each.padding_mode != "zeros" or not handed.whole_words(layer.weight_shape[0], each.groups):
