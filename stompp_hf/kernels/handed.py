@@ -77,8 +77,9 @@ def conv(
     for side, count in ((x, x.shape[1]), (to, bits.shape[0])):
         if isinstance(side, Signs | Cut) and not whole_words(count, groups):
             raise ShapeError(f"{count} channels as bits, in {groups} groups that have no words of their own.")
-    shape = (x.shape[0], bits.shape[0], *output_size(x.shape[2:], kernel, stride, padding, dilation))
-    if min(shape) < 1 or len(x.shape) != len(kernel) + 2:
+    fits = len(x.shape) == len(kernel) + 2
+    shape = (x.shape[0], bits.shape[0], *(output_size(x.shape[2:], kernel, stride, padding, dilation) if fits else ()))
+    if not fits or min(shape) < 1:
         raise ShapeError(f"a packed convolution with a kernel of {tuple(kernel)}: {tuple(x.shape)} does not fit.")
     data, threshold = _data(x, threshold)
     y, scale, shift = _result(shape, 1, to, scale, shift)
