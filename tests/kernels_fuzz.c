@@ -167,11 +167,11 @@ static void convolution(const char *limit) {
 }
 
 int main(int count, char **words) {
-    static const char *limits[] = {"portable", "avx2", "avx512"};
+    static const char *limits[] = {"portable", "avx2", "avx512", "neon"};
     int rounds = count > 2 ? atoi(words[2]) : 20;
     srand(count > 1 ? (unsigned)atoi(words[1]) : 0);
     for (int round = 0; round < rounds; round++)
-        for (int i = 0; i < 3; i++) {
+        for (int i = 0; i < 4; i++) {
             const char *name = stompp_choose(limits[i]);
             linear(name);
             real_linear();

@@ -1,7 +1,7 @@
 """The compiled part: where it is, whether it is used, and with which instructions of this CPU.
 
 STOMPP_KERNELS=torch|c|auto   plain torch; compiled, or an error; compiled where it is there (the default)
-STOMPP_KERNELS_CPU=portable|avx2|avx512   instructions that may be used at most; by default the best of this CPU
+STOMPP_KERNELS_CPU=portable|avx2|avx512|neon   instructions that may be used at most; by default the best of this CPU
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import KernelError
 
 MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
-MODES, LIMITS = ("auto", "torch", "c"), ("", "portable", "avx2", "avx512")
+MODES, LIMITS = ("auto", "torch", "c"), ("", "portable", "avx2", "avx512", "neon")
 VERSION = 2
 """STOMPP_VERSION of the sources that these calls belong to."""
 BUILD = 'pip install "stompp-hf" from its sources where a C compiler is (in a checkout: pip install -e .)'
@@ -75,7 +75,7 @@ def use(mode: str | None = None, cpu: str | None = None) -> Choice:
 
     Args:
         mode: "torch", "c" or "auto"; None for what STOMPP_KERNELS says.
-        cpu: "portable", "avx2" or "avx512", the instructions that may be used at most; None for STOMPP_KERNELS_CPU.
+        cpu: "portable", "avx2", "avx512" or "neon", the instructions that may be used at most; None for STOMPP_KERNELS_CPU.
 
     Raises:
         KernelError: "c" without the compiled part, or a value that is none.
