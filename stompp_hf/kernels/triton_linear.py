@@ -4,6 +4,7 @@ Two launches: signs of the inputs become words of 32 bits, and the product reads
 the bits that differ; for more it makes -1 and 1 of them, 8 bits each, for the tensor cores, whose sums of whole numbers
 are exact. Sizes of blocks were chosen by reasoning, and not measured.
 """
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from typing import Any
 
@@ -20,7 +21,7 @@ FEW_ROWS = 16
 
 
 @triton.jit
-def sign_words(x, threshold, words, M, K, W, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def sign_words(x, threshold, words, M, K, W, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """words[m, w]: the signs of x[m, 32 w ...] - threshold, the first in the lowest bit; behind K they are 0."""
     blocks = tl.cdiv(W, WORDS)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -38,7 +39,7 @@ def sign_words(x, threshold, words, M, K, W, ROWS: tl.constexpr, WORDS: tl.const
 
 
 @triton.jit
-def _count_ones(words):  # type: ignore[no-untyped-def]
+def _count_ones(words):
     """In the form that LLVM knows, and turns into one instruction."""
     words = words - ((words >> 1) & 0x55555555)
     words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
@@ -47,14 +48,14 @@ def _count_ones(words):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _signs(words, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _signs(words, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """-1 and 1 as int8, (ROWS, 32 * WORDS)."""
     ones = (words[:, :, None] >> tl.arange(0, 32)[None, None, :].to(tl.uint32)) & 1
     return tl.reshape((ones.to(tl.int32) * 2 - 1).to(tl.int8), (ROWS, 32 * WORDS))
 
 
 @triton.jit
-def product(  # type: ignore[no-untyped-def]
+def product(
     words, weights, scale, shift, y, M, N, K, W, SCALE_STEP: tl.constexpr, SHIFT_STEP: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, WORDS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip

@@ -55,7 +55,7 @@ def packed_forward(
 
 
 def has_operator(x: Tensor, product: Product) -> bool:
-    """On a CPU every product has one, on a GPU that of linear layers where Triton is used: the rest is torch's to trace."""
+    """Every product on a CPU; on a GPU that of linear layers, where Triton is used: the rest is torch's to trace."""
     return x.is_cpu or (not isinstance(product, ConvProduct) and kernels.gpu.used_on(x.device))
 
 
