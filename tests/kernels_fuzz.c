@@ -76,6 +76,36 @@ static void linear(const char *limit) {
     free(x), free(b), free(s), free(t), free(y), free(expected), free(bits);
 }
 
+static int is_nan(uint16_t half, int dtype) { return (half & 0x7fff) > (dtype == FLOAT16 ? 0x7c00 : 0x7f80); }
+
+/* Half precision in and out, any of its values, against the portable functions; scales of any size, infinite and NaN. */
+static void halves(const char *limit) {
+    int64_t M = 1 + below(4), N = 1 + below(150), K = 1 + below(200);
+    int dtype = below(2) ? FLOAT16 : BFLOAT16;
+    uint16_t *x = malloc((size_t)(M * K) * 2), *y = malloc((size_t)(M * N) * 2), *expected = malloc((size_t)(M * N) * 2);
+    float *b = numbers(K), *s = malloc((size_t)N * 4), *t = numbers(N);
+    uint8_t *bits = random_bits(N, K);
+    for (int64_t i = 0; i < M * K; i++)
+        x[i] = (uint16_t)(rand() >> 8);
+    for (int64_t i = 0; i < N; i++) {
+        uint32_t word = (uint32_t)(rand() >> 8) << 16 | (uint32_t)(rand() >> 8 & 0xffff);
+        memcpy(&s[i], &word, 4);
+    }
+    stompp_choose("portable");
+    if (stompp_linear(x, dtype, b, bits, s, 1, t, 1, expected, dtype, M, K, N, 1))
+        exit(2);
+    const char *name = stompp_choose(limit);
+    if (stompp_linear(x, dtype, b, bits, s, 1, t, 1, y, dtype, M, K, N, 1))
+        exit(2);
+    compared += M * N;
+    for (int64_t i = 0; i < M * N; i++)
+        if (y[i] != expected[i] && !(is_nan(y[i], dtype) && is_nan(expected[i], dtype))) {
+            printf("%s, half precision: entry %lld is %x, not %x\n", name, (long long)i, y[i], expected[i]);
+            exit(1);
+        }
+    free(x), free(y), free(expected), free(b), free(s), free(t), free(bits);
+}
+
 /* Whole numbers, so that sums are exact in any order. */
 static void real_linear(void) {
     int64_t M = 1 + below(70), N = 1 + below(150), K = 1 + below(300), bytes = (K + 7) / 8;
@@ -174,9 +204,10 @@ int main(int count, char **words) {
         for (int i = 0; i < 4; i++) {
             const char *name = stompp_choose(limits[i]);
             linear(name);
+            halves(limits[i]);
             real_linear();
             convolution(name);
         }
-    printf("%lld entries equal\n", (long long)compared);
+    printf("%lld entries equal, at best with %s\n", (long long)compared, stompp_choose(""));
     return 0;
 }
