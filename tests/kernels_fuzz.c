@@ -56,17 +56,24 @@ static void same(const char *what, const float *found, const float *expected, in
 }
 
 static void linear(const char *limit) {
-    int64_t M = 1 + below(20), N = 1 + below(150), K = 1 + below(below(8) ? 700 : 20000);
+    int opposite = !below(3); /* every bit differs: counters are as full as they get */
+    int64_t M = 1 + below(below(2) ? 2 : 20), N = 1 + below(150), K = 1 + below(opposite ? 8000 : below(8) ? 700 : 20000);
     int scaled = (int)below(2), threads = 1 + (int)below(3);
-    float *x = numbers(M * K), *b = numbers(K), *s = numbers(N), *t = numbers(N);
+    float *x = numbers(M * K), *b = below(3) ? numbers(K) : NULL, *s = numbers(N), *t = numbers(N);
     float *y = malloc((size_t)(M * N) * 4), *expected = malloc((size_t)(M * N) * 4);
     uint8_t *bits = random_bits(N, K);
     int64_t bytes = (K + 7) / 8;
+    if (opposite) {
+        for (int64_t i = 0; i < M * K; i++)
+            x[i] = -3.0f;
+        for (int64_t i = 0; i < N * bytes; i++)
+            bits[i] = (uint8_t)(i % bytes == bytes - 1 && K % 8 ? (1 << (K % 8)) - 1 : 255);
+    }
     for (int64_t m = 0; m < M; m++)
         for (int64_t n = 0; n < N; n++) {
             int64_t z = 0;
             for (int64_t k = 0; k < K; k++)
-                z += sign_of(x[m * K + k], b[k]) * sign_at(bits + n * bytes, k);
+                z += sign_of(x[m * K + k], b ? b[k] : 0.0f) * sign_at(bits + n * bytes, k);
             float scaled_z = (float)z * s[n];
             expected[m * N + n] = scaled ? scaled_z + t[n] : (float)z;
         }

@@ -103,6 +103,8 @@ SPECIAL = torch.tensor(
 def test_infinities_and_nan_have_the_signs_that_torch_gives_them(instructions: str, dtype: torch.dtype) -> None:
     x, b = (t.flatten() for t in torch.meshgrid(SPECIAL, SPECIAL, indexing="ij"))
     x, b = x[~b.isnan()].to(dtype), b[~b.isnan()]  # compilers are free in the sign that a NaN gets from negation
+    if torch.copysign(torch.ones(1), torch.tensor([-float("nan")]).to(dtype).float()).item() > 0:
+        x, b = x[~x.isnan()], b[~x.isnan()]  # a CPU without F16C: torch drops the sign of a NaN in float16
     eye = torch.eye(x.numel()) - 0.5  # each output tells one input's sign from the sum of all
     for threshold in (b, None):
         expected = F.linear(hard_above(x.float(), threshold), hard_above(eye, None))
