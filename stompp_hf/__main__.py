@@ -143,7 +143,8 @@ def _report(args: argparse.Namespace) -> Any:
 def environment() -> str:
     """Versions, and which kernels compute packed layers, and why."""
     versions = f"stompp_hf {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{versions}, Python {platform.python_version()}, {platform.machine()}\n{kernels.describe()}"
+    python = f"Python {platform.python_version()}, {platform.machine()}"
+    return f"{versions}, {python}\n{kernels.describe()}\n{kernels.gpu.describe()}"
 
 
 def main(words: list[str] | None = None) -> int:

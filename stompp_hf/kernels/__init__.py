@@ -1,5 +1,6 @@
-"""1-bit products in compiled C: which part of it is used, and its calls. Plain torch is always there instead."""
+"""1-bit products in compiled C, on a GPU in Triton: what of it is used, and its calls. Plain torch is always there."""
 
+from . import gpu
 from .calls import conv, fits, linear, memory_format, output_size, real_linear, unpack
 from .handed import Cut, Signs
 from .native import Choice, choice, describe, switched_off, use
@@ -12,6 +13,7 @@ __all__ = [
     "conv",
     "describe",
     "fits",
+    "gpu",
     "linear",
     "memory_format",
     "output_size",

@@ -1,12 +1,14 @@
 """The compiled part: where it is, whether it is used, and with which instructions of this CPU.
 
-STOMPP_KERNELS=torch|c|auto   plain torch; compiled, or an error; compiled where it is there (the default)
-STOMPP_KERNELS_CPU=portable|avx2|avx512   instructions that may be used at most; by default the best of this CPU
+STOMPP_KERNELS=torch|c|triton|auto   plain torch; compiled, or an error; Triton for tensors on a GPU, or an error (C as
+    with auto); what is there (the default: of either kind)
+STOMPP_KERNELS_CPU=portable|avx2|avx512|neon   instructions that may be used at most; by default the best of this CPU
 """
 
 import contextlib
 import ctypes
 import importlib.machinery
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from pathlib import Path
 from ..errors import KernelError
 
 MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
-MODES, LIMITS = ("auto", "torch", "c"), ("", "portable", "avx2", "avx512")
+MODES, LIMITS = ("auto", "torch", "c", "triton"), ("", "portable", "avx2", "avx512", "neon")
 LANES = 64
 """Of kernels.h."""
 VERSION = 3
@@ -52,12 +54,13 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What is used: "c" or "torch", with which instructions, and why."""
+    """What is used on a CPU: "c" or "torch", with which instructions, and why; and what STOMPP_KERNELS says."""
 
     used: str
     instructions: str
     reason: str
     native: ctypes.CDLL | None = None
+    mode: str = "auto"
 
 
 _chosen: Choice | None = None
@@ -76,11 +79,11 @@ def use(mode: str | None = None, cpu: str | None = None) -> Choice:
     """Decide anew what is used in this process.
 
     Args:
-        mode: "torch", "c" or "auto"; None for what STOMPP_KERNELS says.
-        cpu: "portable", "avx2" or "avx512", the instructions that may be used at most; None for STOMPP_KERNELS_CPU.
+        mode: "torch", "c", "triton" or "auto"; None for what STOMPP_KERNELS says.
+        cpu: "portable", "avx2", "avx512" or "neon", what may be used at most; None for what STOMPP_KERNELS_CPU says.
 
     Raises:
-        KernelError: "c" without the compiled part, or a value that is none.
+        KernelError: "c" without the compiled part, "triton" without Triton, or a value that is none.
     """
     global _chosen
     mode = os.environ.get(MODE, "auto") if mode is None else mode
@@ -106,15 +109,17 @@ def switched_off() -> Iterator[None]:
 
 def _choose(mode: str, cpu: str) -> Choice:
     if mode == "torch":
-        return Choice("torch", "", f"{MODE}=torch")
+        return Choice("torch", "", f"{MODE}=torch", mode=mode)
+    if mode == "triton" and importlib.util.find_spec("triton") is None:
+        raise KernelError(f"{MODE}=triton, and triton is not installed. pip install triton; or set {MODE}=auto.")
     native = _load()
     if isinstance(native, str):
         if mode == "c":
             raise KernelError(f"{MODE}=c, and {native}. To have it: {BUILD}; or set {MODE}=auto.")
-        return Choice("torch", "", native)
+        return Choice("torch", "", native, mode=mode)
     instructions = native.stompp_choose(cpu.encode()).decode()
     limit = f", {LIMIT}={cpu}" if cpu else ""
-    return Choice("c", instructions, f"{MODE}={mode}{limit}, on {platform.machine()}", native)
+    return Choice("c", instructions, f"{MODE}={mode}{limit}, on {platform.machine()}", native, mode)
 
 
 def library_path() -> Path | None:

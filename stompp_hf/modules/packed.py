@@ -23,7 +23,7 @@ from .frozen import affine
 from .joined import Join, by_bits
 from .linear import BinaryLinear
 from .member import FROZEN, Member
-from .packed_operators import packed_forward, packed_real_forward, packed_reference
+from .packed_operators import has_operator, packed_forward, packed_real_forward, packed_reference
 from .product import LinearProduct
 from .state import OWN_TENSORS
 
@@ -158,8 +158,8 @@ class PackedLayer(PackedMember, BinaryLayer):
         return super()._frozen(x)
 
     def _is_fast(self, x: Tensor) -> bool:
-        """Whether one operator can do it all: a binary input on a CPU, float32 scales, and no gradient."""
-        if self.activation_scale is None or x.device.type != "cpu" or self.like.dtype != torch.float32:
+        """Whether one operator can do it all: a binary input, float32 scales, and no gradient."""
+        if self.activation_scale is None or self.like.dtype != torch.float32 or not has_operator(x, self.product):
             return False
         if x.dtype == torch.float64 or self.output_dtype == torch.float64:
             return False
@@ -223,7 +223,7 @@ class PackedLayer(PackedMember, BinaryLayer):
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
             if real and not wide:
                 return packed_real_forward(x, bits, scale, shift, dtype, product)
-            if kind == "cpu" and not wide:
+            if not wide:
                 y = packed_forward(x, threshold, bits, (scale, shift), dtype, product, pad)
                 if y is not None:
                     return y

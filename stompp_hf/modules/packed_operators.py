@@ -1,7 +1,7 @@
 """A packed layer's whole computation as one operator, which torch.compile and torch.export see as such.
 
-Eager calls go straight to compiled C: the operator's own way there costs more than a small layer. Where there is no
-compiled part, or on another device, the operators compute in plain torch, so that an exported program runs anywhere.
+Eager calls go straight to the kernel: the operator's own way there costs more than a small layer. Where there is no
+kernel for a device, the operators compute in plain torch, so that an exported program runs anywhere.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def packed_forward(
         product: the layer's product.
         pad: what stands around a padded x: -1, 0 or 1.
     """
-    if dtype is torch.float64:
+    if dtype is torch.float64 or not has_operator(x, product):
         return None
     if not torch.compiler.is_compiling() and type(x) is Tensor:
         return product.by_kernel(x, threshold, bits, affine, dtype, pad)
@@ -52,6 +52,11 @@ def packed_forward(
     around = [size for pair in product.padding for size in pair]
     sizes = (list(bits.shape[2:]), list(product.stride), around, list(product.dilation), product.groups, int(pad))
     return torch.ops.stompp_hf.packed_conv(x, threshold, bits.bits, *affine, dtype, *sizes)
+
+
+def has_operator(x: Tensor, product: Product) -> bool:
+    """Every product on a CPU; on a GPU that of linear layers, where Triton is used: the rest is torch's to trace."""
+    return x.is_cpu or (not isinstance(product, ConvProduct) and kernels.gpu.used_on(x.device))
 
 
 def packed_reference(

@@ -35,7 +35,7 @@ class Product(Protocol):
     def by_kernel(
         self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: "Affine", dtype: torch.dtype, pad: float
     ) -> Tensor | None:
-        """scale * product(sign(x - b), sign(w)) + shift in compiled C, without a gradient; None where it cannot."""
+        """scale * product(sign(x - b), sign(w)) + shift by a kernel, without a gradient; None where none can."""
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         """dL/dx from dL/dz, for an x of `shape`."""
@@ -79,9 +79,13 @@ class LinearProduct:
         self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, pad: float
     ) -> Tensor | None:
         fan_in = bits.shape[0] if bits.channel_dim else bits.shape[1]
-        if x.shape[-1] != fan_in or not kernels.fits(x, bits.bits, fan_in):
+        if x.shape[-1] != fan_in:
             return None
-        return kernels.linear(x, threshold, bits.bits, *affine, dtype)
+        if kernels.fits(x, bits.bits, fan_in):
+            return kernels.linear(x, threshold, bits.bits, *affine, dtype)
+        if kernels.gpu.fits(x, bits.bits, fan_in):
+            return kernels.gpu.linear(x, threshold, bits.bits, *affine, dtype)
+        return None
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         return grad.matmul(weight)

@@ -9,7 +9,7 @@ static const Backend *chosen;
 
 EXPORT int stompp_version(void) { return STOMPP_VERSION; }
 
-/* The best that the CPU has, and no better than `limit` ("portable", "avx2" or "avx512"; "" for no limit). */
+/* The best that the CPU has, and no better than `limit` ("portable", "avx2", "avx512" or "neon"; "" for no limit). */
 static const Backend *best(const char *limit) {
 #ifdef STOMPP_X86
     __builtin_cpu_init();
@@ -21,6 +21,9 @@ static const Backend *best(const char *limit) {
         return &stompp_avx512;
     if (narrow && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
         return &stompp_avx2;
+#elif defined(STOMPP_ARM64)
+    if (strcmp(limit, "") == 0 || strcmp(limit, "neon") == 0)
+        return &stompp_neon;
 #else
     (void)limit;
 #endif

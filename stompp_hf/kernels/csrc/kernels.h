@@ -64,6 +64,9 @@ extern const Backend stompp_portable;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define STOMPP_X86 1
 extern const Backend stompp_avx2, stompp_avx512;
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define STOMPP_ARM64 1
+extern const Backend stompp_neon;
 #endif
 
 const Backend *stompp_backend(void);
