@@ -2,6 +2,7 @@
 
 from .calls import conv, fits, linear, memory_format, output_size, real_linear, unpack
 from .native import Choice, choice, describe, switched_off, use
+from .training import mix, mix_backward, mix_weight_backward, pack, trains_with
 
 __all__ = [
     "Choice",
@@ -11,9 +12,14 @@ __all__ = [
     "fits",
     "linear",
     "memory_format",
+    "mix",
+    "mix_backward",
+    "mix_weight_backward",
     "output_size",
+    "pack",
     "real_linear",
     "switched_off",
+    "trains_with",
     "unpack",
     "use",
 ]

@@ -18,7 +18,7 @@ from ..errors import KernelError
 
 MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
 MODES, LIMITS = ("auto", "torch", "c"), ("", "portable", "avx2", "avx512")
-VERSION = 2
+VERSION = 3
 """STOMPP_VERSION of the sources that these calls belong to."""
 BUILD = 'pip install "stompp-hf" from its sources where a C compiler is (in a checkout: pip install -e .)'
 
@@ -45,6 +45,10 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "stompp_real_linear": (c_int, (*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_int)),
     "stompp_unpack": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "stompp_tap_words": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "stompp_pack": (None, (c_void_p, c_int64, c_int64, c_int, c_void_p, c_int)),
+    "stompp_mix": (None, (c_void_p, c_int)),
+    "stompp_mix_backward": (None, (c_void_p, c_int)),
+    "stompp_mix_weight_backward": (None, (c_void_p, c_int)),
 }
 
 
