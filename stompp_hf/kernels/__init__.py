@@ -2,7 +2,7 @@
 
 from .calls import conv, fits, linear, memory_format, output_size, real_linear, unpack
 from .native import Choice, choice, describe, switched_off, use
-from .training import mix, mix_backward, mix_weight_backward, pack, trains_with
+from .training import levels, mix, mix_backward, mix_weight_backward, pack, trains_with
 
 __all__ = [
     "Choice",
@@ -10,6 +10,7 @@ __all__ = [
     "conv",
     "describe",
     "fits",
+    "levels",
     "linear",
     "memory_format",
     "mix",

@@ -49,6 +49,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "stompp_mix": (None, (c_void_p, c_int)),
     "stompp_mix_backward": (None, (c_void_p, c_int)),
     "stompp_mix_weight_backward": (None, (c_void_p, c_int)),
+    "stompp_levels": (None, (c_void_p, c_int)),
 }
 
 

@@ -1,7 +1,7 @@
 """Calls of the compiled part that training makes: signs of latent weights as bits, and the masked mix in one pass.
 
-Everything here equals `functional`'s plain torch bit for bit, but for the sign of a zero, which in torch depends on where
-in its vectors an entry lies. What is not on a CPU, not float32 or not laid out for it gives None.
+Everything here equals plain torch bit for bit, but for the sign of a zero, which in torch depends on where in a vector
+an entry lies. What is not on a CPU, not float32 or not laid out for it gives None.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ class _Mixing(ctypes.Structure):
     """Mixing of mix.c."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("u", "real", "threshold", "scale", "mask", "grad", "code")),
+        *((name, c_void_p) for name in ("u", "real", "threshold", "scale", "mask", "grad", "code", "levels")),
         *((name, c_void_p) for name in ("y", "to_u", "to_real", "to_scale", "to_threshold")),
         *((name, c_int64) for name in ("outer", "features", "inner")),
         *((name, c_float) for name in ("low", "high", "offset", "width")),
@@ -164,6 +164,35 @@ def mix_weight_backward(
     )  # fmt: skip
     _run("stompp_mix_weight_backward", call, (1, 1, grad.numel()))
     return to_weight, to_scale
+
+
+def levels(
+    x: Tensor, threshold: Tensor | None, scale: Tensor, offset: float, wants_levels: bool, window: float | None
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """sign(x - b) + offset as int8, and |x - b| < window * |scale| as bool, each if wanted; None as above.
+
+    Args:
+        x: any shape.
+        threshold: one a feature, in a shape that broadcasts over x.
+        scale: a single one.
+        offset: 0.0 or 1.0.
+        wants_levels: whether the levels are made.
+        window: in units of the scale; None makes no window.
+    """
+    if not trains_with(x, threshold, scale) or (threshold is not None and not threshold.is_contiguous()):
+        return None
+    sizes = _sizes(x, torch.Size(()) if threshold is None else threshold.shape)
+    if sizes is None or scale.numel() != 1:
+        return None
+    whole = torch.empty_like(x, dtype=torch.int8) if wants_levels else None
+    near = None if window is None else torch.empty_like(x, dtype=torch.bool)
+    call = _Mixing(
+        u=x.data_ptr(), threshold=_address(threshold), scale=scale.data_ptr(), levels=_address(whole),
+        code=_address(near), offset=offset, width=window or 0.0,
+    )  # fmt: skip
+    if wants_levels or window is not None:
+        _run("stompp_levels", call, sizes)
+    return whole, near
 
 
 def _sizes(u: Tensor, shape: torch.Size) -> tuple[int, int, int] | None:

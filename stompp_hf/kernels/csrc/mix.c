@@ -17,6 +17,7 @@ enum { UNFROZEN = 1, EVERY = 2, BOTH = 3, FROZEN = 4 }; /* which part of the gra
 typedef struct {
     const float *u, *real, *threshold, *scale, *mask, *grad;
     uint8_t *code;
+    int8_t *levels;
     float *y, *to_u, *to_real, *to_scale, *to_threshold;
     int64_t outer, features, inner;
     float low, high, offset, width;
@@ -80,9 +81,9 @@ static void one_piece(void *context, int64_t index, int slot) {
         fill(self->scale[feature * self->scale_step], count, scale);
     if (self->mask_of_entries)
         at.mask = self->mask + at.first;
-    else if (across)
+    else if (self->mask && across)
         at.mask = self->mask + feature;
-    else
+    else if (self->mask)
         fill(self->mask[feature], count, mask);
     job->pass(&at, self);
 }
@@ -114,3 +115,6 @@ EXPORT void stompp_mix_backward(const Mixing *mixing, int threads) { run(mixing,
 EXPORT void stompp_mix_weight_backward(const Mixing *mixing, int threads) {
     run(mixing, PASSES(weight_backward), threads);
 }
+
+/* levels = sign(u - threshold) + offset; code = |u - threshold| < width * |scale|, 0 or 1. Either may be NULL. */
+EXPORT void stompp_levels(const Mixing *mixing, int threads) { run(mixing, PASSES(levels), threads); }
