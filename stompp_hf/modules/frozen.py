@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
+from ..derived import unchanged
 from ..functional import Edge, Surrogate, hard, hard_above, inside, near
 from .bits import SignBits
 from .packed_product import packed_product
@@ -162,16 +163,24 @@ class _FrozenProduct(torch.autograd.Function):
         return (grad_x if wants_x else None), grad_weight, grad_s, grad_a, grad_threshold, grad_bias, *[None] * 6
 
 
+FEW_CHANNELS, FEW_PLACES = 8, 64
+"""Convolutions of fewer channels a group, or over fewer places, are faster in plain torch."""
+
+
 def _for_kernel(x: Tensor, threshold: Tensor | None, weight: Any, product: Product) -> Tensor | SignBits:
-    """The signs of a latent weight as bits, if the compiled product can take them; else the weight itself.
+    """The signs of a latent weight as bits, if the compiled product is to take them; else the weight itself.
 
     They are made anew in each call: that is less than plain torch takes for signs as numbers, and nothing can be stale.
     """
+    shape, channel = weight.shape, product.channel_dim
     if not kernels.trains_with(x, weight, threshold) or not weight.is_contiguous():
         return weight  # type: ignore[no-any-return]
-    channel = product.channel_dim
+    if len(shape) > 2 and (shape[1] < FEW_CHANNELS or x.numel() < FEW_PLACES * shape[1] * product.groups):
+        return weight  # type: ignore[no-any-return]
     bits = kernels.pack(weight.detach() if channel else weight.detach().flatten(1), transposed=channel == 1)
-    return SignBits(bits, weight.shape, channel)
+    if len(shape) > 2:  # the kernel makes more of them, which is not needed while they stay as they are
+        bits = unchanged(weight, "sign bits", bits)
+    return SignBits(bits, shape, channel)
 
 
 def _kept_of_input(
