@@ -1,7 +1,8 @@
 """Calls of the compiled part that training makes: signs of latent weights as bits, and the masked mix in one pass.
 
-Everything here equals plain torch bit for bit, but for the sign of a zero, which in torch depends on where in a vector
-an entry lies. What is not on a CPU, not float32 or not laid out for it gives None.
+Everything here equals plain torch bit for bit, but for what in torch depends on where in a vector an entry lies: the
+sign of a zero, and whether a NaN weight is inside its clip. What is not on a CPU, not float32 or not laid out for it
+gives None.
 """
 
 import ctypes
