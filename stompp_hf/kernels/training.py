@@ -24,7 +24,7 @@ UNFROZEN, EVERY, BOTH, FROZEN = 1, 2, 3, 4
 
 
 class _Mixing(ctypes.Structure):
-    """Mixing of mix.c."""
+    """Mixing of mix.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("u", "real", "threshold", "scale", "mask", "grad", "code", "levels")),

@@ -1,28 +1,14 @@
 /* The masked mix of binary and real entries and its backward pass, each in one pass over memory.
  *
- * A tensor is (outer, features, inner). A threshold is one a feature; a scale one a feature or a single one; a mask one
- * a feature or one an entry. Rows are cut into pieces; what is the same along a row is repeated for a piece.
+ * Rows are cut into pieces; what is the same along a row is repeated for a piece.
  */
-#include "kernels.h"
+#include "mix.h"
 
 #include <math.h>
 #include <string.h>
 
 #define PIECE 1024 /* entries of a tensor that are worked on at a time */
 #define PRODUCTS_AN_ENTRY 64 /* what an entry takes as long as, for the number of threads */
-
-enum { ABOVE = 1, INSIDE = 2, PASSING = 4 };           /* flags of an entry */
-enum { UNFROZEN = 1, EVERY = 2, BOTH = 3, FROZEN = 4 }; /* which part of the gradient goes on */
-
-typedef struct {
-    const float *u, *real, *threshold, *scale, *mask, *grad;
-    uint8_t *code;
-    int8_t *levels;
-    float *y, *to_u, *to_real, *to_scale, *to_threshold;
-    int64_t outer, features, inner;
-    float low, high, offset, width;
-    int scale_step, mask_of_entries, flags, windowed, rule;
-} Mixing;
 
 /* Entries [first, first + count) of a tensor, and what belongs to each of them. */
 typedef struct {
