@@ -22,3 +22,14 @@ def derived(tensor: Tensor, name: str, make: Callable[[], Tensor]) -> Tensor:
     if found is None or found[0] != state:
         found = kept[name] = (state, make())
     return found[1]  # type: ignore[no-any-return]
+
+
+def unchanged(tensor: Tensor, name: str, value: Tensor) -> Tensor:
+    """What was kept under a name if it equals `value`, with what is derived from it; else `value`, from now on."""
+    kept: Any = _kept.get(tensor)
+    if kept is None:
+        kept = _kept[tensor] = {}
+    found = kept.get(name)
+    if found is None or not torch.equal(found[1], value):
+        found = kept[name] = (None, value)
+    return found[1]  # type: ignore[no-any-return]

@@ -2,14 +2,20 @@
 
 No modules and no state here. Written with `copysign` and `lerp` instead of `where`, because a masked select
 with a random mask costs several plain copies on a CPU, and nothing is saved that the caller does not keep anyway.
-Fresh tensors are worked on in place: on a CPU, getting memory for another one costs more than the arithmetic.
+Fresh tensors are worked on in place: on a CPU, getting memory for another one costs more than the arithmetic. Where the
+compiled part is there, the mixes and their gradients are one pass each, with the same results; sums stay torch's.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from . import kernels
+from .kernels.training import ABOVE, BOTH, EVERY, FROZEN, INSIDE, PASSING, UNFROZEN
 
 Edge = float | Tensor | None
 """An edge of a clip: a number, a tensor (1,) in compiled graphs, or None for no clip."""
@@ -102,6 +108,9 @@ class _MixWeight(torch.autograd.Function):
         low, high = (None if clip is None else -clip), clip
         _keep(ctx, (weight, scale, mask), low, high)
         ctx.surrogate = surrogate
+        mixed = None if isinstance(low, Tensor) else kernels.mix(weight, None, scale, None, mask, _numbers(low, high))
+        if mixed is not None:
+            return mixed[0]
         levels = hard(weight).mul_(scale)
         return torch.lerp(soft(weight, low, high), levels, mask, out=levels)
 
@@ -110,6 +119,11 @@ class _MixWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (weight, scale, mask), edges = _kept(ctx)
         grad_weight = grad_scale = None
+        if not isinstance(edges[0], Tensor):
+            made = _fast_weight_backward(grad, weight, mask, edges, ctx.surrogate, *ctx.needs_input_grad[:2])
+            if made is not None:
+                terms = made[1]
+                return made[0], None if terms is None else terms.sum_to_size(scale.shape), None, None, None
         if ctx.needs_input_grad[0]:
             clipped = inside(grad, weight, *edges)
             passed = {"zero": None, "clipped_ste": clipped}.get(ctx.surrogate, grad)
@@ -117,6 +131,22 @@ class _MixWeight(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_scale = _masked_sum(hard(weight).mul_(grad), mask, scale.shape)
         return grad_weight, grad_scale, None, None, None
+
+
+def _fast_weight_backward(
+    grad: Tensor, weight: Tensor, mask: Tensor, edges: Any, surrogate: str, wants_weight: bool, wants_scale: bool
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """The weight's gradient and M * g * sign(w) in compiled C; None where plain torch is to do it."""
+    clip = None if edges[0] is None else edges
+    passes_all = clip is None and surrogate != "zero"
+    rule = {"zero": UNFROZEN, "clipped_ste": EVERY}.get(surrogate, BOTH) if wants_weight and not passes_all else None
+    made = kernels.mix_weight_backward(grad, weight, mask, clip, rule, wants_scale)
+    return (grad, made[1]) if made is not None and wants_weight and passes_all else made
+
+
+def _numbers(low: Any, high: Any) -> tuple[float, float]:
+    """The edges of a clip as numbers, infinite ones for no clip."""
+    return (-math.inf, math.inf) if low is None else (low, high)
 
 
 def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogate: Surrogate) -> Tensor:
@@ -155,51 +185,95 @@ class _MixActivation(torch.autograd.Function):
         width: float,
     ) -> Tensor:
         wants_u, wants_real, wants_scale, wants_threshold = ctx.needs_input_grad[:4]
-        levels = hard_above(u, threshold)
-        unfrozen = u if real is None else real
+        absorbed = real is not None
         # What the backward pass asks of u is three bits an entry: they are kept in a byte, and u is not.
-        flags: dict[int, Tensor] = {}
-        if wants_scale:
-            flags[_ABOVE] = levels > 0
-        if low is not None and (wants_u if real is None else wants_real):
-            flags[_INSIDE] = _between(unfrozen, low, high)
-        if surrogate == "windowed_ste" and (wants_u or wants_threshold):
-            flags[_PASSING] = near(u, threshold, scale, width)
-        elif surrogate == "clipped_ste" and low is not None and (real is not None or not wants_u):
-            flags[_PASSING] = _between(u, low, high)
-        ctx.save_for_backward(scale, threshold, mask, _packed(flags))
-        ctx.bits, ctx.offset, ctx.surrogate, ctx.absorbed = tuple(flags), offset, surrogate, real is not None
-        levels = levels.add_(offset).mul_(scale) if offset else levels.mul_(scale)
-        return torch.lerp(soft(unfrozen, low, high), levels, mask, out=levels)
+        flags = ABOVE if wants_scale else 0
+        if low is not None and (wants_real if absorbed else wants_u):
+            flags |= INSIDE
+        window = width if surrogate == "windowed_ste" else None
+        clipped_apart = surrogate == "clipped_ste" and low is not None and (absorbed or not wants_u)
+        if clipped_apart or (window is not None and (wants_u or wants_threshold)):
+            flags |= PASSING
+        mixed = None
+        if not isinstance(low, Tensor):
+            mixed = kernels.mix(u, real, scale, threshold, mask, _numbers(low, high), offset, flags, window)
+        y, code = mixed or _mixed(u, real, scale, threshold, mask, low, high, offset, flags, window)
+        ctx.save_for_backward(scale, threshold, mask, code)
+        ctx.flags, ctx.offset, ctx.surrogate, ctx.absorbed = flags, offset, surrogate, absorbed
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         scale, threshold, mask, code = ctx.saved_tensors
         wants_u, wants_real, wants_scale, wants_threshold = ctx.needs_input_grad[:4]
-        grad_u = grad_real = grad_scale = grad_threshold = None
-        clipped = grad * (code & _INSIDE).ne(0) if _INSIDE in ctx.bits else grad
-        passed: Tensor | None = None
-        if _PASSING in ctx.bits:
-            passed = grad * (code & _PASSING).ne(0)
-        elif ctx.surrogate != "zero":
-            passed = clipped if ctx.surrogate == "clipped_ste" and not ctx.absorbed else grad
-        if wants_real:
-            grad_real = clipped * (1.0 - mask)
-        if wants_u and not ctx.absorbed:
-            grad_u = _through(clipped, passed, mask)
-        elif wants_u and passed is not None:
-            grad_u = passed * mask
-        if wants_scale:
-            levels = (code & _ABOVE).to(grad.dtype).mul_(2.0 / _ABOVE).add_(ctx.offset - 1.0)
-            grad_scale = _masked_sum(levels.mul_(grad), mask, scale.shape)
-        if wants_threshold and passed is not None:
-            grad_threshold = -_masked_sum(passed, mask, threshold.shape)
+        flags, flagged, passes = ctx.flags, bool(ctx.flags & PASSING), ctx.surrogate != "zero"
+        # Frozen entries pass nothing, what their flag says, what unfrozen ones do, or everything.
+        alike = not flagged and not ctx.absorbed and (ctx.surrogate == "clipped_ste" or not flags & INSIDE)
+        rule = None
+        if wants_u and ctx.absorbed:
+            rule = FROZEN if passes else None
+        elif wants_u:
+            rule = UNFROZEN if not passes else EVERY if alike else BOTH
+        wanted = (flags, rule, wants_real, ctx.offset if wants_scale else None, wants_threshold and flagged)
+        made = kernels.mix_backward(grad, code, mask, *wanted) or _mixed_backward(grad, code, mask, *wanted)
+        grad_u, grad_real, scale_terms, passed = made
+        grad_scale = grad_threshold = None
+        if scale_terms is not None:
+            grad_scale = _masked_sum(scale_terms, mask, scale.shape)
+        if wants_threshold and passes:
+            terms = passed if passed is not None else grad_u if alike and grad_u is not None else grad
+            grad_threshold = -_masked_sum(terms, mask, threshold.shape)
         return grad_u, grad_real, grad_scale, grad_threshold, *[None] * 6
 
 
-_ABOVE, _INSIDE, _PASSING = 1, 2, 4
-"""Bits of an entry: u >= b; within the clip; where the surrogate passes its gradient."""
+def _mixed(
+    u: Tensor,
+    real: Tensor | None,
+    scale: Tensor,
+    threshold: Tensor | None,
+    mask: Tensor,
+    low: Edge,
+    high: Edge,
+    offset: float,
+    flags: int,
+    window: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What `kernels.mix` gives, in plain torch."""
+    levels = hard_above(u, threshold)
+    unfrozen = u if real is None else real
+    found: dict[int, Tensor] = {}
+    if flags & ABOVE:
+        found[ABOVE] = levels > 0
+    if flags & INSIDE:
+        found[INSIDE] = _between(unfrozen, low, high)
+    if flags & PASSING:
+        found[PASSING] = _between(u, low, high) if window is None else near(u, threshold, scale, window)
+    levels = levels.add_(offset).mul_(scale) if offset else levels.mul_(scale)
+    return torch.lerp(soft(unfrozen, low, high), levels, mask, out=levels), _packed(found)
+
+
+def _mixed_backward(
+    grad: Tensor, code: Any, mask: Tensor, flags: int, rule: int | None, real: bool, terms: float | None, passes: bool
+) -> tuple[Tensor | None, ...]:
+    """What `kernels.mix_backward` gives, in plain torch."""
+    clipped = grad * (code & INSIDE).ne(0) if flags & INSIDE else grad
+    passed = grad * (code & PASSING).ne(0) if flags & PASSING else grad
+    makers: dict[int | None, Callable[[], Tensor]] = {
+        UNFROZEN: lambda: clipped * (1.0 - mask),
+        EVERY: lambda: clipped,
+        BOTH: lambda: torch.lerp(clipped, passed, mask),
+        FROZEN: lambda: passed * mask,
+    }
+    scale_terms = None
+    if terms is not None:
+        scale_terms = (code & ABOVE).to(grad.dtype).mul_(2.0 / ABOVE).add_(terms - 1.0).mul_(grad)
+    return (
+        None if rule is None else makers[rule](),
+        makers[UNFROZEN]() if real else None,
+        scale_terms,
+        passed if passes else None,
+    )
 
 
 def _between(u: Tensor, low: Edge, high: Edge) -> Tensor:

@@ -336,9 +336,10 @@ COMPILER = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler")
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fuzz", ["kernels_fuzz.c", "training_fuzz.c"])
+def test_sanitizers_find_nothing(tmp_path: Path, fuzz: str) -> None:
     program = tmp_path / "fuzz"
-    sources = [ROOT / "tests" / "kernels_fuzz.c", *sorted(SOURCES.glob("*.c"))]
+    sources = [ROOT / "tests" / fuzz, *sorted(SOURCES.glob("*.c"))]
     options = ["-O1", "-g", "-std=c11", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread", f"-I{SOURCES}"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     command = [str(COMPILER), *options, *sanitizers, *map(str, sources), "-o", str(program), "-lm"]

@@ -4,6 +4,7 @@ from . import gpu
 from .calls import conv, fits, linear, memory_format, output_size, real_linear, unpack
 from .handed import Cut, Signs
 from .native import Choice, choice, describe, switched_off, use
+from .training import levels, mix, mix_backward, mix_weight_backward, pack, trains_with
 
 __all__ = [
     "Choice",
@@ -14,11 +15,17 @@ __all__ = [
     "describe",
     "fits",
     "gpu",
+    "levels",
     "linear",
     "memory_format",
+    "mix",
+    "mix_backward",
+    "mix_weight_backward",
     "output_size",
+    "pack",
     "real_linear",
     "switched_off",
+    "trains_with",
     "unpack",
     "use",
 ]

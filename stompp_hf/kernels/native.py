@@ -49,6 +49,11 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "stompp_real_linear": (c_int, (*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_int)),
     "stompp_unpack": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "stompp_tap_words": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "stompp_pack": (None, (c_void_p, c_int64, c_int64, c_int, c_void_p, c_int)),
+    "stompp_mix": (None, (c_void_p, c_int)),
+    "stompp_mix_backward": (None, (c_void_p, c_int)),
+    "stompp_mix_weight_backward": (None, (c_void_p, c_int)),
+    "stompp_levels": (None, (c_void_p, c_int)),
 }
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import kernels
+from ..derived import unchanged
 from ..functional import Edge, Surrogate, hard, hard_above, inside, near
 from .bits import SignBits
 from .packed_product import packed_product
@@ -54,37 +56,42 @@ class _FrozenProduct(torch.autograd.Function):
     ) -> Tensor:
         binary_input, shape = activation_scale is not None, weight.shape
         others = [dim for dim in range(len(shape)) if dim != product.channel_dim]
-        if isinstance(weight, SignBits):
-            bits, latents, operand = weight, None, x  # no weight's gradient is made: nothing asks for the operand
-            z = packed_product(x, threshold, binary_input, weight, product, pad - offset)
-            row_sums = weight.row_sums(z.dtype) if offset else None
-        else:
-            bits, latents, operand = None, weight, _signs(x, threshold, product) if binary_input else x
-            weight_signs = hard(weight)
-            z = product(operand, weight_signs, pad - offset)
-            row_sums = weight_signs.sum(others) if offset else None
-        if binary_input and len(shape) > 2 and z.device.type != "cpu":
-            z = z.round_()  # cuDNN may pick an algorithm (Winograd, FFT) that is off an integer by its last bits
-        scale, shift = affine(weight_scale, activation_scale, bias, row_sums, offset)
-
+        latents = weight if isinstance(weight, Tensor) else None
         # What the backward pass needs, and no more: an STE-free layer with fixed scales saves nothing at all.
         needs = ctx.needs_input_grad
         passes = surrogate != "zero"
         makes_grad_weight = passes and needs[1]  # the scales' gradients come from it then, else from z
-        kept_z = z if (needs[2] or needs[3]) and not makes_grad_weight else None
-        if kept_z is not None and binary_input and shape.numel() < 2**15 * shape[product.channel_dim]:
-            kept_z = z.to(torch.int16)  # a sum of fewer than 2**15 signs
-        keeps_x = makes_grad_weight if not binary_input else surrogate == "clipped_ste"
-        window = None
-        if activation_scale is not None and surrogate == "windowed_ste" and (needs[0] or needs[4]):
-            window = near(x, None if threshold is None else product.per_feature(threshold, x), activation_scale, width)
-        levels = None
-        if makes_grad_weight and not keeps_x:
-            levels = operand.to(torch.int8)
-            levels = levels.add_(int(offset)) if offset else levels
-        y = z * product.per_channel(scale, z) if kept_z is z else z.mul_(product.per_channel(scale, z))
-        if shift is not None:
-            y = y.add_(product.per_channel(shift, z))
+        keeps_z = (needs[2] or needs[3]) and not makes_grad_weight
+        keeps_x = surrogate == "clipped_ste" if binary_input else makes_grad_weight
+        reach = width if binary_input and surrogate == "windowed_ste" and (needs[0] or needs[4]) else None
+
+        operand = y = kept_z = row_sums = None
+        signs = _for_kernel(x, threshold, weight, product) if binary_input and latents is not None else weight
+        if isinstance(signs, Tensor):
+            operand, signs = _signs(x, threshold, product) if binary_input else x, hard(signs)
+        if offset:
+            row_sums = signs.row_sums(x.dtype) if isinstance(signs, SignBits) else signs.sum(others)
+        scale, shift = affine(weight_scale, activation_scale, bias, row_sums, offset)
+        if isinstance(signs, SignBits) and binary_input and not keeps_z and not torch.compiler.is_compiling():
+            y = product.by_kernel(x.detach(), threshold, signs, (scale, shift), x.dtype, pad - offset)
+        if y is None:
+            if isinstance(signs, SignBits):
+                z = packed_product(x, threshold, binary_input, signs, product, pad - offset)
+            else:
+                z = product(operand, signs, pad - offset)  # type: ignore[arg-type]
+            if binary_input and len(shape) > 2 and z.device.type != "cpu":
+                z = z.round_()  # cuDNN may pick an algorithm (Winograd, FFT) that is off an integer by its last bits
+            if keeps_z:
+                short = binary_input and shape.numel() < 2**15 * shape[product.channel_dim]
+                kept_z = z.to(torch.int16) if short else z  # a sum of fewer than 2**15 signs
+            y = z * product.per_channel(scale, z) if kept_z is z else z.mul_(product.per_channel(scale, z))
+            y = y if shift is None else y.add_(product.per_channel(shift, z))
+
+        levels = window = None
+        if activation_scale is not None:
+            at = None if threshold is None else product.per_feature(threshold, x)
+            keeps_levels = makes_grad_weight and not keeps_x
+            levels, window = _kept_of_input(x, operand, at, activation_scale, offset, keeps_levels, reach)
         ctx.save_for_backward(
             x if keeps_x else None,
             levels,
@@ -98,8 +105,8 @@ class _FrozenProduct(torch.autograd.Function):
         )
         ctx.clips = clips
         ctx.product, ctx.offset, ctx.pad, ctx.surrogate = product, offset, pad, surrogate
-        ctx.binary_input, ctx.shapes, ctx.others, ctx.bits = binary_input, (x.shape, shape), others, bits
-        ctx.narrow = narrow
+        ctx.binary_input, ctx.shapes, ctx.others = binary_input, (x.shape, shape), others
+        ctx.bits, ctx.narrow = None if latents is not None else weight, narrow
         return y
 
     @staticmethod
@@ -153,6 +160,48 @@ class _FrozenProduct(torch.autograd.Function):
                 grad_threshold = -product.feature_sums(grad_x)
         grad_bias = product.channel_sums(grad) if wants_bias else None
         return (grad_x if wants_x else None), grad_weight, grad_s, grad_a, grad_threshold, grad_bias, *[None] * 7
+
+
+FEW_CHANNELS, FEW_PLACES = 8, 64
+"""Convolutions of fewer channels a group, or over fewer places, are faster in plain torch."""
+
+
+def _for_kernel(x: Tensor, threshold: Tensor | None, weight: Any, product: Product) -> Tensor | SignBits:
+    """The signs of a latent weight as bits, if the compiled product is to take them; else the weight itself.
+
+    They are made anew in each call: that is less than plain torch takes for signs as numbers, and nothing can be stale.
+    """
+    shape, channel = weight.shape, product.channel_dim
+    if not kernels.trains_with(x, weight, threshold) or not weight.is_contiguous():
+        return weight  # type: ignore[no-any-return]
+    if len(shape) > 2 and (shape[1] < FEW_CHANNELS or x.numel() < FEW_PLACES * shape[1] * product.groups):
+        return weight  # type: ignore[no-any-return]
+    bits = kernels.pack(weight.detach() if channel else weight.detach().flatten(1), transposed=channel == 1)
+    if len(shape) > 2:  # the kernel makes more of them, which is not needed while they stay as they are
+        bits = unchanged(weight, "sign bits", bits)
+    return SignBits(bits, shape, channel)
+
+
+def _kept_of_input(
+    x: Tensor,
+    operand: Tensor | None,
+    threshold: Tensor | None,
+    scale: Tensor,
+    offset: float,
+    keeps_levels: bool,
+    reach: float | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """For the backward pass, a byte an entry: the levels sign(x - b) + offset, and |x - b| < reach * |a|."""
+    if not keeps_levels and reach is None:
+        return None, None
+    made = kernels.levels(x, threshold, scale, offset, keeps_levels, reach)
+    if made is not None:
+        return made
+    levels = None
+    if keeps_levels:
+        levels = (hard_above(x, threshold) if operand is None else operand).to(torch.int8)
+        levels = levels.add_(int(offset)) if offset else levels
+    return levels, None if reach is None else near(x, threshold, scale, reach)
 
 
 def _signs(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:
