@@ -1,9 +1,11 @@
 """1-bit products in compiled C: which part of it is used, and its calls. Plain torch is always there instead."""
 
-from .calls import conv, fits, linear, memory_format, output_size, real_linear, unpack
+from .calls import DTYPES, EXACT, conv, fits, linear, memory_format, output_size, real_linear, sizes_fit, unpack
 from .native import Choice, choice, describe, switched_off, use
 
 __all__ = [
+    "DTYPES",
+    "EXACT",
     "Choice",
     "choice",
     "conv",
@@ -13,6 +15,7 @@ __all__ = [
     "memory_format",
     "output_size",
     "real_linear",
+    "sizes_fit",
     "switched_off",
     "unpack",
     "use",

@@ -7,12 +7,14 @@ STOMPP_KERNELS_CPU=portable|avx2|avx512   instructions that may be used at most;
 import contextlib
 import ctypes
 import importlib.machinery
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import KernelError
 
@@ -137,8 +139,25 @@ def _load() -> ctypes.CDLL | str:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
+    for name, quick in _functions_of_python(path).items():
+        setattr(native, name, quick)
     native.stompp_set_team(_team())
     return native
+
+
+def _functions_of_python(path: Path) -> dict[str, Any]:
+    """Functions of the same names and arguments that spare the cost of ctypes; none if built without Python's headers.
+
+    They hold Python's lock while there is so little to do that handing it over would take longer.
+    """
+    loader = importlib.machinery.ExtensionFileLoader(f"{__package__}._native", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    try:
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        loader.exec_module(module)
+    except ImportError:
+        return {}
+    return {name: function for name, function in vars(module).items() if name in _FUNCTIONS}
 
 
 def _team() -> int | None:
