@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from ..errors import PackingError
@@ -253,7 +254,7 @@ class PackedLinearLayer(PackedLayer):
     prepared: PreparedLinear | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.is_fused and self.observer is None and not torch.compiler.is_compiling():
+        if self.is_fused and self.observer is None and not is_compiling():
             if self.prepared is None:
                 self.prepared = PreparedLinear()
             y = self.prepared(self, input)

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like, get_num_threads, is_autocast_enabled
 
 from .. import kernels
+from ..kernels import DTYPES, choice
 
 FEW = 4
 """Rows up to which an empty output is kept, of the shape seen last: to ask for one like it is fastest."""
@@ -30,28 +31,28 @@ class PreparedLinear:
         return type(None), ()
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
-        if type(x) is not Tensor or not x.is_cpu or x.requires_grad or torch.is_autocast_enabled("cpu"):
+        if type(x) is not Tensor or not x.is_cpu or x.requires_grad or is_autocast_enabled("cpu"):
             return None
-        if self.choice is not kernels.choice() or self.dtype is not layer.output_dtype or self._moved(layer):
+        if self.choice is not choice() or self.dtype is not layer.output_dtype or self._moved(layer):
             self._look_up(layer)
-        taken = kernels.DTYPES.get(x.dtype)
+        taken = DTYPES.get(x.dtype)
         if self.parts is None or taken is None:
             return None
         function, real, given, features, outputs, threshold, *rest = self.parts
         shape = x.shape
         seen, like, rows = self.seen
         if shape == seen:
-            y = torch.empty_like(like)
+            y = empty_like(like)
         elif shape[-1:] != (features,) or x.numel() == 0:
             return None
         else:
             rows = x.numel() // features
             y = x.new_empty((*shape[:-1], outputs), dtype=self.dtype)
             if rows <= FEW:
-                self.seen = shape, torch.empty_like(y), rows
+                self.seen = shape, empty_like(y), rows
         if not x.is_contiguous():
             x = x.contiguous()
-        threads = torch.get_num_threads()
+        threads = get_num_threads()
         if not real:
             status = function(
                 x.data_ptr(), taken, threshold, *rest, y.data_ptr(), given, rows, features, outputs, threads
@@ -79,7 +80,7 @@ class PreparedLinear:
         )
 
     def _look_up(self, layer: Any) -> None:
-        choice, buffers, dtype = kernels.choice(), layer._buffers, layer.output_dtype
+        chosen, buffers, dtype = choice(), layer._buffers, layer.output_dtype
         self.home = layer._buffers if "activation_threshold" in layer._buffers else layer._parameters
         bits, scale, shift = (buffers[name] for name in ("weight_bits", "fused_scale", "fused_shift"))
         threshold = self.home["activation_threshold"]
@@ -88,20 +89,20 @@ class PreparedLinear:
         self.tensors = bits, scale, shift, threshold
         self.addresses = [None if tensor is None else tensor.data_ptr() for tensor in self.tensors]
         self.dtype, self.seen, self.parts = dtype, (None, None, 0), None
-        if choice.native is not None and self._fits(features, outputs, real, dtype):
+        if chosen.native is not None and self._fits(features, outputs, real, dtype):
             steps = (int(scale.numel() > 1), self.addresses[2], int(shift is not None and shift.numel() > 1))
             own = (self.addresses[3], self.addresses[0], self.addresses[1], *steps)
-            given = kernels.DTYPES[dtype]
-            function = choice.native.stompp_real_linear if real else choice.native.stompp_linear
-            if not real or choice.native.stompp_has_real():
+            given = DTYPES[dtype]
+            function = chosen.native.stompp_real_linear if real else chosen.native.stompp_linear
+            if not real or chosen.native.stompp_has_real():
                 self.parts = function, real, given, features, outputs, *own
-        self.choice = choice  # last: another thread may be calling
+        self.choice = chosen  # last: another thread may be calling
 
     def _fits(self, features: int, outputs: int, real: bool, dtype: torch.dtype) -> bool:
         bits, scale, shift, threshold = self.tensors
         return (
             all(tensor is None or (tensor.is_cpu and tensor.is_contiguous()) for tensor in self.tensors)
             and 0 < features < kernels.EXACT
-            and (dtype is torch.float32 if real else dtype in kernels.DTYPES)
+            and (dtype is torch.float32 if real else dtype in DTYPES)
             and kernels.sizes_fit(features, features, threshold, bits, scale, shift)
         )
