@@ -188,8 +188,10 @@ def _check(
 
 
 def _tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
-    outputs, words = bits.shape[0], -(-channels // 32)
-    result = torch.empty(outputs * taps * (words + 1), dtype=torch.int32)
+    """What stompp_conv takes for a weight: at most 3/32 of it in float32, of narrow taps little more than the bits."""
+    outputs, wide = bits.shape[0], channels >= 32
+    words = taps * -(-channels // 32) if wide else -(-channels * taps // 32)
+    result = torch.empty(outputs * (words + (taps if wide else 0)), dtype=torch.int32)
     native: Any = choice().native
     native.stompp_tap_words(bits.contiguous().data_ptr(), outputs, channels, taps, result.data_ptr())
     return result

@@ -20,7 +20,7 @@ from ..errors import KernelError
 
 MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
 MODES, LIMITS = ("auto", "torch", "c"), ("", "portable", "avx2", "avx512")
-VERSION = 2
+VERSION = 3
 """STOMPP_VERSION of the sources that these calls belong to."""
 BUILD = 'pip install "stompp-hf" from its sources where a C compiler is (in a checkout: pip install -e .)'
 
