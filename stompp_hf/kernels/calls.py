@@ -3,6 +3,7 @@
 import ctypes
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .native import Shape, choice
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FEW_CHANNELS = 8
 """Groups with fewer channels are summed byte by byte: a word of 32 channels would hold little."""
+WORD = 32
+"""Bits of a word; a group with fewer channels has narrow taps, several in a word."""
 EXACT = 2**24
 """Sums of fewer signs are exact in float32."""
 SHORT = 2**15
@@ -136,7 +139,9 @@ def conv(
     if channels < FEW_CHANNELS and channels * taps < SHORT:
         name, weights = "stompp_small_groups", bits.contiguous()
     else:
-        name, weights = "stompp_conv", derived(bits, "tap words", lambda: _tap_words(bits, channels, taps))
+        make = partial(_tap_words, bits, channels, taps)
+        kept = taps > 1 or channels >= WORD  # a single narrow tap is copied at once, and its words are mostly empty
+        name, weights = "stompp_conv", derived(bits, "tap words", make) if kept else make()
     tail = (ctypes.byref(shape), torch.get_num_threads())
     _call(name, x.contiguous(), threshold, weights, scale, shift, y, *tail)
     return y.contiguous(memory_format=memory_format(x, kernel))
@@ -188,9 +193,9 @@ def _check(
 
 
 def _tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
-    """What stompp_conv takes for a weight: at most 3/32 of it in float32, of narrow taps little more than the bits."""
-    outputs, wide = bits.shape[0], channels >= 32
-    words = taps * -(-channels // 32) if wide else -(-channels * taps // 32)
+    """What stompp_conv takes for a weight: narrow taps take little more than their bits."""
+    outputs, wide = bits.shape[0], channels >= WORD
+    words = taps * -(-channels // WORD) if wide else -(-channels * taps // WORD)
     result = torch.empty(outputs * (words + (taps if wide else 0)), dtype=torch.int32)
     native: Any = choice().native
     native.stompp_tap_words(bits.contiguous().data_ptr(), outputs, channels, taps, result.data_ptr())

@@ -265,6 +265,10 @@ EXPORT void stompp_tap_words(const uint8_t *bits, int64_t outputs, int64_t chann
     int64_t tap_bits = bits_of_tap(channels), words = words_of(taps * tap_bits), bytes = (channels * taps + 7) / 8;
     int32_t *sums = tap_bits < 32 ? NULL : (int32_t *)(weights + outputs * words);
     memset(weights, 0, (size_t)(outputs * words) * 4);
+    for (int64_t n = 0; n < outputs && taps == 1 && !sums; n++)
+        memcpy(weights + n * words, bits + n * bytes, (size_t)bytes);
+    if (taps == 1 && !sums)
+        return;
     for (int64_t n = 0; n < outputs; n++, bits += bytes, weights += words)
         for (int64_t tap = 0; tap < taps; tap++) {
             int32_t sum = 0;
