@@ -196,7 +196,7 @@ def _tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
     """What stompp_conv takes for a weight: narrow taps take little more than their bits."""
     outputs, wide = bits.shape[0], channels >= WORD
     words = taps * -(-channels // WORD) if wide else -(-channels * taps // WORD)
-    result = torch.empty(outputs * (words + (taps if wide else 0)), dtype=torch.int32)
+    result = torch.empty(outputs * (words + (taps if wide and taps > 1 else 0)), dtype=torch.int32)
     native: Any = choice().native
     native.stompp_tap_words(bits.contiguous().data_ptr(), outputs, channels, taps, result.data_ptr())
     return result

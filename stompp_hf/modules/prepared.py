@@ -26,6 +26,8 @@ class PreparedLinear:
 
     def __init__(self) -> None:
         self.choice: Any = None  # nothing is looked up yet
+        self.parts: tuple[Any, ...] | None = None
+        self.seen: tuple[Any, Any, int] = (None, None, 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()

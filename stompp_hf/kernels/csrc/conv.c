@@ -24,7 +24,7 @@ typedef struct {
     const float *threshold, *scale, *shift;
     int64_t scale_step, shift_step;
     const uint32_t *weights; /* outputs rows of words */
-    const int32_t *tap_sums; /* [tap][output]: sum of sign(w); NULL where taps are narrow */
+    const int32_t *tap_sums; /* [tap][output]: sum of sign(w); or NULL */
     char *y;
     int64_t group_channels, group_outputs, group_words, tap_bits, taps, words, pixels, results, pieces;
     int64_t panels, row_blocks, rows_a_block;
@@ -196,15 +196,18 @@ static int64_t number_classes(const Shape *shape, int d, int32_t *class_of, int6
     return count;
 }
 
-/* Sums of sign(w) of one narrow tap, for every output. */
+/* Sums of sign(w) of one tap, for every output, of the weights themselves. */
 static void sum_tap(const Conv *self, int64_t tap, int32_t *sums) {
-    int64_t at = tap * self->tap_bits, word = at / 32;
-    int shift = (int)(at % 32), over = shift + self->tap_bits > 32;
-    uint32_t mask = (1u << self->tap_bits) - 1;
+    int64_t at = tap * self->tap_bits, count = smaller(32, self->tap_bits);
+    int shift = (int)(at % 32), over = shift + count > 32;
+    uint32_t mask = 0xffffffffu >> (32 - count);
     for (int64_t n = 0; n < self->shape.outputs; n++) {
-        const uint32_t *own = self->weights + n * self->words + word;
+        const uint32_t *own = self->weights + n * self->words + at / 32;
         uint32_t bits = (own[0] >> shift | (over ? own[1] << (32 - shift) : 0)) & mask;
-        sums[n] = 2 * __builtin_popcount(bits) - (int32_t)self->tap_bits;
+        int32_t ones = __builtin_popcount(bits);
+        for (int64_t word = 1; word < self->tap_bits / 32; word++)
+            ones += __builtin_popcount(own[word]);
+        sums[n] = 2 * ones - (int32_t)self->group_channels;
     }
 }
 
@@ -258,16 +261,17 @@ static int reaches_out(const Shape *shape) {
 }
 
 static int64_t bits_of_tap(int64_t channels) { return channels < 32 ? channels : 32 * words_of(channels); }
+static int keeps_sums(int64_t channels, int64_t taps) { return channels >= 32 && taps > 1; }
 
 /* Words of a weight whose bits are [output][channel of the group][tap]: for each output, taps of bits_of_tap bits, and
- * zeros to the end of a word. Behind them, from 32 channels on, the sum of sign(w) of each tap, [tap][output]. */
+ * zeros to the end of a word. Behind them, where keeps_sums, the sum of sign(w) of each tap, [tap][output]. */
 EXPORT void stompp_tap_words(const uint8_t *bits, int64_t outputs, int64_t channels, int64_t taps, uint32_t *weights) {
     int64_t tap_bits = bits_of_tap(channels), words = words_of(taps * tap_bits), bytes = (channels * taps + 7) / 8;
-    int32_t *sums = tap_bits < 32 ? NULL : (int32_t *)(weights + outputs * words);
+    int32_t *sums = keeps_sums(channels, taps) ? (int32_t *)(weights + outputs * words) : NULL;
     memset(weights, 0, (size_t)(outputs * words) * 4);
-    for (int64_t n = 0; n < outputs && taps == 1 && !sums; n++)
+    for (int64_t n = 0; n < outputs && taps == 1; n++)
         memcpy(weights + n * words, bits + n * bytes, (size_t)bytes);
-    if (taps == 1 && !sums)
+    if (taps == 1)
         return;
     for (int64_t n = 0; n < outputs; n++, bits += bytes, weights += words)
         for (int64_t tap = 0; tap < taps; tap++) {
@@ -297,7 +301,8 @@ EXPORT int stompp_conv(const void *x, int x_dtype, const float *threshold, const
     self.taps = volume(shape->kernel);
     self.tap_bits = bits_of_tap(self.group_channels);
     self.words = words_of(self.taps * self.tap_bits);
-    self.tap_sums = self.tap_bits < 32 ? NULL : (const int32_t *)(weights + shape->outputs * self.words);
+    self.tap_sums = keeps_sums(self.group_channels, self.taps) ? (const int32_t *)(weights + shape->outputs * self.words)
+                                                              : NULL;
     self.pixels = volume(shape->in);
     self.results = volume(shape->out);
     self.pieces = (self.pixels + PIXELS - 1) / PIXELS;
