@@ -259,7 +259,8 @@ static void convolution(const char *limit) {
     float *y = malloc((size_t)results * 4), *expected = malloc((size_t)results * 4);
     float *sums = malloc((size_t)results * 4);
     uint8_t *bits = random_bits(shape.outputs, fan_in);
-    uint32_t *weights = malloc((size_t)(shape.outputs * taps * (words_of(channels) + 1)) * 4);
+    int64_t words = channels < 32 ? words_of(channels * taps) : taps * (words_of(channels) + (taps > 1));
+    uint32_t *weights = malloc((size_t)(shape.outputs * words) * 4);
     stompp_tap_words(bits, shape.outputs, channels, taps, weights);
     for (int64_t i = 0; i < results; i++) {
         int64_t pixel = i % pixels, n = i / pixels % shape.outputs, image = i / pixels / shape.outputs;

@@ -1,12 +1,14 @@
 """1-bit products in compiled C, on a GPU in Triton: what of it is used, and its calls. Plain torch is always there."""
 
 from . import gpu
-from .calls import conv, fits, linear, memory_format, output_size, real_linear, unpack
+from .calls import DTYPES, EXACT, conv, fits, linear, memory_format, output_size, real_linear, sizes_fit, unpack
 from .handed import Cut, Signs
 from .native import Choice, choice, describe, switched_off, use
 from .training import levels, mix, mix_backward, mix_weight_backward, pack, trains_with
 
 __all__ = [
+    "DTYPES",
+    "EXACT",
     "Choice",
     "Cut",
     "Signs",
@@ -24,6 +26,7 @@ __all__ = [
     "output_size",
     "pack",
     "real_linear",
+    "sizes_fit",
     "switched_off",
     "trains_with",
     "unpack",

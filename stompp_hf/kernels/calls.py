@@ -3,6 +3,7 @@
 import ctypes
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ _CODES = {**DTYPES, torch.int32: 4}
 """With words of bits, as `kernels.handed` has them."""
 FEW_CHANNELS = 8
 """Groups with fewer channels are summed byte by byte: a word of 32 channels would hold little."""
+WORD = 32
+"""Bits of a word; a group with fewer channels has narrow taps, several in a word."""
 EXACT = 2**24
 """Sums of fewer signs are exact in float32."""
 SHORT = 2**15
@@ -131,7 +134,7 @@ def conv(
     if channels < FEW_CHANNELS and channels * taps < SHORT:
         name, weights = "stompp_small_groups", bits.contiguous()
     else:
-        name, weights = "stompp_conv", derived(bits, "tap words", lambda: tap_words(bits, channels, taps))
+        name, weights = "stompp_conv", conv_weights(bits, channels, taps)
     tail = (ctypes.byref(shape), torch.get_num_threads())
     call(name, x.contiguous(), threshold, weights, scale, shift, y, *tail)
     return y.contiguous(memory_format=memory_format(x, kernel))
@@ -179,18 +182,25 @@ def memory_format(x: Tensor, kernel: Sequence[int]) -> torch.memory_format:
     return last
 
 
-def check(
+def sizes_fit(
     features: int, fan_in: int, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> None:
-    """Sizes and types that C takes on trust. Written out: it is part of every call."""
+) -> bool:
+    """Whether sizes and types are what C takes on trust. Written out: it is part of every call."""
     outputs = bits.shape[0]
-    if (
+    return not (
         bits.dtype is not torch.uint8
         or bits.shape[1] != (fan_in + 7) // 8
         or (threshold is not None and (threshold.numel() != features or threshold.dtype is not torch.float32))
         or (scale is not None and (scale.numel() not in (1, outputs) or scale.dtype is not torch.float32))
         or (shift is not None and (shift.numel() not in (1, outputs) or shift.dtype is not torch.float32))
-    ):
+    )
+
+
+def check(
+    features: int, fan_in: int, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    """Raise ShapeError where `sizes_fit` does not hold."""
+    if not sizes_fit(features, fan_in, threshold, bits, scale, shift):
         sizes = [None if t is None else (t.numel(), t.dtype) for t in (threshold, scale, shift)]
         raise ShapeError(
             f"a packed product of {features} features, {fan_in} weights an output channel: bits of shape "
@@ -198,9 +208,17 @@ def check(
         )
 
 
-def tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
-    outputs, words = bits.shape[0], -(-channels // 32)
-    result = torch.empty(outputs * taps * (words + 1), dtype=torch.int32)
+def conv_weights(bits: Tensor, channels: int, taps: int) -> Tensor:
+    """What stompp_conv takes for a weight: narrow taps take little more than their bits."""
+    make = partial(_tap_words, bits, channels, taps)
+    kept = taps > 1 or channels >= WORD  # a single narrow tap is copied at once, and its words are mostly empty
+    return derived(bits, "tap words", make) if kept else make()
+
+
+def _tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
+    outputs, wide = bits.shape[0], channels >= WORD
+    words = taps * -(-channels // WORD) if wide else -(-channels * taps // WORD)
+    result = torch.empty(outputs * (words + (taps if wide and taps > 1 else 0)), dtype=torch.int32)
     native: Any = choice().native
     native.stompp_tap_words(bits.contiguous().data_ptr(), outputs, channels, taps, result.data_ptr())
     return result

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..derived import derived
 from ..errors import ShapeError
-from .calls import call, check, make_shape, output_size, tap_words
+from .calls import call, check, conv_weights, make_shape, output_size
 from .native import LANES
 
 
@@ -84,7 +83,7 @@ def conv(
     data, threshold = _data(x, threshold)
     y, scale, shift = _result(shape, 1, to, scale, shift)
     check(x.shape[1], channels * taps, threshold, bits, scale, None if isinstance(to, Cut) else shift)
-    weights = derived(bits, "tap words", lambda: tap_words(bits, channels, taps))
+    weights = conv_weights(bits, channels, taps)
     sizes = make_shape(x.shape, shape, kernel, stride, padding, dilation, groups, pad)
     tail = (ctypes.byref(sizes), torch.get_num_threads())
     call("stompp_conv", data, threshold, weights, scale, shift, _data(y, None)[0], *tail)

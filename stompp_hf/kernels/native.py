@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import KernelError
 
@@ -22,7 +23,7 @@ MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
 MODES, LIMITS = ("auto", "torch", "c", "triton"), ("", "portable", "avx2", "avx512", "neon")
 LANES = 64
 """Of kernels.h."""
-VERSION = 3
+VERSION = 4
 """STOMPP_VERSION of the sources that these calls belong to."""
 BUILD = 'pip install "stompp-hf" from its sources where a C compiler is (in a checkout: pip install -e .)'
 
@@ -149,8 +150,25 @@ def _load() -> ctypes.CDLL | str:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
+    for name, quick in _functions_of_python(path).items():
+        setattr(native, name, quick)
     native.stompp_set_team(_team())
     return native
+
+
+def _functions_of_python(path: Path) -> dict[str, Any]:
+    """Functions of the same names and arguments that spare the cost of ctypes; none if built without Python's headers.
+
+    They hold Python's lock while there is so little to do that handing it over would take longer.
+    """
+    loader = importlib.machinery.ExtensionFileLoader(f"{__package__}._native", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    try:
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        loader.exec_module(module)
+    except ImportError:
+        return {}
+    return {name: function for name, function in vars(module).items() if name in _FUNCTIONS}
 
 
 def _team() -> int | None:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from .. import kernels
 from ..errors import PackingError
 from .attention import BinaryAttention
 from .base import BinaryLayer, rebind_forward
@@ -24,7 +24,7 @@ from .joined import Join, by_bits
 from .linear import BinaryLinear
 from .member import FROZEN, Member
 from .packed_operators import has_operator, packed_forward, packed_real_forward, packed_reference
-from .product import LinearProduct
+from .prepared import PreparedLinear
 from .state import OWN_TENSORS
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -148,7 +148,6 @@ class PackedLayer(PackedMember, BinaryLayer):
     def _frozen(self, x: Tensor) -> Tensor:
         if self.is_fused:
             y = by_bits(self, x)
-            y = self._at_once(x) if y is None else y
             return self._fused(x, self.fused_scale, self.fused_shift) if y is None else y
         if self._is_fast(x):
             (threshold, bits), (dtype, product, pad) = self._operands(), self._kind(x)
@@ -191,26 +190,11 @@ class PackedLayer(PackedMember, BinaryLayer):
 
     def unfuse(self) -> None:
         """Undo `fuse`."""
-        for name in ("is_fused", "join"):
+        for name in ("is_fused", "join", "prepared"):
             self.__dict__.pop(name, None)
         for name in ("fused_scale", "fused_shift"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-
-    def _at_once(self, x: Tensor) -> Tensor | None:
-        """A fused linear layer in eager mode, without a detour: with one row, what Python does is most of the time."""
-        if not isinstance(self.product, LinearProduct) or torch.compiler.is_compiling() or type(x) is not Tensor:
-            return None
-        dtype = self.output_dtype
-        if x.requires_grad or torch.is_autocast_enabled("cpu") or dtype.itemsize > 4:
-            return None
-        buffers, features = self._buffers, self.weight_shape[self.product.feature_dim]
-        bits, scale, shift = buffers["weight_bits"], buffers["fused_scale"], buffers["fused_shift"]
-        if bits is None or scale is None or x.shape[-1] != features or not kernels.fits(x, bits, features):
-            return None
-        if self.activation_scale is None:
-            return kernels.real_linear(x, bits, scale, shift) if x.dtype == dtype == torch.float32 else None
-        return kernels.linear(x, self.activation_threshold, bits, scale, shift, dtype)
 
     def _fused(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
@@ -267,6 +251,21 @@ class PackedLayer(PackedMember, BinaryLayer):
         return f"{super().extra_repr()}, packed"
 
 
+class PackedLinearLayer(PackedLayer):
+    """A packed layer of rows of features. Fused and in eager mode, it computes without a detour."""
+
+    prepared: PreparedLinear | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.is_fused and self.observer is None and "join" not in self.__dict__ and not is_compiling():
+            if self.prepared is None:
+                self.prepared = PreparedLinear()
+            y = self.prepared(self, input)
+            if y is not None:
+                return y
+        return super().forward(input)
+
+
 PACKED_CLASSES: dict[type[Member], type[PackedMember]] = {}
 _Packed = TypeVar("_Packed", bound=type[PackedMember])
 
@@ -278,14 +277,14 @@ def register_packed(packed_class: _Packed) -> _Packed:
 
 
 @register_packed
-class PackedLinear(PackedLayer, BinaryLinear):
+class PackedLinear(PackedLinearLayer, BinaryLinear):
     """A packed nn.Linear."""
 
     binary_class = BinaryLinear
 
 
 @register_packed
-class PackedConv1D(PackedLayer, BinaryConv1D):
+class PackedConv1D(PackedLinearLayer, BinaryConv1D):
     """A packed Conv1D of transformers; its bits lie in rows of output channels, as everywhere."""
 
     binary_class = BinaryConv1D

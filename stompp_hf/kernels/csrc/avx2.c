@@ -164,6 +164,59 @@ TARGET static void product(const uint32_t *rows, int64_t row_stride, int64_t cou
                                                smaller(WORDS_A_SUM, words - word), word ? 0 : K, z + row * LANES);
 }
 
+#define VECTORS_A_BYTE 31 /* a counter of 8 bits holds the differences of as many vectors, 8 of each */
+
+__attribute__((target("avx2,popcnt"))) static inline int64_t differ_behind(const uint8_t *row, const uint8_t *bits, int64_t bytes) {
+    int64_t differ = 0;
+    for (int64_t word = 0; 4 * word < bytes; word++)
+        differ += __builtin_popcount(word_at(row, bytes, word) ^ word_at(bits, bytes, word));
+    return differ;
+}
+
+/* Bits as they lie, 4 lanes at a time. */
+__attribute__((target("avx2,popcnt"))) static void one_row(const uint32_t *words, const uint8_t *bits, int64_t bytes,
+                                                           int64_t lanes, int32_t K, int32_t *z) {
+    const __m256i ones = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)different[0]));
+    const __m256i low = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    const uint8_t *row = (const uint8_t *)words;
+    for (int64_t lane = 0; lane < lanes; lane += 4) {
+        const uint8_t *own[4];
+        __m256i differ[4];
+        int64_t at = 0, whole = bytes / 32 * 32;
+        _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+            own[i] = bits + smaller(lane + i, lanes - 1) * bytes;
+            differ[i] = zero;
+        }
+        while (at < whole) {
+            __m256i count[4] = {zero, zero, zero, zero};
+            for (int64_t last = smaller(whole, at + 32 * VECTORS_A_BYTE); at < last; at += 32) {
+                __m256i x = _mm256_loadu_si256((const __m256i *)(row + at));
+                _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+                    __m256i a = _mm256_xor_si256(x, _mm256_loadu_si256((const __m256i *)(own[i] + at)));
+                    __m256i b = _mm256_and_si256(_mm256_srli_epi16(a, 4), low);
+                    a = _mm256_shuffle_epi8(ones, _mm256_and_si256(a, low));
+                    count[i] = _mm256_add_epi8(count[i], _mm256_add_epi8(a, _mm256_shuffle_epi8(ones, b)));
+                    STAYS(count[i]);
+                }
+            }
+            _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+                differ[i] = _mm256_add_epi64(differ[i], _mm256_sad_epu8(count[i], zero));
+        }
+        __m256i a = _mm256_add_epi64(_mm256_unpacklo_epi64(differ[0], differ[1]),
+                                     _mm256_unpackhi_epi64(differ[0], differ[1]));
+        __m256i b = _mm256_add_epi64(_mm256_unpacklo_epi64(differ[2], differ[3]),
+                                     _mm256_unpackhi_epi64(differ[2], differ[3]));
+        a = _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
+        __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+        if (whole < bytes)
+            sums = _mm_add_epi32(sums, _mm_setr_epi32((int)differ_behind(row + whole, own[0] + whole, bytes - whole),
+                                                      (int)differ_behind(row + whole, own[1] + whole, bytes - whole),
+                                                      (int)differ_behind(row + whole, own[2] + whole, bytes - whole),
+                                                      (int)differ_behind(row + whole, own[3] + whole, bytes - whole)));
+        _mm_storeu_si128((__m128i *)(z + lane), _mm_sub_epi32(_mm_set1_epi32(K), _mm_slli_epi32(sums, 1)));
+    }
+}
+
 /* Each nibble of a lane looks up its sum: its 3 lower bits in one half of the table or the other, as its highest says. */
 TARGET static void real_product(const float *tables, const uint32_t *panel, int64_t vectors, int64_t words, float *z) {
     for (int64_t first = 0; first < vectors * VECTOR; first += 32) {
@@ -188,5 +241,5 @@ TARGET static void real_product(const float *tables, const uint32_t *panel, int6
     }
 }
 
-const Backend stompp_avx2 = {"avx2", sign_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, real_product};
+const Backend stompp_avx2 = {"avx2", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product};
 #endif

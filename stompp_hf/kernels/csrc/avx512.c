@@ -115,27 +115,46 @@ static void product(const uint32_t *rows, int64_t row_stride, int64_t count, con
     }
 }
 
-/* 16 rows of weights at a time, each with 16 counters; their sums come from one transposition at the end. */
+/* Lane i of the result: the sum of v[i]. */
+TARGET static inline __m512i sums_of_16(const __m512i v[16]) {
+    __m512i t[8], u[4];
+    _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++)
+        t[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
+                                _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+        u[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(t[2 * i], t[2 * i + 1]),
+                                _mm512_unpackhi_epi64(t[2 * i], t[2 * i + 1]));
+    _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++)
+        t[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(u[2 * i], u[2 * i + 1], 0x88),
+                                _mm512_shuffle_i32x4(u[2 * i], u[2 * i + 1], 0xdd));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(t[0], t[1], 0x88), _mm512_shuffle_i32x4(t[0], t[1], 0xdd));
+}
+
+#define STAYS(v) __asm__("" : "+v"(v)) /* or gcc keeps the counters in memory */
+
+/* How many bits of 16 rows of weights differ; `lanes` of them are there, and the last stands for those behind it. */
+TARGET static inline __m512i differences(const uint8_t *row, const uint8_t *bits, int64_t bytes, int64_t lanes) {
+    __m512i v[16];
+    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) v[i] = _mm512_setzero_si512();
+    for (int64_t at = 0; at < bytes; at += 64) {
+        __mmask64 here = bytes - at >= 64 ? ~0ull : (1ull << (bytes - at)) - 1;
+        __m512i x = _mm512_maskz_loadu_epi8(here, row + at);
+        _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) {
+            __m512i own = _mm512_maskz_loadu_epi8(here, bits + smaller(i, lanes - 1) * bytes + at);
+            v[i] = _mm512_add_epi32(v[i], _mm512_popcnt_epi32(_mm512_xor_si512(x, own)));
+            STAYS(v[i]);
+        }
+    }
+    return sums_of_16(v);
+}
+
 TARGET static void one_row(const uint32_t *row, const uint8_t *bits, int64_t bytes, int64_t lanes, int32_t K,
                            int32_t *z) {
-    for (int64_t lane = 0; lane < lanes; lane += 16) {
-        __m512i v[16];
-        for (int i = 0; i < 16; i++)
-            v[i] = _mm512_setzero_si512();
-        for (int64_t at = 0; at < bytes; at += 64) {
-            __mmask64 here = bytes - at >= 64 ? ~0ull : (1ull << (bytes - at)) - 1;
-            __m512i x = _mm512_maskz_loadu_epi8(here, (const uint8_t *)row + at);
-            for (int i = 0; i < 16; i++) {
-                const uint8_t *own = bits + smaller(lane + i, lanes - 1) * bytes + at;
-                __m512i differ = _mm512_xor_si512(x, _mm512_maskz_loadu_epi8(here, own));
-                v[i] = _mm512_add_epi32(v[i], _mm512_popcnt_epi32(differ));
-            }
-        }
-        transpose(v);
-        for (int step = 8; step > 0; step /= 2)
-            for (int i = 0; i < step; i++)
-                v[i] = _mm512_add_epi32(v[i], v[i + step]);
-        _mm512_storeu_si512(z + lane, _mm512_sub_epi32(_mm512_set1_epi32(K), _mm512_slli_epi32(v[0], 1)));
+    for (int64_t lane = 0; lane < lanes; lane += 16, bits += 16 * bytes) {
+        int64_t left = lanes - lane;
+        __m512i differ = left >= 16 ? differences((const uint8_t *)row, bits, bytes, 16)
+                                    : differences((const uint8_t *)row, bits, bytes, left);
+        _mm512_storeu_si512(z + lane, _mm512_sub_epi32(_mm512_set1_epi32(K), _mm512_slli_epi32(differ, 1)));
     }
 }
 

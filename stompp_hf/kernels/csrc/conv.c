@@ -1,7 +1,8 @@
 /* y = scale * conv(sign(x - b), sign(w)) + shift through packed im2col, for any stride, padding, dilation and groups.
  *
  * Input signs become planes of words, 32 channels a word: planes[batch][group][word][pixel]. A panel is LANES output
- * pixels: words of one tap after another. Padding with zeros is none of two signs: it is taken for -1, and what that
+ * pixels: the channels of one tap after another, each from the start of a word, or, where all would fit into less than a
+ * word, right behind the last: words that hold little would cost memory and time. Padding with zeros is none of two signs: it is taken for -1, and what that
  * puts in is taken out again, sum of sign(w) over the taps that lie in the padding. Those taps are the same for many
  * pixels: a border class is a set of them.
  */
@@ -23,10 +24,10 @@ typedef struct {
     int x_dtype, y_dtype;
     const float *threshold, *scale, *shift;
     int64_t scale_step, shift_step;
-    const uint32_t *weights; /* outputs rows of taps * group_words */
-    const int32_t *tap_sums; /* [tap][output]: sum of sign(w) */
+    const uint32_t *weights; /* outputs rows of words */
+    const int32_t *tap_sums; /* [tap][output]: sum of sign(w); or NULL */
     char *y;
-    int64_t group_channels, group_outputs, group_words, taps, words, pixels, results, pieces;
+    int64_t group_channels, group_outputs, group_words, tap_bits, taps, words, pixels, results, pieces;
     int64_t panels, row_blocks, rows_a_block;
     int direct; /* the planes are the panels */
     const uint32_t *planes;
@@ -91,12 +92,30 @@ static void copy_run(const Conv *self, const uint32_t *planes, const Run *run, c
     }
 }
 
+/* A narrow tap's words, `bits` bits of each, behind the first `at` bits of every lane. */
+static void append(const uint32_t *words, int64_t bits, int64_t at, uint32_t *panel) {
+    uint32_t *to = panel + at / 32 * LANES;
+    int shift = (int)(at % 32);
+    for (int lane = 0; lane < LANES; lane++)
+        to[lane] |= words[lane] << shift;
+    if (shift + bits > 32)
+        for (int lane = 0; lane < LANES; lane++)
+            to[LANES + lane] |= words[lane] >> (32 - shift);
+}
+
 static void fill_panel(const Conv *self, const uint32_t *planes, const Run *runs, int count, uint32_t *panel) {
     const int64_t *kernel = self->shape.kernel;
+    uint32_t narrow[LANES] = {0};
+    int is_narrow = self->tap_bits < 32;
+    if (is_narrow)
+        memset(panel, 0, (size_t)(self->words * LANES) * 4);
     for (int64_t index = 0; index < self->taps; index++) {
         int64_t tap[3] = {index / kernel[2] / kernel[1], index / kernel[2] % kernel[1], index % kernel[2]};
+        uint32_t *to = is_narrow ? narrow : panel + index * self->group_words * LANES;
         for (int i = 0; i < count; i++)
-            copy_run(self, planes, &runs[i], tap, panel + index * self->group_words * LANES + runs[i].lane);
+            copy_run(self, planes, &runs[i], tap, to + runs[i].lane);
+        if (is_narrow)
+            append(narrow, self->tap_bits, index * self->tap_bits, panel);
     }
 }
 
@@ -196,6 +215,21 @@ static int64_t number_classes(const Shape *shape, int d, int32_t *class_of, int6
     return count;
 }
 
+/* Sums of sign(w) of one tap, for every output, of the weights themselves. */
+static void sum_tap(const Conv *self, int64_t tap, int32_t *sums) {
+    int64_t at = tap * self->tap_bits, count = smaller(32, self->tap_bits);
+    int shift = (int)(at % 32), over = shift + count > 32;
+    uint32_t mask = 0xffffffffu >> (32 - count);
+    for (int64_t n = 0; n < self->shape.outputs; n++) {
+        const uint32_t *own = self->weights + n * self->words + at / 32;
+        uint32_t bits = (own[0] >> shift | (over ? own[1] << (32 - shift) : 0)) & mask;
+        int32_t ones = __builtin_popcount(bits);
+        for (int64_t word = 1; word < self->tap_bits / 32; word++)
+            ones += __builtin_popcount(own[word]);
+        sums[n] = 2 * ones - (int32_t)self->group_channels;
+    }
+}
+
 static int make_border(Conv *self) {
     const Shape *shape = &self->shape;
     int64_t all = shape->out[0] + shape->out[1] + shape->out[2];
@@ -210,23 +244,26 @@ static int make_border(Conv *self) {
         self->classes[d] = number_classes(shape, d, self->class_of[d], sets[d]);
         total *= self->classes[d];
     }
-    self->border = stompp_allocate(total * shape->outputs * 4);
+    self->border = stompp_allocate((total + 1) * shape->outputs * 4);
     if (!self->border)
         return NO_MEMORY;
     memset(self->border, 0, (size_t)(total * shape->outputs) * 4);
-    for (int64_t class = 1; class < total; class++) {
-        int64_t of[3] = {class / self->classes[2] / self->classes[1], class / self->classes[2] % self->classes[1],
-                         class % self->classes[2]};
-        int32_t *sums = self->border + class * shape->outputs;
-        for (int64_t tap = 0; tap < self->taps; tap++) {
-            int64_t at[3] = {tap / shape->kernel[2] / shape->kernel[1], tap / shape->kernel[2] % shape->kernel[1],
-                             tap % shape->kernel[2]};
+    for (int64_t tap = 0; tap < self->taps; tap++) {
+        int64_t at[3] = {tap / shape->kernel[2] / shape->kernel[1], tap / shape->kernel[2] % shape->kernel[1],
+                         tap % shape->kernel[2]};
+        int32_t *own = self->border + total * shape->outputs;
+        const int32_t *of_tap = self->tap_sums ? self->tap_sums + tap * shape->outputs : own;
+        if (!self->tap_sums)
+            sum_tap(self, tap, own);
+        for (int64_t class = 1; class < total; class++) {
+            int64_t of[3] = {class / self->classes[2] / self->classes[1], class / self->classes[2] % self->classes[1],
+                             class % self->classes[2]};
+            int32_t *sums = self->border + class * shape->outputs;
             int inside = 1;
             for (int d = 0; d < 3; d++)
                 inside = inside && at[d] >= sets[d][of[d]][0] && at[d] < sets[d][of[d]][1];
-            if (!inside)
-                for (int64_t n = 0; n < shape->outputs; n++)
-                    sums[n] += self->tap_sums[tap * shape->outputs + n];
+            for (int64_t n = 0; n < shape->outputs && !inside; n++)
+                sums[n] += of_tap[n];
         }
     }
     return DONE;
@@ -242,22 +279,29 @@ static int reaches_out(const Shape *shape) {
     return 0;
 }
 
-/* Words of a weight whose bits are [output][channel of the group][tap]: outputs * taps * words of a group's channels,
- * [output][tap][word], then the sum of sign(w) of each tap, [tap][output]. */
+static int64_t bits_of_tap(int64_t channels) { return channels < 32 ? channels : 32 * words_of(channels); }
+static int keeps_sums(int64_t channels, int64_t taps) { return channels >= 32 && taps > 1; }
+
+/* Words of a weight whose bits are [output][channel of the group][tap]: for each output, taps of bits_of_tap bits, and
+ * zeros to the end of a word. Behind them, where keeps_sums, the sum of sign(w) of each tap, [tap][output]. */
 EXPORT void stompp_tap_words(const uint8_t *bits, int64_t outputs, int64_t channels, int64_t taps, uint32_t *weights) {
-    int64_t words = words_of(channels), bytes = (channels * taps + 7) / 8;
-    int32_t *sums = (int32_t *)(weights + outputs * taps * words);
-    memset(weights, 0, (size_t)(outputs * taps * (words + 1)) * 4);
-    for (int64_t n = 0; n < outputs; n++, bits += bytes, weights += taps * words)
+    int64_t tap_bits = bits_of_tap(channels), words = words_of(taps * tap_bits), bytes = (channels * taps + 7) / 8;
+    int32_t *sums = keeps_sums(channels, taps) ? (int32_t *)(weights + outputs * words) : NULL;
+    memset(weights, 0, (size_t)(outputs * words) * 4);
+    for (int64_t n = 0; n < outputs && taps == 1; n++)
+        memcpy(weights + n * words, bits + n * bytes, (size_t)bytes);
+    if (taps == 1)
+        return;
+    for (int64_t n = 0; n < outputs; n++, bits += bytes, weights += words)
         for (int64_t tap = 0; tap < taps; tap++) {
-            uint32_t *to = weights + tap * words;
             int32_t sum = 0;
-            for (int64_t c = 0, i = tap; c < channels; c++, i += taps) {
+            for (int64_t c = 0, i = tap, to = tap * tap_bits; c < channels; c++, i += taps, to++) {
                 uint32_t bit = (bits[i >> 3] >> (i & 7)) & 1;
-                to[c >> 5] |= bit << (c & 31);
+                weights[to >> 5] |= bit << (to & 31);
                 sum += 2 * (int32_t)bit - 1;
             }
-            sums[tap * outputs + n] = sum;
+            if (sums)
+                sums[tap * outputs + n] = sum;
         }
 }
 
@@ -274,8 +318,10 @@ EXPORT int stompp_conv(const void *x, int x_dtype, const float *threshold, const
     self.group_outputs = shape->outputs / shape->groups;
     self.group_words = words_of(self.group_channels);
     self.taps = volume(shape->kernel);
-    self.words = self.taps * self.group_words;
-    self.tap_sums = (const int32_t *)(weights + shape->outputs * self.words);
+    self.tap_bits = bits_of_tap(self.group_channels);
+    self.words = words_of(self.taps * self.tap_bits);
+    self.tap_sums = keeps_sums(self.group_channels, self.taps) ? (const int32_t *)(weights + shape->outputs * self.words)
+                                                              : NULL;
     self.pixels = volume(shape->in);
     self.results = volume(shape->out);
     self.pieces = (self.pixels + PIXELS - 1) / PIXELS;

@@ -13,6 +13,7 @@ typedef struct {
     const uint8_t *bits;
     char *y;
     int64_t M, K, N, words, row_blocks, rows_a_block;
+    int by_rows; /* one after another, and no panels */
     const uint32_t *flips, *signs;
     uint32_t *own_signs, *panels;
 } Linear;
@@ -33,7 +34,7 @@ static void products(void *context, int64_t index, int slot) {
     int64_t bytes = (self->K + 7) / 8, words = self->words;
     uint32_t *panel = self->panels + slot * 2 * words * LANES, *spare = panel + words * LANES;
     int32_t z[ROW_BLOCK * LANES] __attribute__((aligned(64)));
-    int by_rows = self->M <= FEW_ROWS && backend->one_row;
+    int by_rows = self->by_rows;
     if (!by_rows)
         backend->make_panel(self->bits + first * bytes, bytes, lanes, words, panel);
     for (int64_t m = from; m < to; m += ROW_BLOCK) {
@@ -65,7 +66,7 @@ EXPORT int stompp_linear(const void *x, int x_dtype, const float *threshold, con
                          int64_t scale_step, const float *shift, int64_t shift_step, void *y, int y_dtype, int64_t M,
                          int64_t K, int64_t N, int threads) {
     Linear self = {stompp_backend(), x, x_dtype, y_dtype, threshold, scale, shift, scale_step, shift_step, bits, y,
-                   M, K, N, words_of(K), 1, M, (const uint32_t *)shift, x, 0, 0};
+                   M, K, N, words_of(K), 1, M, 0, (const uint32_t *)shift, x, 0, 0};
     int64_t panels = (N + LANES - 1) / LANES;
     threads = stompp_threads_for((double)M * (double)K * (double)N, threads);
     if (panels < 2 * threads && M > ROW_BLOCK) {
@@ -73,8 +74,10 @@ EXPORT int stompp_linear(const void *x, int x_dtype, const float *threshold, con
         self.rows_a_block = (M + self.row_blocks - 1) / self.row_blocks;
         self.row_blocks = (M + self.rows_a_block - 1) / self.rows_a_block;
     }
+    self.by_rows = M <= FEW_ROWS && self.backend->one_row;
     int64_t signs_size = x_dtype == BITS ? 0 : (M * self.words + 15) / 16 * 16;
-    self.own_signs = stompp_allocate((signs_size + threads * 2 * self.words * LANES) * 4);
+    int64_t panels_size = self.by_rows ? 0 : threads * 2 * self.words * LANES;
+    self.own_signs = stompp_allocate((signs_size + panels_size) * 4);
     if (!self.own_signs)
         return NO_MEMORY;
     self.panels = self.own_signs + signs_size;

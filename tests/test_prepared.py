@@ -1,0 +1,177 @@
+"""Fused linear layers that go straight to C: they follow their tensors, and give way where they must."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stompp_hf import StoMPPConfig, kernels
+from stompp_hf.derived import _kept
+from stompp_hf.errors import PackingError
+from stompp_hf.modules import binary_class_of
+from stompp_hf.packing import pack_members
+
+pytestmark = pytest.mark.skipif(kernels.native.library_path() is None, reason="the compiled part was not built")
+
+
+def packed(plain: nn.Module, binarize: str = "weights_and_activations") -> Any:
+    """A packed layer of its own, calibrated on normal numbers."""
+    layer: Any = binary_class_of(plain).convert(plain, StoMPPConfig(binarize=binarize))  # type: ignore[union-attr]
+    layer.calibrate_weight()
+    if binarize != "weights":
+        layer.calibrate_activation(torch.randn(64, layer.product.features(layer.weight)))
+    layer.enter("frozen", 1.0)
+    pack_members({"layer": layer})
+    return layer.eval()
+
+
+def fused(binarize: str = "weights_and_activations") -> Any:
+    """A fused linear layer of 70 features and 40 outputs, without gradients."""
+    layer = packed(nn.Linear(70, 40), binarize)
+    layer.fuse(*layer.scale_and_shift())
+    return layer.requires_grad_(False)
+
+
+def expected(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What plain torch gives."""
+    with kernels.switched_off():
+        return layer(x)
+
+
+def direct(layer: Any, x: torch.Tensor) -> bool:
+    """Whether the layer computed x without its ordinary way, and right."""
+    found, y = layer.prepared(layer, x), layer(x)
+    assert y.dtype == layer.output_dtype and torch.equal(y, expected(layer, x))
+    return found is not None and torch.equal(found, y)
+
+
+@pytest.mark.parametrize("shape", [(70,), (1, 70), (2, 1, 70), (1, 1, 70), (5, 70), (3, 2, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_outputs_are_those_of_the_ordinary_way(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = fused()
+    layer(torch.randn(shape))
+    for _ in range(3):  # the shape is new, then known
+        x = torch.randn(shape).to(dtype)
+        assert direct(layer, x)
+        assert layer(x).data_ptr() != layer(x).data_ptr() or x.numel() == 0
+    strided = torch.randn(*shape, 2)[..., 0]
+    assert direct(layer, strided)
+    halves = copy.deepcopy(layer).to(torch.bfloat16)
+    halves(strided)
+    assert direct(halves, strided.bfloat16()) and direct(layer, strided)
+
+
+def test_a_layer_follows_its_tensors() -> None:
+    torch.manual_seed(0)
+    layer, other, x = fused(), fused(), torch.randn(1, 70)
+    layer(x)
+    assert direct(layer, x)
+    layer.weight_bits.copy_(other.weight_bits)
+    assert direct(layer, x)
+    layer.load_state_dict(other.state_dict(), assign=True)
+    assert direct(layer, x)
+    layer.activation_threshold.data = torch.randn(70)
+    layer.fused_shift.data = torch.randn(40)
+    assert direct(layer, x)
+    layer.weight_bits = layer.weight_bits.clone() ^ 1
+    assert direct(layer, x)
+    layer.share_memory()
+    assert direct(layer, x)
+    layer.fuse(layer.fused_scale * 2, None)
+    assert direct(layer, x)
+    layer.double()
+    assert layer(x).dtype == torch.float64 and layer.prepared(layer, x) is None
+    layer.float()
+    assert layer(x).dtype == torch.float32
+    layer.unfuse()
+    assert layer.prepared is None and torch.equal(layer(x), expected(layer, x))
+
+
+def test_copies_make_their_own() -> None:
+    torch.manual_seed(0)
+    layer, x = fused(), torch.randn(1, 70)
+    y = layer(x)
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert again.prepared is None and torch.equal(again(x), y)
+        again.weight_bits ^= 1
+        assert direct(again, x) and not torch.equal(again(x), y) and torch.equal(layer(x), y)
+
+
+def test_it_gives_way() -> None:
+    torch.manual_seed(0)
+    layer, x = fused(), torch.randn(2, 70)
+    y = layer(x)
+
+    class Marked(torch.Tensor):
+        pass
+
+    for given in (x.double(), x.as_subclass(Marked), x[:0], x.to("meta"), torch.randn(2, 69)):
+        assert layer.prepared(layer, given) is None
+    with kernels.switched_off():
+        assert layer.prepared(layer, x) is None
+    assert layer.prepared(layer, x) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.prepared(layer, x) is None and torch.equal(layer(x), y.bfloat16())
+    with pytest.raises(PackingError, match="gives no gradient"):
+        layer(x.clone().requires_grad_())
+    with torch.device("meta"):  # what is made without a device would be without values
+        assert torch.equal(layer(x), y)
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), y)
+    seen: list[torch.Tensor] = []
+    layer.register_forward_hook(lambda m, a, y: seen.append(y))
+    assert torch.equal(layer(x), y) and len(seen) == 1
+
+
+def test_real_inputs() -> None:
+    torch.manual_seed(0)
+    layer, x = fused("weights"), torch.randn(1, 70)
+    for _ in range(3):
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-5)
+    assert layer.prepared(layer, x) is not None or kernels.choice().instructions == "portable"
+    assert layer.prepared(layer, x.bfloat16()) is None
+
+
+def test_several_threads_call_one_layer() -> None:
+    torch.manual_seed(0)
+    layer = fused()
+    inputs = [torch.randn(1 + i % 3, 70) for i in range(40)]
+    wanted = [expected(layer, x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            layer.prepared = None
+            assert all(torch.equal(a, b) for a, b in zip(pool.map(layer, inputs), wanted, strict=True))
+
+
+def test_calls_by_ctypes_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Python's headers were missing when the compiled part was built."""
+    torch.manual_seed(0)
+    layer, real, x = fused(), fused("weights"), torch.randn(1, 70)
+    found = layer(x), real(x)
+    monkeypatch.setattr(kernels.native, "_functions_of_python", lambda path: {})
+    kernels.use()
+    assert direct(layer, x) and torch.equal(layer(x), found[0]) and torch.equal(real(x), found[1])
+    monkeypatch.undo()
+    kernels.use()
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_convolutions_keep_is_an_eighth(kernel: int, groups: int) -> None:
+    torch.manual_seed(0)
+    for channels in range(1, 65):
+        plain = nn.Conv2d(groups * channels, 8 * groups, kernel, padding=kernel // 2, groups=groups, bias=False)
+        layer, x = packed(plain), torch.randn(1, groups * channels, 6, 6)
+        with torch.no_grad():
+            y = layer(x)
+            assert channels % 9 or torch.equal(y, expected(layer, x))
+        bits = layer.weight_bits.nbytes
+        kept = sum(value.nbytes for _, value in _kept.get(layer.weight_bits, {}).values())
+        if channels * kernel * kernel > 1:  # of a single weight, the byte that holds its bit is a quarter
+            assert bits + kept <= layer.weight_count * 4 / 8, (channels, bits, kept)
