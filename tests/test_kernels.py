@@ -59,6 +59,13 @@ def integer_signs(x: Tensor) -> np.ndarray:
     return np.where(x.double().numpy() >= 0, 1.0, -1.0)
 
 
+@compiled
+def test_the_inner_loop_alone_says_what_it_did(instructions: str) -> None:
+    """48 rows by 64 lanes of 1024 signs a round: what a benchmark takes for the ceiling."""
+    assert kernels.inner_loop(0) == 0
+    assert kernels.inner_loop(5) == 5 * kernels.inner_loop(1) == 5 * 48 * 64 * 1024
+
+
 # ---- linear layers ----
 
 

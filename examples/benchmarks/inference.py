@@ -9,7 +9,8 @@ All contenders take turns in one process (in a different order each round); a ti
 busy machine disturbs least, and a ratio that of two such times; calls that are short are made several times in a turn,
 all contenders' alike, so that the clock is no part of them, and small weights lie in a cache. With one thread it is the
 thread's CPU time, else wall time. int8 is torch's dynamic quantization of linear layers. Models have random weights;
-the packed ones are calibrated on their input, and fused with `fuse_for_inference`. Prints Markdown tables.
+the packed ones are calibrated on their input, and fused with `fuse_for_inference`. "Of inner loop" is the rate over
+that of the kernels' inner loop alone, on operands in the first cache, which nothing can pass. Prints Markdown tables.
 """
 
 import copy
@@ -230,6 +231,18 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
     return {name: 1e3 * min(own) for name, own in times.items()}
 
 
+def ceiling() -> float | None:
+    """Signs that the kernels' inner loop multiplies in a nanosecond (GMAC/s) on all threads; None without them."""
+    if kernels.choice().native is None:
+        return None
+    best = 0.0
+    for _ in range(50):
+        begin = time.thread_time()
+        count = kernels.inner_loop(200)
+        best = max(best, count / (time.thread_time() - begin) / 1e9)
+    return best * torch.get_num_threads()
+
+
 def machine() -> str:
     """One line on what ran this."""
     name = platform.processor() or platform.machine()
@@ -251,11 +264,17 @@ def main() -> None:
         raise SystemExit(f"--peers {' '.join(unknown)}: choose among {', '.join(peers.COLUMNS)}.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(f"{'W1A32' if args.weights_only else 'W1A1'}; {machine()}\n")
+    most = None if args.weights_only else ceiling()  # real inputs are looked up by another loop
+    limit = "" if most is None else f", inner loop alone {most:.0f} GMAC/s"
+    print(f"{'W1A32' if args.weights_only else 'W1A1'}; {machine()}{limit}\n")
     names = [FLOAT32, BFLOAT16, INT8, *(name for peer in args.peers for name in peers.COLUMNS[peer]), PACKED, FUSED]
     names += [APART] * args.apart
-    print("| | " + " | ".join(f"{name}, ms" for name in names) + " | fused over float32 | over int8 | GMAC/s |")
-    print("|---|" + "---|" * (len(names) + 3))
+    print(
+        "| | "
+        + " | ".join(f"{name}, ms" for name in names)
+        + " | fused over float32 | over int8 | GMAC/s | of inner loop |"
+    )
+    print("|---|" + "---|" * (len(names) + 4))
     with torch.inference_mode():
         for source in (operators, models_and_blocks):
             if source is operators and "operators" not in args.what:
@@ -268,7 +287,9 @@ def main() -> None:
                 cells = [f"{times[name]:.3f}" if name in times else "" for name in names]
                 int8 = f"{ratios[FUSED] / ratios[INT8]:.1f}" if INT8 in ratios else ""
                 rate = f"{case.macs / times[FUSED] / 1e6:.0f}" if case.macs else ""
-                print(f"| {case.name} | {' | '.join(cells)} | **{ratios[FUSED]:.1f}** | {int8} | {rate} |", flush=True)
+                share = f"{case.macs / times[FUSED] / 1e6 / most:.0%}" if case.macs and most else ""
+                cells += [f"**{ratios[FUSED]:.1f}**", int8, rate, share]
+                print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

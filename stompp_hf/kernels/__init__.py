@@ -1,7 +1,19 @@
 """1-bit products in compiled C, on a GPU in Triton: what of it is used, and its calls. Plain torch is always there."""
 
 from . import gpu
-from .calls import DTYPES, EXACT, conv, fits, linear, memory_format, output_size, real_linear, sizes_fit, unpack
+from .calls import (
+    DTYPES,
+    EXACT,
+    conv,
+    fits,
+    inner_loop,
+    linear,
+    memory_format,
+    output_size,
+    real_linear,
+    sizes_fit,
+    unpack,
+)
 from .handed import Cut, Signs
 from .native import Choice, choice, describe, switched_off, use
 from .training import levels, mix, mix_backward, mix_weight_backward, pack, trains_with
@@ -17,6 +29,7 @@ __all__ = [
     "describe",
     "fits",
     "gpu",
+    "inner_loop",
     "levels",
     "linear",
     "memory_format",

@@ -23,7 +23,7 @@ MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
 MODES, LIMITS = ("auto", "torch", "c", "triton"), ("", "portable", "avx2", "avx512", "neon")
 LANES = 64
 """Of kernels.h."""
-VERSION = 4
+VERSION = 5
 """STOMPP_VERSION of the sources that these calls belong to."""
 BUILD = 'pip install "stompp-hf" from its sources where a C compiler is (in a checkout: pip install -e .)'
 
@@ -46,6 +46,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "stompp_linear": (c_int, (*_INPUT, *_OUTPUT, c_int64, c_int64, c_int64, c_int)),
     "stompp_conv": (c_int, (*_INPUT, *_OUTPUT, POINTER(Shape), c_int)),
     "stompp_small_groups": (c_int, (*_INPUT, *_OUTPUT, POINTER(Shape), c_int)),
+    "stompp_inner_loop": (c_int64, (c_int64,)),
     "stompp_has_real": (c_int, ()),
     "stompp_real_linear": (c_int, (*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_int)),
     "stompp_unpack": (None, (c_void_p, c_int64, c_int64, c_void_p)),

@@ -1,6 +1,8 @@
 /* y = scale * (sign(x - b) . sign(w)) + shift of a linear layer. */
 #include "kernels.h"
 
+#include <string.h>
+
 #define SIGN_ROWS 8 /* rows whose signs are one piece of work */
 #define FEW_ROWS 2  /* a panel is not worth its making for them */
 
@@ -88,4 +90,20 @@ EXPORT int stompp_linear(const void *x, int x_dtype, const float *threshold, con
     stompp_run(products, &self, panels * self.row_blocks, threads);
     stompp_release(self.own_signs);
     return DONE;
+}
+
+/* The inner loop alone, on operands that stay in the first cache: how many products of signs `rounds` of it are. */
+EXPORT int64_t stompp_inner_loop(int64_t rounds) {
+    int64_t words = 32, size = (ROW_BLOCK + 2 * LANES) * words;
+    uint32_t *rows = stompp_allocate((size + ROW_BLOCK * LANES) * 4);
+    if (!rows)
+        return 0;
+    memset(rows, 0x5a, (size_t)size * 4);
+    uint32_t *panel = rows + ROW_BLOCK * words, *spare = panel + words * LANES;
+    int32_t *z = (int32_t *)(rows + size);
+    for (int64_t round = 0; round < rounds; round++)
+        stompp_backend()->product(rows, words, ROW_BLOCK, panel, LANES, LANES / VECTOR, words, (int32_t)(32 * words), z,
+                                  spare);
+    stompp_release(rows);
+    return rounds * ROW_BLOCK * LANES * 32 * words;
 }
