@@ -125,9 +125,9 @@ def product(**axes: Iterable[Any]) -> list[TextCell]:
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 BEST = {
     "full_precision": 1e-4, "one_shot_distilled": 1e-3, "stompp_ste_distilled": 1e-3, "vanilla_taught": 1e-3,
-    "stompp_ste_taught": 1e-3,
+    "stompp_ste": 1e-3, "stompp_ste_taught": 1e-3,
 }  # fmt: skip
-"""Learning rate of a method in the tables; 4e-4 for the others."""
+"""Learning rate of a method in `table`; 4e-4 for the others."""
 
 
 def _search(tasks: list[str], seeds: list[int]) -> TextPreset:
@@ -146,7 +146,7 @@ def _table(tasks: list[str], seeds: list[int]) -> TextPreset:
 def _depth(tasks: list[str], seeds: list[int]) -> TextPreset:
     methods = ["full_precision", "vanilla_identity", "vanilla_ste", "stompp_ste"]
     cells = [
-        TextCell(tasks[0], method, BEST.get(method, 4e-4), seed, layers)
+        TextCell(tasks[0], method, BEST[method] if method == FINE_TUNED else 4e-4, seed, layers)
         for layers in (2, 6, 12)
         for method in methods
         for seed in seeds
