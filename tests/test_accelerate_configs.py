@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 FOLDER = Path(__file__).parent.parent / "examples" / "accelerate_configs"
 SCRIPT = """
+import os
 import torch
 from accelerate import Accelerator
 from stompp_hf import Progression, StoMPPConfig, binarize_model
@@ -25,7 +26,8 @@ progression.step(2)
 mask = next(m.weight_mask for m in progression.layers.values() if m.weight_mask is not None)
 masks = accelerator.gather(mask[None])
 assert torch.equal(masks[0], masks[-1])
-accelerator.print("processes", accelerator.num_processes, accelerator.device.type, len(masks))
+accelerator.print("processes", accelerator.num_processes, accelerator.device.type, len(masks), flush=True)
+os._exit(0)  # gloo's threads may outlive the interpreter, which then aborts
 """
 
 
