@@ -94,22 +94,17 @@ def test_every_cell_is_a_valid_run(preset: str, tmp_path: Path) -> None:
         assert model.method == METHODS[cell.method].get("method", "stompp")
 
 
-def test_the_shipped_recipe_is_the_grids() -> None:
-    """The config file of the fine-tuning recipe has the options of the grid's last method."""
-    parts = run_glue.parse([str(ROOT / "examples" / "configs" / "glue_binary.yaml")])
-    cell = TextCell("sst2", "stompp_ste_distilled", glue_grid.BEST["stompp_ste_distilled"])
-    for name, value in {**glue_grid.TextRecipe(0, 3).options(cell.task), **cell.options()}.items():
-        found = next(getattr(part, name) for part in parts if hasattr(part, name))
-        if name not in (
-            "task_name",
-            "seed",
-            "mask_seed",
-            "save_strategy",
-            "evaluate_stages",
-            "disable_tqdm",
-            "report_to",
-        ):
-            assert found == value, name
+@pytest.mark.parametrize(("file", "method"), [("binary", "stompp_ste_distilled"), ("taught", "stompp_ste_taught")])
+def test_the_shipped_recipes_are_the_grids(file: str, method: str) -> None:
+    """The config files of the fine-tuning recipes have the options of the grid's methods."""
+    recipe = str(ROOT / "examples" / "configs" / f"glue_{file}.yaml")
+    cell = TextCell("sst2", method, glue_grid.BEST[method])
+    options = {**glue_grid.TextRecipe(0, 3).options(cell.task), **cell.options()}
+    told = {name: value for name, value in options.items() if value == glue_grid.FINE_TUNED}
+    parts = run_glue.parse([recipe, "--task_name", "sst2", *(f"--{name}={value}" for name, value in told.items())])
+    of_a_grid = {"seed", "mask_seed", "save_strategy", "evaluate_stages", "disable_tqdm", "report_to"}
+    for name in options.keys() - of_a_grid:
+        assert next(getattr(part, name) for part in parts if hasattr(part, name)) == options[name], name
 
 
 def test_differences_are_paired_with_the_best_learning_rate() -> None:
