@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from launching import run_to_its_end
 from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import Progression, binarize_model, calibrate, pack_model
@@ -65,10 +65,6 @@ torch.save(model(**inputs).logits.detach(), sys.argv[3])
 """
 
 
-OUTLIVED = "terminate called without an active exception"
-"""Of gloo, whose threads may outlive an interpreter that has done its work; it then aborts."""
-
-
 def run(*words: str, processes: int = 0) -> str:
     """Run a script with the repository's examples, through accelerate if on `processes`, and return what it printed."""
     command = [sys.executable]
@@ -77,10 +73,7 @@ def run(*words: str, processes: int = 0) -> str:
         command += ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu" if processes > 1 else "--cpu"]
         environment["ACCELERATE_USE_CPU"] = "true"
-    for _ in range(3 if processes > 1 else 1):
-        result = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
-        if result.returncode == 0 or OUTLIVED not in result.stderr:
-            break
+    result = run_to_its_end([*command, *words], cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 

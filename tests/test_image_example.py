@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import torchvision_ops  # noqa: F401
 import yaml
 from image_files import cifar_file, imagenet_stand_in, odd_images
+from launching import run_to_its_end
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -55,7 +55,7 @@ def launch(*words: str, processes: int = 1, path: Sequence[Path] = ()) -> str:
         "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     words = ("examples/run_image_classification.py", *words)
-    result = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = run_to_its_end([*command, *words], cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 
