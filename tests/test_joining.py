@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from instruction_sets import limited_to
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,11 +38,7 @@ manual = settings(max_examples=60, deadline=None, suppress_health_check=[HealthC
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each set of instructions in turn."""
-    if kernels.use("c", request.param).instructions != request.param:
-        kernels.use()
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    kernels.use()
+    yield from limited_to(request.param)
 
 
 # ---- where a sum becomes a sign ----

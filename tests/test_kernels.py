@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from instruction_sets import limited_to
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,11 +40,7 @@ manual = settings(max_examples=60, deadline=None, suppress_health_check=[HealthC
 @pytest.fixture(params=["portable", "avx2", "avx512", "neon"])
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each set of instructions in turn."""
-    if kernels.use("c", request.param).instructions != request.param:
-        kernels.use()
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    kernels.use()
+    yield from limited_to(request.param)
 
 
 def numbers(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

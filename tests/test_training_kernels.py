@@ -12,6 +12,7 @@ import torch
 import vision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from instruction_sets import limited_to
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,11 +34,7 @@ several = settings(max_examples=80, deadline=None, suppress_health_check=[Health
 @pytest.fixture(params=["portable", "avx2"])
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each set of instructions that the mixes are compiled for; the environment's afterwards."""
-    if kernels.use("c", request.param).instructions != request.param:
-        kernels.use()
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    kernels.use()
+    yield from limited_to(request.param)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .calls import call, check, conv_weights, make_shape, output_size
+from .calls import WORD, call, check, conv_weights, make_shape, output_size, words_of
 from .native import LANES
 
 
@@ -36,14 +36,9 @@ class Signs:
     shape: torch.Size
 
 
-def words_of(features: int) -> int:
-    """Words of so many bits."""
-    return -(-features // 32)
-
-
 def whole_words(channels: int, groups: int) -> bool:
     """Whether a convolution can take bits of, or give, so many channels: its groups have words of their own."""
-    return groups == 1 or channels // groups % 32 == 0
+    return groups == 1 or channels // groups % WORD == 0
 
 
 def _new(shape: Sequence[int], features: int) -> Signs:

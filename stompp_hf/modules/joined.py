@@ -151,8 +151,8 @@ def cut_of(
         end = torch.where(found, middle, end)
         least = torch.where(found | (least >= end), least, middle + 1)
     flips = turn < 0
-    places = torch.zeros(handed.words_of(count) * 32, dtype=torch.int64)
+    places = torch.zeros(kernels.calls.words_of(count) * kernels.calls.WORD, dtype=torch.int64)
     places[:count] = flips.long()
-    words = (places.view(-1, 32) << torch.arange(32)).sum(1)
+    words = (places.view(-1, kernels.calls.WORD) << torch.arange(kernels.calls.WORD)).sum(1)
     words = torch.where(words >= 2**31, words - 2**32, words).int()
     return Cut(torch.where(flips, 1 - least, least).float(), words)

@@ -41,6 +41,8 @@ class PreparedLinear:
         if self.parts is None or taken is None:
             return None
         function, real, given, features, outputs, threshold, *rest = self.parts
+        if features == 1 or not x.is_contiguous():
+            return None  # what carries bits in place of numbers (`joined`) is one number, spread out
         shape = x.shape
         seen, like, rows = self.seen
         if shape == seen:
@@ -52,8 +54,6 @@ class PreparedLinear:
             y = x.new_empty((*shape[:-1], outputs), dtype=self.dtype)
             if rows <= FEW:
                 self.seen = shape, empty_like(y), rows
-        if features == 1 or not x.is_contiguous():
-            return None  # what carries bits in place of numbers (`joined`) is one number, spread out
         threads = get_num_threads()
         if not real:
             status = function(
