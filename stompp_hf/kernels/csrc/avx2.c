@@ -107,61 +107,81 @@ static const uint8_t different[16][16] __attribute__((aligned(64))) = {
 #define WORDS_A_BYTE 7 /* a counter of 8 bits holds the differences of 7 words, at most 224 */
 #define STAYS(v) __asm__("" : "+x"(v)) /* or gcc adds in another order, and counters leave their registers */
 
+#define WORDS_A_TILE 112  /* words that a tile takes at a time: what is made of its rows stays in the first cache */
+
+/* Where the tables of the nibbles of some words begin: 16 times the nibble, from the lowest on, 8 bytes a word. */
+TARGET static inline void table_places(const uint32_t *words, int64_t count, uint8_t *places) {
+    const __m128i high = _mm_set1_epi8((char)0xf0);
+    int64_t word = 0;
+    for (; word + 4 <= count; word += 4) {
+        __m128i bytes = _mm_loadu_si128((const __m128i *)(words + word));
+        __m128i even = _mm_and_si128(_mm_slli_epi16(bytes, 4), high), odd = _mm_and_si128(bytes, high);
+        _mm_store_si128((__m128i *)(places + 8 * word), _mm_unpacklo_epi8(even, odd));
+        _mm_store_si128((__m128i *)(places + 8 * word + 16), _mm_unpackhi_epi8(even, odd));
+    }
+    for (; word < count; word++)
+        for (int nibble = 0; nibble < 8; nibble++)
+            places[8 * word + nibble] = (uint8_t)((words[word] >> (4 * nibble) & 15) << 4);
+}
+
 #define TILE(R)                                                                                                        \
     TARGET static void tile_##R(const uint32_t *rows, int64_t row_stride, const __m256i *split, int64_t words,         \
-                                int32_t K, int32_t *z) {                                                               \
+                                int32_t K, int is_first, int32_t *z) {                                                 \
         const __m256i low = _mm256_set1_epi8(15);                                                                      \
         uint16_t differ[R][LANES] __attribute__((aligned(64)));                                                        \
+        uint8_t places[R][8 * WORDS_A_TILE] __attribute__((aligned(64)));                                              \
         __builtin_memset(differ, 0, sizeof(differ));                                                                   \
+        for (int r = 0; r < R; r++)                                                                                    \
+            table_places(rows + r * row_stride, words, places[r]);                                                     \
         for (int64_t first = 0; first < words; first += WORDS_A_BYTE) {                                                \
-            int64_t last = smaller(first + WORDS_A_BYTE, words);                                                       \
+            int64_t here = smaller(WORDS_A_BYTE, words - first);                                                       \
             __m256i count[R][2];                                                                                       \
-            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) count[r][0] = count[r][1] = _mm256_setzero_si256();    \
-            for (int64_t word = first; word < last; word++)                                                            \
-                _Pragma("GCC unroll 4") for (int byte = 0; byte < 4; byte++) {                                         \
-                    __m256i a = _mm256_load_si256(split + 8 * word + byte);                                            \
-                    __m256i b = _mm256_load_si256(split + 8 * word + 4 + byte);                                        \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) count[r][0] = count[r][1] = _mm256_setzero_si256();    \
+            const __m256i *bytes = split + 8 * first;                                                                  \
+            const uint8_t *at = places[0] + 8 * first;                                                                 \
+            for (int64_t word = 0; word < here; word++, bytes += 8, at += 8)                                           \
+                _Pragma("GCC unroll 4") for (int byte = 0; byte < 4; byte++)                                           \
                     _Pragma("GCC unroll 2") for (int nibble = 0; nibble < 2; nibble++) {                               \
-                        __m256i c = _mm256_and_si256(nibble ? _mm256_srli_epi16(a, 4) : a, low);                       \
-                        __m256i d = _mm256_and_si256(nibble ? _mm256_srli_epi16(b, 4) : b, low);                       \
-                        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                          \
-                            uint32_t own = (rows[r * row_stride + word] >> (8 * byte + 4 * nibble)) & 15;              \
-                            __m256i table =                                                                            \
-                                _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)different[own]));          \
-                            count[r][0] = _mm256_add_epi8(count[r][0], _mm256_shuffle_epi8(table, c));                 \
-                            count[r][1] = _mm256_add_epi8(count[r][1], _mm256_shuffle_epi8(table, d));                 \
+                        __m256i a = _mm256_load_si256(bytes + byte), b = _mm256_load_si256(bytes + 4 + byte);          \
+                        a = _mm256_and_si256(nibble ? _mm256_srli_epi16(a, 4) : a, low);                               \
+                        b = _mm256_and_si256(nibble ? _mm256_srli_epi16(b, 4) : b, low);                               \
+                        _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) {                                          \
+                            const uint8_t *own = different[0] + at[8 * WORDS_A_TILE * r + 2 * byte + nibble];          \
+                            __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)own));         \
+                            count[r][0] = _mm256_add_epi8(count[r][0], _mm256_shuffle_epi8(table, a));                 \
+                            count[r][1] = _mm256_add_epi8(count[r][1], _mm256_shuffle_epi8(table, b));                 \
                             STAYS(count[r][0]);                                                                        \
                             STAYS(count[r][1]);                                                                        \
                         }                                                                                              \
                     }                                                                                                  \
-                }                                                                                                      \
-            _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) for (int half = 0; half < 2; half++) {                 \
-                __m256i *sum = (__m256i *)(differ[r] + 32 * half), bytes = count[r][half];                             \
-                sum[0] = _mm256_add_epi16(sum[0], _mm256_cvtepu8_epi16(_mm256_castsi256_si128(bytes)));                \
-                sum[1] = _mm256_add_epi16(sum[1], _mm256_cvtepu8_epi16(_mm256_extracti128_si256(bytes, 1)));           \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) for (int half = 0; half < 2; half++) {                 \
+                __m256i *sum = (__m256i *)(differ[r] + 32 * half), own = count[r][half];                               \
+                sum[0] = _mm256_add_epi16(sum[0], _mm256_cvtepu8_epi16(_mm256_castsi256_si128(own)));                  \
+                sum[1] = _mm256_add_epi16(sum[1], _mm256_cvtepu8_epi16(_mm256_extracti128_si256(own, 1)));             \
             }                                                                                                          \
         }                                                                                                              \
         for (int r = 0; r < R; r++)                                                                                    \
-            for (int lane = 0; lane < LANES; lane++)                                                                   \
-                z[r * LANES + lane] += K - 2 * (int32_t)differ[r][lane];                                               \
+            for (int lane = 0; lane < LANES; lane++) {                                                                 \
+                int32_t before = is_first ? K : z[r * LANES + lane];                                                   \
+                z[r * LANES + lane] = before - 2 * (int32_t)differ[r][lane];                                           \
+            }                                                                                                          \
     }
-TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+TILE(1) TILE(2) TILE(3) TILE(4)
 
-typedef void (*Tile)(const uint32_t *, int64_t, const __m256i *, int64_t, int32_t, int32_t *);
-static const Tile tiles[6] = {tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
-
-#define WORDS_A_SUM 2047 /* a sum of 16 bits holds the differences of as many words */
+#define ROWS_A_TILE 4 /* more are no faster */
+typedef void (*Tile)(const uint32_t *, int64_t, const __m256i *, int64_t, int32_t, int, int32_t *);
+static const Tile tiles[ROWS_A_TILE] = {tile_1, tile_2, tile_3, tile_4};
 
 TARGET static void product(const uint32_t *rows, int64_t row_stride, int64_t count, const uint32_t *panel,
                            int64_t panel_stride, int64_t vectors, int64_t words, int32_t K, int32_t *z,
                            uint32_t *spare) {
     __m256i *split = (__m256i *)spare;
     split_bytes(panel, panel_stride, words, vectors, split);
-    __builtin_memset(z, 0, (size_t)count * LANES * sizeof(*z));
-    for (int64_t row = 0; row < count; row += 6)
-        for (int64_t word = 0; word < words; word += WORDS_A_SUM)
-            tiles[smaller(6, count - row) - 1](rows + row * row_stride + word, row_stride, split + 8 * word,
-                                               smaller(WORDS_A_SUM, words - word), word ? 0 : K, z + row * LANES);
+    for (int64_t row = 0; row < count; row += ROWS_A_TILE)
+        for (int64_t word = 0; word < words; word += WORDS_A_TILE)
+            tiles[smaller(ROWS_A_TILE, count - row) - 1](rows + row * row_stride + word, row_stride, split + 8 * word,
+                                                         smaller(WORDS_A_TILE, words - word), K, word == 0,
+                                                         z + row * LANES);
 }
 
 #define VECTORS_A_BYTE 31 /* a counter of 8 bits holds the differences of as many vectors, 8 of each */

@@ -28,6 +28,16 @@ static void signs(void *context, int64_t index, int slot) {
                                 self->K, self->own_signs + m * self->words);
 }
 
+/* Asks for the lines of y that a block of sums will be written to: while sums are made, there is time to wait. */
+static void fetch_output(const Linear *self, int64_t m, int64_t rows, int64_t first, int64_t lanes) {
+    int64_t size = size_of(self->y_dtype);
+    for (int64_t row = 0; row < rows; row++) {
+        const char *to = self->y + ((m + row) * self->N + first) * size;
+        for (int64_t at = 0; at < lanes * size; at += 64)
+            __builtin_prefetch(to + at, 1, 2);
+    }
+}
+
 static void products(void *context, int64_t index, int slot) {
     const Linear *self = context;
     const Backend *backend = self->backend;
@@ -41,6 +51,8 @@ static void products(void *context, int64_t index, int slot) {
         backend->make_panel(self->bits + first * bytes, bytes, lanes, words, panel);
     for (int64_t m = from; m < to; m += ROW_BLOCK) {
         int64_t rows = smaller(ROW_BLOCK, to - m);
+        if (self->y_dtype != BITS && !by_rows)
+            fetch_output(self, m, rows, first, lanes);
         if (!by_rows)
             backend->product(self->signs + m * words, words, rows, panel, LANES, (lanes + VECTOR - 1) / VECTOR, words,
                              (int32_t)self->K, z, spare);
