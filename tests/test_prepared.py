@@ -138,6 +138,37 @@ def test_real_inputs() -> None:
     assert layer.prepared(layer, x.bfloat16()) is None
 
 
+@pytest.mark.parametrize("binarize", ["weights_and_activations", "weights"])
+def test_few_rows_are_computed_in_c_altogether(binarize: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    native: Any = kernels.choice().native
+    if not hasattr(native, "stompp_prepared"):
+        pytest.skip("the compiled part was built without Python's headers")
+    torch.manual_seed(0)
+    layer, found = fused(binarize), []
+    if binarize == "weights" and not native.stompp_has_real():
+        pytest.skip("real inputs are torch's on this CPU")
+    other, quick = copy.deepcopy(layer), native.stompp_prepared
+
+    def watched(*arguments: Any) -> Any:
+        found.append(quick(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(native, "stompp_prepared", watched)
+    for rows, times in ((1, 3), (2, 2), (5, 2)):
+        for _ in range(times):
+            x = torch.randn(rows, 70)
+            torch.testing.assert_close(layer(x), expected(other, x), rtol=1e-4, atol=1e-5)
+    # Each shape is prepared for by its first call; five rows are not, and so ask in vain for two.
+    assert [y is not None for y in found] == [True, True, False, True, False, False]
+    assert found[0].data_ptr() != found[1].data_ptr()
+    for wrong in ((), ((), (), x), (("shared",) * 11, ("own",) * 20, x, x), (("shared",) * 11, ("own",) * 19, x)):
+        with pytest.raises(TypeError):
+            quick(*wrong)
+    shared, own = layer.prepared.own[:0], layer.prepared.own
+    with pytest.raises(TypeError):
+        quick(shared, own, x)
+
+
 def test_several_threads_call_one_layer() -> None:
     torch.manual_seed(0)
     layer = fused()

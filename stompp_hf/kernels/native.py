@@ -23,7 +23,7 @@ MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
 MODES, LIMITS = ("auto", "torch", "c", "triton"), ("", "portable", "avx2", "avx512", "neon")
 LANES = 64
 """Of kernels.h."""
-VERSION = 5
+VERSION = 6
 """STOMPP_VERSION of the sources that these calls belong to."""
 BUILD = 'pip install "stompp-hf" from its sources where a C compiler is (in a checkout: pip install -e .)'
 
@@ -158,7 +158,8 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _functions_of_python(path: Path) -> dict[str, Any]:
-    """Functions of the same names and arguments that spare the cost of ctypes; none if built without Python's headers.
+    """Functions of the same names and arguments that spare the cost of ctypes, and stompp_prepared, which takes objects;
+    none if built without Python's headers.
 
     They hold Python's lock while there is so little to do that handing it over would take longer.
     """
@@ -169,7 +170,7 @@ def _functions_of_python(path: Path) -> dict[str, Any]:
         loader.exec_module(module)
     except ImportError:
         return {}
-    return {name: function for name, function in vars(module).items() if name in _FUNCTIONS}
+    return {name: function for name, function in vars(module).items() if name.startswith("stompp_")}
 
 
 def _team() -> int | None:

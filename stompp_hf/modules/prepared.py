@@ -3,13 +3,18 @@
 from typing import Any
 
 import torch
-from torch import Tensor, empty_like, get_num_threads, is_autocast_enabled
+from torch import Tensor, get_num_threads, is_autocast_enabled
 
 from .. import kernels
 from ..kernels import DTYPES, choice
 
 FEW = 4
-"""Rows up to which an empty output is kept, of the shape seen last: to ask for one like it is fastest."""
+"""Rows up to which calls are made in C altogether: it keeps an empty output of the shape seen last."""
+SHARED = (
+    Tensor, torch.empty_like, get_num_threads, is_autocast_enabled, "cpu",
+    "is_cpu", "requires_grad", "dtype", "shape", "is_contiguous", "data_ptr",
+)  # fmt: skip
+"""What such calls need of torch, in the order of python.c."""
 
 
 class PreparedLinear:
@@ -22,20 +27,25 @@ class PreparedLinear:
     Source: this library's choice.
     """
 
-    __slots__ = ("addresses", "choice", "dtype", "home", "parts", "seen", "tensors")
+    __slots__ = ("addresses", "buffers", "choice", "dtype", "home", "own", "parts", "tensors")
 
     def __init__(self) -> None:
         self.choice: Any = None  # nothing is looked up yet
         self.parts: tuple[Any, ...] | None = None
-        self.seen: tuple[Any, Any, int] = (None, None, 0)
+        self.own: tuple[Any, ...] | None = None  # of the shape seen last
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
+        known = self.choice is choice() and self.dtype is layer.output_dtype and self.buffers is layer._buffers
+        if known and self.own is not None:
+            y = self.choice.native.stompp_prepared(SHARED, self.own, x)
+            if y is not None:
+                return y  # type: ignore[no-any-return]
         if type(x) is not Tensor or not x.is_cpu or x.requires_grad or is_autocast_enabled("cpu"):
             return None
-        if self.choice is not choice() or self.dtype is not layer.output_dtype or self._moved(layer):
+        if not known or self._moved():
             self._look_up(layer)
         taken = DTYPES.get(x.dtype)
         if self.parts is None or taken is None:
@@ -43,17 +53,12 @@ class PreparedLinear:
         function, real, given, features, outputs, threshold, *rest = self.parts
         if features == 1 or not x.is_contiguous():
             return None  # what carries bits in place of numbers (`joined`) is one number, spread out
-        shape = x.shape
-        seen, like, rows = self.seen
-        if shape == seen:
-            y = empty_like(like)
-        elif shape[-1:] != (features,) or x.numel() == 0:
+        if x.shape[-1:] != (features,) or x.numel() == 0:
             return None
-        else:
-            rows = x.numel() // features
-            y = x.new_empty((*shape[:-1], outputs), dtype=self.dtype)
-            if rows <= FEW:
-                self.seen = shape, empty_like(y), rows
+        rows = x.numel() // features
+        y = x.new_empty((*x.shape[:-1], outputs), dtype=self.dtype)
+        if rows <= FEW and not (real and taken):
+            self._keep(x, torch.empty_like(y), rows)
         threads = get_num_threads()
         if not real:
             status = function(
@@ -65,9 +70,22 @@ class PreparedLinear:
             return None
         return y if status == 0 else None  # the ordinary way says what is wrong
 
-    def _moved(self, layer: Any) -> bool:
+    def _keep(self, x: Tensor, like: Tensor, rows: int) -> None:
+        """Prepare for other inputs like this one, where C can take calls from Python."""
+        if self.parts is None or not hasattr(self.choice.native, "stompp_prepared"):
+            return
+        _, real, given, features, outputs, threshold, bits, scale, step, shift, shift_step = self.parts
+        rest, sizes = (bits, scale, step, shift, shift_step, 0), (rows, features, outputs, 0)  # 0: filled in by C
+        arguments = (0, *rest, *sizes) if real else (0, DTYPES[x.dtype], threshold, *rest, given, *sizes)
+        names = ("weight_bits", "fused_scale", "fused_shift", "activation_threshold")
+        homes = (self.buffers, self.buffers, self.buffers, self.home)
+        every = zip(homes, names, self.tensors, (bits, scale, shift, threshold), strict=True)
+        tensors = [part for home, name, tensor, at in every for part in (home, name, tensor, at or 0)]
+        self.own = (x.shape, x.dtype, like, real, *tensors, *arguments)
+
+    def _moved(self) -> bool:
         """Whether a tensor of the layer is another one, or elsewhere. Written out: it is part of every call."""
-        buffers = layer._buffers
+        buffers = self.buffers
         bits, scale, shift, threshold = self.tensors
         at = self.addresses
         return (
@@ -83,6 +101,7 @@ class PreparedLinear:
 
     def _look_up(self, layer: Any) -> None:
         chosen, buffers, dtype = choice(), layer._buffers, layer.output_dtype
+        self.buffers = buffers
         self.home = layer._buffers if "activation_threshold" in layer._buffers else layer._parameters
         bits, scale, shift = (buffers[name] for name in ("weight_bits", "fused_scale", "fused_shift"))
         threshold = self.home["activation_threshold"]
@@ -90,7 +109,7 @@ class PreparedLinear:
         real = layer.activation_scale is None
         self.tensors = bits, scale, shift, threshold
         self.addresses = [None if tensor is None else tensor.data_ptr() for tensor in self.tensors]
-        self.dtype, self.seen, self.parts = dtype, (None, None, 0), None
+        self.dtype, self.own, self.parts = dtype, None, None
         if chosen.native is not None and self._fits(features, outputs, real, dtype):
             steps = (int(scale.numel() > 1), self.addresses[2], int(shift is not None and shift.numel() > 1))
             own = (self.addresses[3], self.addresses[0], self.addresses[1], *steps)

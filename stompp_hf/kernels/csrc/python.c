@@ -44,11 +44,8 @@ static int call_real_linear(const int64_t *a) {
 }
 
 /* Sizes M, K, N and threads are the last four. */
-static PyObject *run(int (*call)(const int64_t *), PyObject *const *arguments, Py_ssize_t count, Py_ssize_t wanted) {
-    int64_t a[MOST_ARGUMENTS];
+static int compute(int (*call)(const int64_t *), const int64_t *a, Py_ssize_t wanted) {
     int status;
-    if (!numbers(arguments, count, wanted, a))
-        return NULL;
     if ((double)a[wanted - 4] * (double)a[wanted - 3] * (double)a[wanted - 2] < WORTH_WAITING) {
         status = call(a);
     } else {
@@ -56,7 +53,14 @@ static PyObject *run(int (*call)(const int64_t *), PyObject *const *arguments, P
         status = call(a);
         Py_END_ALLOW_THREADS
     }
-    return PyLong_FromLong(status);
+    return status;
+}
+
+static PyObject *run(int (*call)(const int64_t *), PyObject *const *arguments, Py_ssize_t count, Py_ssize_t wanted) {
+    int64_t a[MOST_ARGUMENTS];
+    if (!numbers(arguments, count, wanted, a))
+        return NULL;
+    return PyLong_FromLong(compute(call, a, wanted));
 }
 
 static PyObject *linear(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
@@ -69,7 +73,77 @@ static PyObject *real_linear(PyObject *self, PyObject *const *arguments, Py_ssiz
     return run(call_real_linear, arguments, count, 11);
 }
 
+/* ---- a whole call of a layer, prepared for inputs of one shape: with one row, Python is most of the time ---- */
+
+/* What all prepared calls need: of torch, and the names of what is asked of a tensor. */
+enum { TENSOR, EMPTY_LIKE, THREADS, AUTOCAST, CPU, IS_CPU, REQUIRES_GRAD, DTYPE, SHAPE, IS_CONTIGUOUS, DATA_PTR, SHARED };
+/* What one of them needs: shape and dtype of x, an empty output, whether x is real, the layer's tensors, each as a
+ * dictionary, its key there, what it is and where it lies, then the arguments of stompp_linear or stompp_real_linear. */
+enum { X_SHAPE, X_DTYPE, LIKE, REAL, TENSORS, ARGUMENTS = TENSORS + 4 * 4 };
+
+/* The answer of a call as a number; -1 with an error set where there is none. */
+static int64_t number(PyObject *answer) {
+    int64_t value = answer ? (int64_t)PyLong_AsLongLong(answer) : -1;
+    Py_XDECREF(answer);
+    return value;
+}
+
+static int64_t address(PyObject *tensor, PyObject *const *shared) {
+    return tensor == Py_None ? 0 : number(PyObject_CallMethodNoArgs(tensor, shared[DATA_PTR]));
+}
+
+/* Whether an answer is this very object, which something else keeps. */
+static int is(PyObject *answer, PyObject *wanted) {
+    Py_XDECREF(answer);
+    return answer == wanted;
+}
+
+/* Whether x is as the call was prepared for it, and the layer's tensors are where they were; an error may be set. */
+static int fits(PyObject *const *shared, PyObject *const *own, PyObject *x) {
+    if ((PyObject *)Py_TYPE(x) != shared[TENSOR] || !is(PyObject_GetAttr(x, shared[IS_CPU]), Py_True) ||
+        !is(PyObject_GetAttr(x, shared[REQUIRES_GRAD]), Py_False) ||
+        !is(PyObject_GetAttr(x, shared[DTYPE]), own[X_DTYPE]))
+        return 0;
+    PyObject *shape = PyObject_GetAttr(x, shared[SHAPE]);
+    int same = shape && PyObject_RichCompareBool(shape, own[X_SHAPE], Py_EQ) == 1;
+    Py_XDECREF(shape);
+    if (!same || !is(PyObject_CallMethodNoArgs(x, shared[IS_CONTIGUOUS]), Py_True) ||
+        !is(PyObject_CallOneArg(shared[AUTOCAST], shared[CPU]), Py_False))
+        return 0;
+    for (PyObject *const *of = own + TENSORS; of < own + ARGUMENTS; of += 4)
+        if (PyDict_GetItemWithError(of[0], of[1]) != of[2] || address(of[2], shared) != PyLong_AsLongLong(of[3]))
+            return 0;
+    return 1;
+}
+
+/* stompp_prepared(shared, own, x): the output, or None where the call has to go another way. */
+static PyObject *prepared(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    if (count != 3 || !PyTuple_CheckExact(arguments[0]) || !PyTuple_CheckExact(arguments[1]) ||
+        PyTuple_GET_SIZE(arguments[0]) != SHARED || PyTuple_GET_SIZE(arguments[1]) < ARGUMENTS)
+        return PyErr_Format(PyExc_TypeError, "two tuples of their lengths and a tensor are needed");
+    PyObject *const *shared = PySequence_Fast_ITEMS(arguments[0]), *const *own = PySequence_Fast_ITEMS(arguments[1]);
+    PyObject *x = arguments[2], *y = NULL;
+    if (fits(shared, own, x)) {
+        int real = own[REAL] == Py_True, wanted = real ? 11 : 14, to = real ? 6 : 8;
+        int64_t a[MOST_ARGUMENTS];
+        if (!numbers(own + ARGUMENTS, PyTuple_GET_SIZE(arguments[1]) - ARGUMENTS, wanted, a))
+            return NULL;
+        a[0] = address(x, shared);
+        a[wanted - 1] = number(PyObject_CallNoArgs(shared[THREADS]));
+        y = PyErr_Occurred() ? NULL : PyObject_CallOneArg(shared[EMPTY_LIKE], own[LIKE]);
+        a[to] = y ? address(y, shared) : 0;
+        if (!PyErr_Occurred() && compute(real ? call_real_linear : call_linear, a, wanted) == DONE)
+            return y;
+    }
+    Py_XDECREF(y);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+    {"stompp_prepared", (PyCFunction)(void (*)(void))prepared, METH_FASTCALL, NULL},
     {"stompp_linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL, NULL},
     {"stompp_real_linear", (PyCFunction)(void (*)(void))real_linear, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
