@@ -158,8 +158,9 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _functions_of_python(path: Path) -> dict[str, Any]:
-    """Functions of the same names and arguments that spare the cost of ctypes, and stompp_prepared, which takes objects;
-    none if built without Python's headers.
+    """Functions of the same names and arguments that spare the cost of ctypes, and stompp_prepared, which takes objects.
+
+    None of them if built without Python's headers.
 
     They hold Python's lock while there is so little to do that handing it over would take longer.
     """
