@@ -173,6 +173,21 @@ def test_weight_mixes_are_those_of_torch(
     both_ways(run, instructions)
 
 
+@given(st.sampled_from([(1,), (3, 1100), (2, 8, 5, 7)]), st.booleans(), st.integers(0, 99))
+@several
+def test_gradients_through_a_window_are_those_of_torch(
+    instructions: str, shape: tuple[int, ...], special: bool, seed: int
+) -> None:
+    window = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    for layout in layouts(shape):
+        grad, mask = layout(numbers(shape, seed, special)), layout(window)
+        expected = grad * mask
+        done = kernels.through_window(grad, mask)
+        assert done == (grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last))
+        assert_same(grad if done else grad.mul_(mask), expected)
+    assert not kernels.through_window(numbers(shape, seed, special).double(), window)
+
+
 def test_mixes_are_compiled_where_they_can_be(calls: Counter) -> None:
     """Float32 in the usual layouts; and plain torch for what else there is."""
     images, words, mask = torch.randn(2, 8, 5, 5), torch.randn(2, 3, 8), (torch.rand(8) < 0.5).float()

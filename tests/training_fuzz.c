@@ -14,6 +14,7 @@ void stompp_mix(const Mixing *, int);
 void stompp_mix_backward(const Mixing *, int);
 void stompp_mix_weight_backward(const Mixing *, int);
 void stompp_levels(const Mixing *, int);
+void stompp_through_window(const Mixing *, int);
 
 static int64_t compared;
 
@@ -68,8 +69,8 @@ static void mixing(void) {
     job.low = -0.75f, job.high = 1.25f, job.offset = weight ? 0.0f : (float)below(2), job.width = 1.5f;
     float *u = numbers(count), *real = numbers(count), *b = numbers(job.features), *grad = numbers(count);
     float *scale = numbers(job.scale_step ? job.features : 1), *mask = masks(weight ? count : job.features);
-    float *made[5];
-    for (int i = 0; i < 5; i++)
+    float *made[6];
+    for (int i = 0; i < 6; i++)
         made[i] = malloc((size_t)count * 4);
     uint8_t *code = malloc((size_t)count), *window = malloc((size_t)count);
     int8_t *levels = malloc((size_t)count);
@@ -86,6 +87,9 @@ static void mixing(void) {
         stompp_mix_backward(&back, threads);
         job.code = window, job.levels = levels, job.mask = NULL;
         stompp_levels(&job, threads);
+        back = (Mixing){.outer = 1, .features = 1, .inner = count, .grad = made[5], .to_u = made[5], .code = window};
+        memcpy(made[5], grad, (size_t)count * 4);
+        stompp_through_window(&back, threads);
     }
     for (int64_t i = 0; i < count; i++) {
         int64_t feature = i / job.inner % job.features;
@@ -104,10 +108,11 @@ static void mixing(void) {
             same("flags", code[i], (sign > 0.0f ? ABOVE : 0) | (inside ? INSIDE : 0) | (passing ? PASSING : 0));
             same("level", levels[i], sign + job.offset);
             same("window", window[i], passing);
+            same("through the window", made[5][i], passing ? g : 0.0f);
         }
     }
     free(u), free(real), free(b), free(grad), free(scale), free(mask), free(code), free(window), free(levels);
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 6; i++)
         free(made[i]);
 }
 

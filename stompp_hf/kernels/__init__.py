@@ -16,7 +16,7 @@ from .calls import (
 )
 from .handed import Cut, Signs
 from .native import Choice, choice, describe, switched_off, use
-from .training import levels, mix, mix_backward, mix_weight_backward, pack, trains_with
+from .training import levels, mix, mix_backward, mix_weight_backward, pack, through_window, trains_with
 
 __all__ = [
     "DTYPES",
@@ -41,6 +41,7 @@ __all__ = [
     "real_linear",
     "sizes_fit",
     "switched_off",
+    "through_window",
     "trains_with",
     "unpack",
     "use",

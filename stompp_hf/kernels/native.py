@@ -56,6 +56,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "stompp_mix_backward": (None, (c_void_p, c_int)),
     "stompp_mix_weight_backward": (None, (c_void_p, c_int)),
     "stompp_levels": (None, (c_void_p, c_int)),
+    "stompp_through_window": (None, (c_void_p, c_int)),
 }
 
 

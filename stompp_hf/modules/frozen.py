@@ -154,7 +154,7 @@ class _FrozenProduct(torch.autograd.Function):
             grad_x = product.grad_input(grad.to(narrow), binary_weight, ctx.shapes[0]).to(wide)
             if ctx.binary_input and clipped:
                 grad_x = inside(grad_x, x, low, high)
-            if window is not None:
+            if window is not None and not kernels.through_window(grad_x, window):
                 grad_x = grad_x.mul_(window)
             if wants_threshold:
                 grad_threshold = -product.feature_sums(grad_x)

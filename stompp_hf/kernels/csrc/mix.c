@@ -104,3 +104,6 @@ EXPORT void stompp_mix_weight_backward(const Mixing *mixing, int threads) {
 
 /* levels = sign(u - threshold) + offset; code = |u - threshold| < width * |scale|, 0 or 1. Either may be NULL. */
 EXPORT void stompp_levels(const Mixing *mixing, int threads) { run(mixing, PASSES(levels), threads); }
+
+/* to_u = grad * code, which is 0 or 1; to_u may be grad. */
+EXPORT void stompp_through_window(const Mixing *mixing, int threads) { run(mixing, PASSES(through_window), threads); }
