@@ -237,29 +237,29 @@ __attribute__((target("avx2,popcnt"))) static void one_row(const uint32_t *words
     }
 }
 
-/* Each nibble of a lane looks up its sum: its 3 lower bits in one half of the table or the other, as its highest says. */
+/* Every 3 bits of a lane look up their sum, the last 2 of a word theirs. */
 TARGET static void real_product(const float *tables, const uint32_t *panel, int64_t vectors, int64_t words, float *z) {
     for (int64_t first = 0; first < vectors * VECTOR; first += 32) {
         const float *table = tables;
         __m256 sums[4];
         for (int i = 0; i < 4; i++)
             sums[i] = _mm256_setzero_ps();
-        for (int64_t word = 0; word < words; word++)
-            for (int nibble = 0; nibble < 8; nibble++, table += 16) {
-                __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+        for (int64_t word = 0; word < words; word++) {
+            __m256i lanes[4];
+            for (int i = 0; i < 4; i++)
+                lanes[i] = _mm256_loadu_si256((const __m256i *)(panel + word * LANES + first + 8 * i));
+            _Pragma("GCC unroll 11") for (int at = 0; at < 32; at += 3, table += 8) {
+                __m256 own = _mm256_loadu_ps(table);
                 _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
-                    __m256i lanes = _mm256_loadu_si256((const __m256i *)(panel + word * LANES + first + 8 * i));
-                    __m256i at = _mm256_srlv_epi32(lanes, _mm256_set1_epi32(4 * nibble));
-                    __m256 top = _mm256_castsi256_ps(_mm256_sllv_epi32(lanes, _mm256_set1_epi32(28 - 4 * nibble)));
-                    __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at),
-                                                    _mm256_permutevar8x32_ps(high, at), top);
-                    sums[i] = _mm256_add_ps(sums[i], value);
+                    sums[i] = _mm256_add_ps(sums[i], _mm256_permutevar8x32_ps(own, lanes[i]));
+                    lanes[i] = _mm256_srli_epi32(lanes[i], 3);
                 }
             }
+        }
         for (int i = 0; i < 4; i++)
             _mm256_storeu_ps(z + first + 8 * i, sums[i]);
     }
 }
 
-const Backend stompp_avx2 = {"avx2", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product};
+const Backend stompp_avx2 = {"avx2", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 3};
 #endif

@@ -179,5 +179,5 @@ TARGET static void real_product(const float *tables, const uint32_t *panel, int6
     }
 }
 
-const Backend stompp_avx512 = {"avx512", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product};
+const Backend stompp_avx512 = {"avx512", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 4};
 #endif

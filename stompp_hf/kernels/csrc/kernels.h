@@ -55,9 +55,10 @@ typedef struct {
     void (*sign_bytes)(const void *x, int dtype, float b, int64_t count, int8_t *signs);
     /* sums[i] += sign * row[i * stride]. */
     void (*add_row)(const int8_t *row, int64_t stride, int sign, int64_t count, int16_t *sums);
-    /* Sums of real numbers: z[lane] = x . sign(w), for one row x whose 16 sums of every 4 numbers are `tables`, 8 tables
-     * a word. NULL where there is nothing better than plain sums of products. */
+    /* Sums of real numbers: z[lane] = x . sign(w), for one row x whose sums of every `real_bits` numbers, one after
+     * another through a word, are `tables`. NULL where there is nothing better than plain sums of products. */
     void (*real_product)(const float *tables, const uint32_t *panel, int64_t vectors, int64_t words, float *z);
+    int real_bits;
 } Backend;
 
 extern const Backend stompp_portable;

@@ -31,27 +31,37 @@ typedef struct {
 
 #define TABLE_ROWS 32 /* rows whose tables are held at a time */
 
-/* The 16 sums of every 4 numbers; those behind the last are 0. */
-static void make_tables(const float *x, int64_t K, int64_t words, float *tables) {
-    for (int64_t i = 0; i < 8 * words; i++, tables += 16) {
-        float own[4];
-        for (int64_t j = 0; j < 4; j++)
-            own[j] = 4 * i + j < K ? x[4 * i + j] : 0.0f;
-        for (int entry = 0; entry < 16; entry++)
-            tables[entry] = ((entry & 1 ? own[0] : -own[0]) + (entry & 2 ? own[1] : -own[1])) +
-                            ((entry & 4 ? own[2] : -own[2]) + (entry & 8 ? own[3] : -own[3]));
-    }
+/* The sums of every few numbers of a word with all their signs, 2^bits of them; numbers behind the last are 0. */
+static void make_tables(const float *x, int64_t K, int64_t words, int bits, float *tables) {
+    static const float signs[4][16] = {{-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1},
+                                       {-1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1},
+                                       {-1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1},
+                                       {-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1}};
+    for (int64_t word = 0; word < words; word++)
+        for (int64_t at = 0; at < 32; at += bits, tables += 1 << bits) {
+            float own[4] = {0, 0, 0, 0};
+            for (int64_t j = 0; j < smaller(bits, 32 - at); j++)
+                own[j] = 32 * word + at + j < K ? x[32 * word + at + j] : 0.0f;
+            for (int first = 0; first < 1 << bits; first += 8)
+                for (int entry = first; entry < first + 8; entry++)
+                    tables[entry] = (own[0] * signs[0][entry] + own[1] * signs[1][entry]) +
+                                    (own[2] * signs[2][entry] + own[3] * signs[3][entry]);
+        }
 }
+
+/* Numbers in the tables of a word. */
+static int64_t table_size(int bits) { return ((32 + bits - 1) / bits) << bits; }
 
 static void look_up(void *context, int64_t index, int slot) {
     const Real *self = context;
     int64_t first = index * LANES, lanes = smaller(LANES, self->N - first), bytes = (self->K + 7) / 8;
+    int64_t tables = self->words * table_size(self->backend->real_bits);
     uint32_t *panel = self->panels + slot * self->words * LANES;
     float z[LANES];
     self->backend->make_panel(self->bits + first * bytes, bytes, lanes, self->words, panel);
     for (int64_t m = 0; m < self->M; m++) {
         float *y = self->y + m * self->N + first;
-        self->backend->real_product(self->tables + m * self->words * 128, panel, (lanes + 31) / 32 * 2, self->words, z);
+        self->backend->real_product(self->tables + m * tables, panel, (lanes + 31) / 32 * 2, self->words, z);
         for (int64_t lane = 0; lane < lanes; lane++) {
             y[lane] = z[lane] * self->scale[(first + lane) * self->scale_step];
             if (self->shift)
@@ -69,7 +79,8 @@ EXPORT int stompp_real_linear(const float *x, const uint8_t *bits, const float *
                               int threads) {
     Real self = {stompp_backend(), bits, scale, shift, scale_step, shift_step, 0, K, N, words_of(K), 0, 0, 0};
     threads = stompp_threads_for(8.0 * (double)M * (double)K * (double)N, threads);
-    int64_t tables = smaller(M, TABLE_ROWS) * self.words * 128;
+    int at_once = self.backend->real_bits;
+    int64_t of_row = self.words * table_size(at_once), tables = (smaller(M, TABLE_ROWS) * of_row + 15) / 16 * 16;
     self.tables = stompp_allocate((tables + threads * self.words * LANES) * 4);
     if (!self.tables)
         return NO_MEMORY;
@@ -78,7 +89,7 @@ EXPORT int stompp_real_linear(const float *x, const uint8_t *bits, const float *
         self.M = smaller(TABLE_ROWS, M - first);
         self.y = y + first * N;
         for (int64_t m = 0; m < self.M; m++)
-            make_tables(x + (first + m) * K, K, self.words, self.tables + m * self.words * 128);
+            make_tables(x + (first + m) * K, K, self.words, at_once, self.tables + m * of_row);
         stompp_run(look_up, &self, (N + LANES - 1) / LANES, threads);
     }
     stompp_release(self.tables);
