@@ -87,6 +87,10 @@ class BenchmarkArguments:
     apart: bool = field(default=False, metadata={"help": "Also fused models whose layers hand no bits to each other."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's number."})
     repeats: int = field(default=15, metadata={"help": "Rounds a row."})
+    leave_out: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Contenders to leave out, as bfloat16 on a CPU that has no instructions for it."},
+    )
     peers: list[str] = field(
         default_factory=list, metadata={"help": f"Also these, where installed: {', '.join(peers.COLUMNS)}."}
     )
@@ -211,19 +215,20 @@ def models_and_blocks(args: BenchmarkArguments) -> Iterator[Case]:
             yield Case(f"{name}, {path.split('.', 1)[1]}, {tuple(seen[0].shape)}", 0, calls)
 
 
-def measure(case: Case, repeats: int) -> dict[str, float]:
+def measure(case: Case, args: BenchmarkArguments) -> dict[str, float]:
     """The least time of each contender, in ms."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in case.contenders}
+    contenders = {name: call for name, call in case.contenders.items() if name not in args.leave_out}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     counts: dict[str, int] = {}
-    for name, call in case.contenders.items():
+    for name, call in contenders.items():
         call()
         begin = clock()
         call()
         counts[name] = max(1, round(ENOUGH / max(clock() - begin, 1e-7)))
-    for number in range(repeats):
+    for number in range(args.repeats):
         for name in random.Random(number).sample(list(times), len(times)):
-            call, count = case.contenders[name], counts[name]
+            call, count = contenders[name], counts[name]
             begin = clock()
             for _ in range(count):
                 call()
@@ -262,6 +267,8 @@ def main() -> None:
     logging.set_verbosity_error()
     if unknown := set(args.peers) - set(peers.COLUMNS):
         raise SystemExit(f"--peers {' '.join(unknown)}: choose among {', '.join(peers.COLUMNS)}.")
+    if unknown := set(args.leave_out) - {BFLOAT16, INT8, PACKED}:
+        raise SystemExit(f"--leave_out {' '.join(unknown)}: choose among {BFLOAT16}, {INT8}, {PACKED}.")
     if args.threads:
         torch.set_num_threads(args.threads)
     most = None if args.weights_only else ceiling()  # real inputs are looked up by another loop
@@ -269,6 +276,7 @@ def main() -> None:
     print(f"{'W1A32' if args.weights_only else 'W1A1'}; {machine()}{limit}\n")
     names = [FLOAT32, BFLOAT16, INT8, *(name for peer in args.peers for name in peers.COLUMNS[peer]), PACKED, FUSED]
     names += [APART] * args.apart
+    names = [name for name in names if name not in args.leave_out]
     print(
         "| | "
         + " | ".join(f"{name}, ms" for name in names)
@@ -282,7 +290,7 @@ def main() -> None:
             if source is models_and_blocks and not {"blocks", "models"} & set(args.what):
                 continue
             for case in source(args):
-                times = measure(case, args.repeats)
+                times = measure(case, args)
                 ratios = {name: times[FLOAT32] / own for name, own in times.items()}
                 cells = [f"{times[name]:.3f}" if name in times else "" for name in names]
                 int8 = f"{ratios[FUSED] / ratios[INT8]:.1f}" if INT8 in ratios else ""
