@@ -130,7 +130,6 @@ TARGET static inline void table_places(const uint32_t *words, int64_t count, uin
         const __m256i low = _mm256_set1_epi8(15);                                                                      \
         uint16_t differ[R][LANES] __attribute__((aligned(64)));                                                        \
         uint8_t places[R][8 * WORDS_A_TILE] __attribute__((aligned(64)));                                              \
-        __builtin_memset(differ, 0, sizeof(differ));                                                                   \
         for (int r = 0; r < R; r++)                                                                                    \
             table_places(rows + r * row_stride, words, places[r]);                                                     \
         for (int64_t first = 0; first < words; first += WORDS_A_BYTE) {                                                \
@@ -156,8 +155,10 @@ TARGET static inline void table_places(const uint32_t *words, int64_t count, uin
                     }                                                                                                  \
             _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) for (int half = 0; half < 2; half++) {                 \
                 __m256i *sum = (__m256i *)(differ[r] + 32 * half), own = count[r][half];                               \
-                sum[0] = _mm256_add_epi16(sum[0], _mm256_cvtepu8_epi16(_mm256_castsi256_si128(own)));                  \
-                sum[1] = _mm256_add_epi16(sum[1], _mm256_cvtepu8_epi16(_mm256_extracti128_si256(own, 1)));             \
+                __m256i lower = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(own));                                     \
+                __m256i upper = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(own, 1));                                \
+                sum[0] = first ? _mm256_add_epi16(sum[0], lower) : lower;                                              \
+                sum[1] = first ? _mm256_add_epi16(sum[1], upper) : upper;                                              \
             }                                                                                                          \
         }                                                                                                              \
         for (int r = 0; r < R; r++)                                                                                    \
