@@ -76,9 +76,6 @@ class TeacherArguments:
     )
     teacher_logits: float = field(default=1.0, metadata={"help": "Weight of the teacher's predictions."})
     teacher_hidden: float = field(default=1.0, metadata={"help": "Weight of the teacher's hidden states."})
-    teacher_hidden_until: float | None = field(
-        default=None, metadata={"help": "Fraction of the run at which that weight has fallen to 0; unset: it stays."}
-    )
     teacher_temperature: float = field(default=1.0, metadata={"help": "Temperature of the predictions."})
     task_weight: float = field(default=1.0, metadata={"help": "Weight of the labels' loss beside a teacher's."})
 
@@ -91,7 +88,6 @@ class TeacherArguments:
                 hidden=self.teacher_hidden,
                 task=self.task_weight,
                 temperature=self.teacher_temperature,
-                hidden_until=self.teacher_hidden_until,
             )
             trainer.add_callback(callback)
 

@@ -148,9 +148,6 @@ class Distiller:
     ) -> None:
         check_weights(logits, hidden, task, temperature)
         self.logits, self.hidden, self.task, self.temperature = logits, hidden, task, temperature
-        self.hidden_share = torch.ones(())
-        """The part of `hidden` that counts now, for a weight that changes in a run: a tensor, so that no compiled graph
-        holds its value."""
         self.last: dict[str, Tensor] = {}
         """Parts of the last loss by name (task, logits, hidden), detached."""
         self.used = True
@@ -262,7 +259,7 @@ class Distiller:
         if self.logits:
             parts["logits"] = self.logits * share * self._logits_part(model, kwargs, outputs)
         if self.hidden:
-            parts["hidden"] = self.hidden * self.hidden_share * share * self._hidden_part(kwargs)
+            parts["hidden"] = self.hidden * share * self._hidden_part(kwargs)
         self._states, self._targets, self._goals = {}, {}, {}
         own = outputs.get("loss")
         if own is not None and self.task:

@@ -34,8 +34,6 @@ class DistillationCallback(TrainerCallback):
     Args:
         teacher: a fine-tuned model of the same task, its path or hub name, or None: the model's own snapshot.
         logits, hidden, task, temperature: as in `Distiller`.
-        hidden_until: fraction of the run at which the weight of the hidden states, falling linearly from the first step
-            on, is 0 (features first, predictions last, as in Jiao et al., 2020); None keeps it as it is.
 
     Raises (before the first step, or after it for a loss that nobody uses):
         ConfigError: an option of Trainer that leaves the model's own loss aside, or a bad weight.
@@ -50,21 +48,10 @@ class DistillationCallback(TrainerCallback):
         hidden: float = 1.0,
         task: float = 1.0,
         temperature: float = 1.0,
-        hidden_until: float | None = None,
     ) -> None:
-        if hidden_until is not None and not 0.0 < hidden_until <= 1.0:
-            raise ConfigError(
-                f"DistillationCallback: hidden_until={hidden_until!r} must be a fraction of the run, as in "
-                "hidden_until=0.5, or None."
-            )
-        self.teacher, self.hidden_until = teacher, hidden_until
+        self.teacher = teacher
         self.weights = {"logits": logits, "hidden": hidden, "task": task, "temperature": temperature}
         check_weights(**self.weights)
-        if hidden_until is not None and logits == task == 0.0:
-            raise ConfigError(
-                "DistillationCallback: with logits=0 and task=0 nothing is left to learn from behind "
-                f"hidden_until={hidden_until!r}; use hidden_until=None, or give one of them a weight."
-            )
         self.distiller: Distiller | None = None
         self._snapshot_at: int | None = None
 
@@ -115,9 +102,6 @@ class DistillationCallback(TrainerCallback):
             if args.should_save:
                 teacher.save_pretrained(Path(args.output_dir, TEACHER_FOLDER))
             self._teach(root, teacher, args)
-        if self.distiller is not None and self.hidden_until is not None:
-            gone = state.global_step / state.max_steps / self.hidden_until
-            self.distiller.hidden_share.fill_(max(0.0, 1.0 - gone))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.distiller is not None and not self.distiller.used:

@@ -247,29 +247,6 @@ def make_trainer(folder: Path, callback: Any, model: Any = None, **options: Any)
     return Trainer(model, arguments, train_dataset=rows(), callbacks=[StoMPPTrainerCallback(), callback])
 
 
-def test_hidden_until_takes_the_features_out_step_by_step(tmp_path: Path) -> None:
-    seen: list[tuple[int, float, float]] = []
-
-    class Watch(hf.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            distiller = teaching.distiller
-            assert distiller is not None
-            raw = distiller.last["hidden"] / distiller.hidden_share if distiller.hidden_share else torch.tensor(0.0)
-            seen.append((state.global_step - 1, distiller.hidden_share.item(), raw.item()))
-
-    teaching = DistillationCallback(fine_tuned(), hidden=2.0, hidden_until=0.5)
-    trainer = make_trainer(tmp_path, teaching, student(), max_steps=8)
-    trainer.add_callback(Watch())
-    trainer.train()
-    assert [(step, share) for step, share, _ in seen] == [(s, max(0.0, 1 - s / 4)) for s in range(8)]
-    assert all(raw > 0 for _, _, raw in seen[:4])
-    for bad in (0.0, 1.5, -1.0):
-        with pytest.raises(ConfigError, match="hidden_until"):
-            DistillationCallback(hidden_until=bad)
-    with pytest.raises(ConfigError, match="nothing is left"):
-        DistillationCallback(logits=0.0, task=0.0, hidden_until=0.5)
-
-
 def test_own_snapshot_and_resume(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "whole", DistillationCallback())
     trainer.train()
