@@ -1,6 +1,7 @@
 """Compiled products against sums in float64 and against plain torch, for each set of instructions of this CPU."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -380,6 +381,30 @@ def test_neon_computes_the_same_in_an_emulator(tmp_path: Path) -> None:
     for seed in range(3):
         result = subprocess.run([emulator, program, str(seed), "30"], capture_output=True, text=True, check=False)
         assert result.returncode == 0 and "at best with neon" in result.stdout, result.stdout + result.stderr
+
+
+FALL_BACK = """
+import torch
+from stompp_hf import kernels
+print(kernels.describe())
+x, bits, scale = torch.randn(5, 70), torch.randint(0, 256, (33, 9), dtype=torch.uint8), torch.rand(33)
+bits[:, 8] &= 63
+y = kernels.linear(x, None, bits, scale, None, torch.float32)
+signs = kernels.unpack(bits, 70)
+assert torch.equal(y, torch.copysign(torch.ones(()), x) @ signs.T * scale)
+"""
+
+
+@pytest.mark.slow
+def test_a_cpu_without_avx2_falls_back_in_an_emulator() -> None:
+    """What was built here, on a CPU of 2008: a minute or more, for torch is slow to come up there."""
+    emulator = next((path for name in ("", "-static") if (path := shutil.which(f"qemu-x86_64{name}"))), None)
+    if emulator is None or platform.machine() != "x86_64" or kernels.native.library_path() is None:
+        pytest.skip("needs qemu-x86_64 (Debian: qemu-user-static) and the compiled part")
+    command = [emulator, "-cpu", "Nehalem", sys.executable, "-c", FALL_BACK]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "STOMPP_KERNELS": "auto"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "c with portable" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.slow
