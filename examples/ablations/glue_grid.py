@@ -16,7 +16,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vanilla_identity": {"method": "vanilla_ste", "frozen_gradient": "ste"},
     "vanilla_ste": {"method": "vanilla_ste"},
     "stompp": {"frozen_gradient": "zero", "end": 0.8},
-    "stompp_ste": {"end": 0.25},
+    "stompp_ste": {"end": 0.25, "pending_lr": 0.1},
     "stompp_distilled": {**OWN, "frozen_gradient": "zero", "end": 0.8},
     # All layers at once, at the moment when the first stage of the others begins: STE with the same teacher.
     "one_shot_distilled": {**OWN, "end": OWN["start"]},
@@ -155,8 +155,15 @@ def _depth(tasks: list[str], seeds: list[int]) -> TextPreset:
 
 
 def _paper(tasks: list[str], seeds: list[int]) -> TextPreset:
-    cells = product(method=PAPER, lr=RATES, task=tasks[:1], seed=seeds, rule=["paper"])
-    return TextPreset(TextRecipe(12800, 3), cells)
+    cells = product(method=PAPER, lr=(4e-4, 1e-3), task=tasks[:1], seed=seeds[:1], rule=["paper"])
+    return TextPreset(TextRecipe(12800, 1), cells)
+
+
+def _full(tasks: list[str], seeds: list[int]) -> TextPreset:
+    """All of SST-2 but the last 4,000 examples (`--held_out 4000`), once."""
+    methods = ["full_precision", "vanilla_ste", "stompp_ste", "vanilla_taught", "stompp_ste_taught"]
+    cells = [TextCell("sst2", method, BEST.get(method, 4e-4), seed) for method in methods for seed in seeds]
+    return TextPreset(TextRecipe(63349, 1), cells)
 
 
 def _quick(tasks: list[str], seeds: list[int]) -> TextPreset:
@@ -165,4 +172,6 @@ def _quick(tasks: list[str], seeds: list[int]) -> TextPreset:
     return TextPreset(TextRecipe(64, 2, batch=8, max_seq_length=16), cells)
 
 
-PRESETS = {"quick": _quick, "search": _search, "table": _table, "depth": _depth, "paper": _paper}
+PRESETS = {
+    "quick": _quick, "search": _search, "table": _table, "full": _full, "depth": _depth, "paper": _paper,
+}  # fmt: skip
