@@ -104,10 +104,9 @@ static const uint8_t different[16][16] __attribute__((aligned(64))) = {
     DIFFERENT(0), DIFFERENT(1), DIFFERENT(2),  DIFFERENT(3),  DIFFERENT(4),  DIFFERENT(5),  DIFFERENT(6),  DIFFERENT(7),
     DIFFERENT(8), DIFFERENT(9), DIFFERENT(10), DIFFERENT(11), DIFFERENT(12), DIFFERENT(13), DIFFERENT(14), DIFFERENT(15)};
 
-#define WORDS_A_BYTE 7 /* a counter of 8 bits holds the differences of 7 words, at most 224 */
+#define WORDS_A_BYTE 7   /* a counter of 8 bits holds the differences of 7 words, at most 224 */
+#define WORDS_A_TILE 112 /* words that a tile takes at a time: what is made of its rows stays in the first cache */
 #define STAYS(v) __asm__("" : "+x"(v)) /* or gcc adds in another order, and counters leave their registers */
-
-#define WORDS_A_TILE 112  /* words that a tile takes at a time: what is made of its rows stays in the first cache */
 
 /* Where the tables of the nibbles of some words begin: 16 times the nibble, from the lowest on, 8 bytes a word. */
 TARGET static inline void table_places(const uint32_t *words, int64_t count, uint8_t *places) {
