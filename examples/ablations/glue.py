@@ -121,7 +121,7 @@ def options_of(cell: TextCell, preset: TextPreset, args: GlueArguments, folder: 
         place = str(folder / "cells" / cell.fine_tuned.id)
         own = {key: place if value == FINE_TUNED and key != "method" else value for key, value in own.items()}
     return {
-        **preset.recipe.options(cell.task), **own,
+        **preset.recipe.options(), **own,
         "train_file": str(data / "train.parquet"), "validation_file": str(validation),
         **json.loads(args.options or "{}"), "output_dir": str(folder / "cells" / cell.id),
     }  # fmt: skip

@@ -47,8 +47,6 @@ LABELS = {
 }
 METRICS = {"sst2": "accuracy", "mrpc": "combined_score", "stsb": "pearson"}
 """What is compared; `combined_score` is the mean of accuracy and F1."""
-REPEATS = {"mrpc": 2, "stsb": 2}
-"""Tasks of a few thousand examples get more epochs: stages need steps to freeze in."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,11 @@ class TextRecipe:
     batch: int = 32
     max_seq_length: int = 128
 
-    def options(self, task: str) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """run_glue.py's options of the recipe."""
         limit = {"max_train_samples": self.train_samples} if self.train_samples else {}
         return {
-            **limit, "num_train_epochs": self.epochs * REPEATS.get(task, 1), "per_device_train_batch_size": self.batch,
+            **limit, "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch,
             "per_device_eval_batch_size": 64, "max_seq_length": self.max_seq_length, "do_train": True, "do_eval": True,
             "freeze_embeddings": True, "train_sampling_strategy": "group_by_length", "max_grad_norm": 0.0,
             "weight_decay": 0.01, "warmup_steps": 0.1, "save_strategy": "no", "evaluate_stages": False,
