@@ -93,8 +93,9 @@ class StoMPPConfig:
     relu: Literal["absorb", "keep", "drop", "rprelu"] = _option(
         "absorb",
         "A ReLU (ReLU6, Hardswish) before binary activations: absorb it into the layers it feeds where nothing else "
-        "reads it (nothing changes at the start), keep it, drop it wherever it feeds one (also after additions), or "
-        "rprelu: make every such ReLU an RPReLU, with learnable shifts and slope (a ReLU at the start).",
+        "reads it (nothing changes at the start), keep it, drop it wherever it feeds one (also after additions, and "
+        "GELU, SiLU and Mish too), or rprelu: make every such ReLU an RPReLU, with learnable shifts and slope (a ReLU "
+        "at the start).",
     )
     conv_padding: Literal["zero", "one"] = _option(
         "zero",
@@ -208,7 +209,8 @@ class StoMPPConfig:
     def paper(cls, **options: Any) -> "StoMPPConfig":
         """The rule of Smith and Islam (2026): sign and clip at 1, no scale, no threshold, STE-free, module by module.
 
-        ReLUs that feed binary activations are dropped (this library's reading: sign(relu(u)) would be constant).
+        What feeds binary activations is dropped if it is a ReLU (this library's reading: sign(relu(u)) would be
+        constant) or a GELU, SiLU or Mish (sign(gelu(u)) is +1 for u < -6 too, in float32, and u is a sum of signs).
 
         Their StoMPP+STE is `StoMPPConfig.paper(frozen_gradient="ste")`.
         """

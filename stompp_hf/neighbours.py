@@ -6,7 +6,7 @@ from torch import nn
 
 from .config import StoMPPConfig
 from .dataflow import DataFlow
-from .modules.activations import BYPASSED, PAUSED
+from .modules.activations import ABSORBABLE, BYPASSED, PAUSED
 from .structure import CONVOLUTIONS
 
 
@@ -51,6 +51,7 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
         shifts = {tag: sorted(readers & binary) for tag, readers in activations.items() if kinds[tag] is nn.ReLU}
         result.shifted = {tag: readers for tag, readers in shifts.items() if readers and _one_width(model, tag, flow)}
     elif config.relu == "absorb":
+        activations = {tag: readers for tag, readers in activations.items() if kinds[tag].__name__ in ABSORBABLE}
         chosen = _absorbable(activations, kinds, binary, flow)
         result.bypassed = {tag: "absorbed" for tag in activations if tag in chosen}
         result.absorbing = {reader: kinds[tag].__name__ for tag in chosen for reader in activations[tag]}

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, set_seed
+from transformers.activations import GELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, get_plan, report, restore_model
 from stompp_hf.errors import CheckpointError
-from stompp_hf.modules.activations import Bypassed, Changed, Paused
+from stompp_hf.functional import hard
+from stompp_hf.modules.activations import DROPPABLE, Bypassed, Changed, Paused
 from stompp_hf.plan import binary_layers
 
 X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -246,7 +249,7 @@ def test_keep_and_weights_alone() -> None:
         assert_same(model, plain)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [*KINDS, nn.GELU, nn.SiLU, GELUActivation])
 @pytest.mark.parametrize("name", [*ABSORBED, "added", "read-by-a-real-layer", "shared-with-a-real-layer"])
 def test_drop(kind: type, name: str) -> None:
     """Where it feeds a binary layer, an activation goes for all that read it, and the input has two signs; else not."""
@@ -257,6 +260,37 @@ def test_drop(kind: type, name: str) -> None:
     freeze(model)
     assert all(layer.activation_offset == 0 for layer in binary_layers(model).values())
     assert changes(pair(lambda m, u, h: m.last(m.act(m.a(u))), {"relu": "drop"}, act=kind)[0]) == ({}, {})
+
+
+@pytest.mark.parametrize("kind", DROPPABLE)
+def test_smooth_activations_stay_unless_they_are_dropped(kind: type) -> None:
+    """Absorbed they would be thresholded elsewhere; dropped, their class can be pickled, and comes back."""
+    model, plain = pair(STRAIGHT, act=lambda: made(kind))
+    assert changes(model) == ({}, {}) and type(model.act) is kind
+    assert_same(model, plain)
+    model, plain = pair(STRAIGHT, {"relu": "drop"}, act=lambda: made(kind))
+    assert changes(model) == ({"act": "dropped"}, {})
+    assert type(pickle.loads(pickle.dumps(model.act))) is type(model.act) is not kind
+    assert type(restore_model(model).act) is kind
+    assert_same(model, plain)
+
+
+def made(kind: type) -> nn.Module:
+    """An activation with the arguments that it needs."""
+    return kind(-10, 10) if kind.__name__ == "ClippedGELUActivation" else kind()
+
+
+def test_plain_signs_of_a_far_negative_value_are_negative() -> None:
+    """In float32 gelu(-6) is -0.0, which counts as +1: the paper's rule looks at the value before it."""
+    assert torch.equal(F.gelu(torch.tensor([-6.0, -1.0, 1.0])).sign(), torch.tensor([0.0, -1.0, 1.0]))
+    for relu, sign in (("keep", 1.0), ("drop", -1.0)):
+        options = {"exclude_modules": ["first", "last"], "first_layer": "binarize", "relu": relu}
+        model = binarize_model(Net(STRAIGHT, act=nn.GELU), StoMPPConfig.paper(**options), X)
+        freeze(model)
+        with torch.no_grad():
+            found = model.a(model.act(torch.full((1, 8, 3, 3), -6.0)))
+            wanted = F.conv2d(torch.full((1, 8, 3, 3), sign), hard(model.a.weight), model.a.bias, padding=1)
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("use", [STRAIGHT, ADDED])

@@ -217,7 +217,7 @@ def table(results: dict[TextCell, dict[str, Any]]) -> str:
         share = f"{mean(scores) / mean(whole):.1%}" if whole and first.method != "full_precision" else ""
         minutes = mean(results[cell]["cpu_seconds"] for cell in cells) / 60
         memory = max(results[cell]["peak_mb"] for cell in cells)
-        row = [", ".join([first.task, *extra]), LABELS[first.method], f"{first.lr:g}", str(len(cells)), spread(scores)]
+        row = [", ".join([first.task, *extra]), first.label, f"{first.lr:g}", str(len(cells)), spread(scores)]
         row += ["" if margin is None else str(margin), share, f"{minutes:.1f}", str(memory)]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)

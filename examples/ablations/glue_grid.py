@@ -73,6 +73,12 @@ class TextCell:
         return f"{self.group}-s{self.seed}"
 
     @property
+    def label(self) -> str:
+        """The method in words."""
+        words = LABELS[self.method]
+        return words if self.rule == "default" else words.replace("windowed", "identity surrogate")
+
+    @property
     def fine_tuned(self) -> "TextCell | None":
         """The full-precision cell whose weights this one needs."""
         needs = FINE_TUNED in (self.options().get("teacher"), self.options().get("model_name_or_path"))
@@ -153,7 +159,8 @@ def _depth(tasks: list[str], seeds: list[int]) -> TextPreset:
 
 
 def _paper(tasks: list[str], seeds: list[int]) -> TextPreset:
-    cells = product(method=PAPER, lr=(4e-4, 1e-3), task=tasks[:1], seed=seeds[:1], rule=["paper"])
+    """Two layers beside the checkpoint's number: a third of its stages, so three times the steps for each."""
+    cells = product(method=PAPER, lr=(4e-4, 1e-3), task=tasks[:1], seed=seeds[:1], layers=[0, 2], rule=["paper"])
     return TextPreset(TextRecipe(12800, 1), cells)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers import activations as hub
 
 ABSORBABLE: dict[str, Callable[[Tensor], Tensor]] = {"ReLU": F.relu, "ReLU6": F.relu6, "Hardswish": F.hardswish}
 """Activations that a binary layer can compute itself: real entries see f(u), and the sign is that of u."""
@@ -71,22 +72,19 @@ class Bypassed(Changed):
         return input
 
 
-class BypassedReLU(Bypassed, nn.ReLU):
-    """nn.ReLU, passed by."""
+_OF_TRANSFORMERS = (
+    *("GELUActivation", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "AccurateGELUActivation"),
+    *("GELUTanh", "ClippedGELUActivation", "SiLUActivation", "MishActivation"),
+)
+DROPPABLE = (nn.GELU, nn.SiLU, nn.Mish, *(getattr(hub, name) for name in _OF_TRANSFORMERS if hasattr(hub, name)))
+"""Activations that may be dropped, but not absorbed. Their sign is that of u only near 0: in float32, gelu(-6) is -0.0,
+which counts as +1, so that of sums of hundreds of plain signs most come out as +1."""
 
-    plain_class = nn.ReLU
-
-
-class BypassedReLU6(Bypassed, nn.ReLU6):
-    """nn.ReLU6, passed by."""
-
-    plain_class = nn.ReLU6
-
-
-class BypassedHardswish(Bypassed, nn.Hardswish):
-    """nn.Hardswish, passed by."""
-
-    plain_class = nn.Hardswish
+BYPASSED: dict[type[nn.Module], type[Bypassed]] = {
+    plain: type(f"Bypassed{plain.__name__}", (Bypassed, plain), {"plain_class": plain, "__module__": __name__})
+    for plain in (nn.ReLU, nn.ReLU6, nn.Hardswish, *DROPPABLE)
+}
+globals().update({cls.__name__: cls for cls in BYPASSED.values()})  # where pickle looks for them
 
 
 RPRELU_TENSORS = ("rprelu_shift", "rprelu_slope", "rprelu_bias")
@@ -157,7 +155,4 @@ class PausedDropout2d(Paused, nn.Dropout2d):
     plain_class = nn.Dropout2d
 
 
-BYPASSED: dict[type[nn.Module], type[Bypassed]] = {
-    cls.plain_class: cls for cls in (BypassedReLU, BypassedReLU6, BypassedHardswish)
-}
 PAUSED: dict[type[nn.Module], type[Paused]] = {cls.plain_class: cls for cls in (PausedDropout, PausedDropout2d)}
