@@ -34,4 +34,4 @@ static void product(const uint32_t *rows, int64_t row_stride, int64_t count, con
         }
 }
 
-const Backend stompp_portable = {"portable", sign_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, 0};
+const Backend stompp_portable = {"portable", sign_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, 0, 0};
