@@ -337,17 +337,25 @@ def test_operators_pass_their_checks() -> None:
 # ---- sanitizers and installation ----
 
 COMPILER = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+C11 = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread", f"-I{SOURCES}"]
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+
+
+@needs_compiler
+def test_the_sources_give_no_warnings() -> None:
+    command = [str(COMPILER), "-fsyntax-only", *C11, *map(str, sorted(SOURCES.glob("*.c")))]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+@needs_compiler
 @pytest.mark.parametrize("fuzz", ["kernels_fuzz.c", "training_fuzz.c"])
 def test_sanitizers_find_nothing(tmp_path: Path, fuzz: str) -> None:
     program = tmp_path / "fuzz"
     sources = [ROOT / "tests" / fuzz, *sorted(SOURCES.glob("*.c"))]
-    options = ["-O1", "-g", "-std=c11", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread", f"-I{SOURCES}"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [str(COMPILER), *options, *sanitizers, *map(str, sources), "-o", str(program), "-lm"]
+    command = [str(COMPILER), "-O1", "-g", *C11, *sanitizers, *map(str, sources), "-o", str(program), "-lm"]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr:
         pytest.skip("this compiler comes without sanitizers")
@@ -376,8 +384,8 @@ def test_neon_computes_the_same_in_an_emulator(tmp_path: Path) -> None:
         pytest.skip("needs qemu-aarch64 (Debian: qemu-user-static) and aarch64-linux-gnu-gcc or zig")
     program = tmp_path / "fuzz"
     sources = [ROOT / "tests" / "kernels_fuzz.c", *sorted(SOURCES.glob("*.c"))]
-    options = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread", "-static"]
-    subprocess.run([*compiler, *options, f"-I{SOURCES}", *map(str, sources), "-o", program, "-lm"], check=True)
+    options = [*C11, "-O2", "-static"]
+    subprocess.run([*compiler, *options, *map(str, sources), "-o", program, "-lm"], check=True)
     for seed in range(3):
         result = subprocess.run([emulator, program, str(seed), "30"], capture_output=True, text=True, check=False)
         assert result.returncode == 0 and "at best with neon" in result.stdout, result.stdout + result.stderr
