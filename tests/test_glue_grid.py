@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 from test_examples import ROOT, tiny_bert
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 sys.path.insert(0, str(ROOT / "examples" / "ablations"))
 import glue
@@ -129,11 +129,17 @@ def test_differences_are_paired_with_the_best_learning_rate() -> None:
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_resized_checkpoints_take_their_layers_from_the_model(layers: int, tmp_path: Path) -> None:
     tiny_bert(tmp_path / "model", labels=2)
+    AutoModel.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")  # without a head
     path = glue.resized(str(tmp_path / "model"), layers, tmp_path / "models")
     assert path == glue.resized(str(tmp_path / "model"), layers, tmp_path / "models")
     old = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").bert
     new = AutoModelForSequenceClassification.from_pretrained(path).bert
     assert len(new.encoder.layer) == layers
+    again = AutoModelForSequenceClassification.from_pretrained(
+        glue.resized(str(tmp_path / "model"), layers, tmp_path / "others")
+    )
+    head = AutoModelForSequenceClassification.from_pretrained(path).classifier
+    assert torch.equal(again.classifier.weight, head.weight)
     for place, layer in enumerate(new.encoder.layer):
         wanted = old.encoder.layer[place * 2 // layers].state_dict()
         assert all(torch.equal(value, wanted[name]) for name, value in layer.state_dict().items())

@@ -27,7 +27,7 @@ from cells import chosen, write_json
 from datasets import Dataset
 from glue_grid import FINE_TUNED, LABELS, METRICS, PRESETS, TextCell, TextPreset
 from report import Interval, interval, spread
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
 logger = logging.getLogger("ablations.glue")
 SCRIPT = Path(__file__).resolve().parent.parent / "run_glue.py"
@@ -81,6 +81,7 @@ def resized(model: str, layers: int, folder: Path) -> str:
         return str(target)
     config = AutoConfig.from_pretrained(model)
     count = config.num_hidden_layers
+    set_seed(0)  # of a head that the checkpoint may lack: one start for all runs
     whole: Any = AutoModelForSequenceClassification.from_pretrained(model)
     config.num_hidden_layers = layers
     other = type(whole)(config)
