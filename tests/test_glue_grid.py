@@ -133,13 +133,12 @@ def test_resized_checkpoints_take_their_layers_from_the_model(layers: int, tmp_p
     path = glue.resized(str(tmp_path / "model"), layers, tmp_path / "models")
     assert path == glue.resized(str(tmp_path / "model"), layers, tmp_path / "models")
     old = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").bert
-    new = AutoModelForSequenceClassification.from_pretrained(path).bert
+    whole = AutoModelForSequenceClassification.from_pretrained(path)
+    new = whole.bert
     assert len(new.encoder.layer) == layers
-    again = AutoModelForSequenceClassification.from_pretrained(
-        glue.resized(str(tmp_path / "model"), layers, tmp_path / "others")
-    )
-    head = AutoModelForSequenceClassification.from_pretrained(path).classifier
-    assert torch.equal(again.classifier.weight, head.weight)
+    again = glue.resized(str(tmp_path / "model"), layers, tmp_path / "others")
+    head = AutoModelForSequenceClassification.from_pretrained(again).classifier
+    assert torch.equal(head.weight, whole.classifier.weight)
     for place, layer in enumerate(new.encoder.layer):
         wanted = old.encoder.layer[place * 2 // layers].state_dict()
         assert all(torch.equal(value, wanted[name]) for name, value in layer.state_dict().items())

@@ -82,7 +82,7 @@ which counts as +1, so that of sums of hundreds of plain signs most come out as 
 
 BYPASSED: dict[type[nn.Module], type[Bypassed]] = {
     plain: type(f"Bypassed{plain.__name__}", (Bypassed, plain), {"plain_class": plain, "__module__": __name__})
-    for plain in (nn.ReLU, nn.ReLU6, nn.Hardswish, *DROPPABLE)
+    for plain in (*(getattr(nn, name) for name in ABSORBABLE), *DROPPABLE)
 }
 globals().update({cls.__name__: cls for cls in BYPASSED.values()})  # where pickle looks for them
 
