@@ -26,7 +26,8 @@ class DataFlow(TorchDispatchMode):
         parents: the candidates (and EMBEDDING) whose output reaches a candidate's input by way of no other candidate.
         siblings: the candidates that read one and the same tensor, one set a tensor.
         sums: for every addition, the candidates that reach either side.
-        readers: the candidates that read an activation's or a dropout's output itself, by its name.
+        readers: the candidates that read an activation's or a dropout's output itself, or by way of dropouts, by its
+            name.
         feeders: for every call of a candidate, the activations and dropouts whose output it reads itself.
         elsewhere: activations whose output is read by something that is no candidate.
         one_sided: the candidates whose input was never negative.
@@ -133,6 +134,8 @@ class DataFlow(TorchDispatchMode):
             self.elsewhere |= before - passed
             if not isinstance(output, Tensor):
                 return
+            if type(module) in PAUSED:  # not to be absorbed, but still what the next layer reads
+                passed = before
             if type(module) in BYPASSED:
                 passed = frozenset([name])
                 self._kinds[name] = type(module)

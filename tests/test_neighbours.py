@@ -262,6 +262,18 @@ def test_drop(kind: type, name: str) -> None:
     assert changes(pair(lambda m, u, h: m.last(m.act(m.a(u))), {"relu": "drop"}, act=kind)[0]) == ({}, {})
 
 
+@pytest.mark.parametrize("kind", [nn.ReLU6, nn.GELU])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_drop_in_front_of_a_dropout(kind: type, p: float) -> None:
+    """As in timm's Mlp: activation, dropout, layer. ReLU(6) is not absorbed there, since a factor moves its edge."""
+    use = lambda m, u, h: m.last(m.a(m.dropout(h)))  # noqa: E731
+    model, plain = pair(use, {"relu": "drop"}, act=kind, dropout=lambda: nn.Dropout(p))
+    assert changes(model) == ({"act": "dropped"}, {})
+    plain.act = nn.Identity()
+    assert_same(model, plain)
+    assert changes(pair(use, act=kind, dropout=lambda: nn.Dropout(p))[0]) == ({}, {})
+
+
 @pytest.mark.parametrize("kind", DROPPABLE)
 def test_smooth_activations_stay_unless_they_are_dropped(kind: type) -> None:
     """Absorbed they would be thresholded elsewhere; dropped, their class can be pickled, and comes back."""
