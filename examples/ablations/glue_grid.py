@@ -16,6 +16,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vanilla_identity": {"method": "vanilla_ste", "frozen_gradient": "ste"},
     "vanilla_ste": {"method": "vanilla_ste"},
     "stompp": {"frozen_gradient": "zero", "end": 0.8},
+    "stompp_identity": {"frozen_gradient": "ste", "end": 0.25, "pending_lr": 0.1},
     "stompp_ste": {"end": 0.25, "pending_lr": 0.1},
     "stompp_distilled": {**OWN, "frozen_gradient": "zero", "end": 0.8},
     # All layers at once, at the moment when the first stage of the others begins: STE with the same teacher.
@@ -37,6 +38,7 @@ LABELS = {
     "vanilla_identity": "vanilla STE, identity surrogate",
     "vanilla_ste": "vanilla STE, windowed",
     "stompp": "StoMPP (STE-free)",
+    "stompp_identity": "StoMPP+STE, identity surrogate",
     "stompp_ste": "StoMPP+STE, windowed",
     "stompp_distilled": "StoMPP (STE-free), own teacher",
     "one_shot_distilled": "windowed STE from a fifth of the run on, own teacher",
@@ -148,7 +150,7 @@ def _table(tasks: list[str], seeds: list[int]) -> TextPreset:
 
 
 def _depth(tasks: list[str], seeds: list[int]) -> TextPreset:
-    methods = ["full_precision", "vanilla_identity", "vanilla_ste", "stompp_ste"]
+    methods = ["full_precision", "vanilla_identity", "vanilla_ste", "stompp_identity", "stompp_ste"]
     cells = [
         TextCell(tasks[0], method, BEST[method] if method == FINE_TUNED else 4e-4, seed, layers)
         for layers in (2, 6, 12)
