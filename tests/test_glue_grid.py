@@ -122,6 +122,11 @@ def test_differences_are_paired_with_the_best_learning_rate() -> None:
     assert margin is not None and margin.mean == pytest.approx(5.5) and margin.count == 2
     text = glue.table(results)
     assert "| sst2 | StoMPP+STE, windowed | 0.0004 | 2 | 76.50 ± 2.12 | +5.50" in text and "84.1%" in text
+    for method, value in (("vanilla_identity", 0.6), ("stompp_identity", 0.625)):
+        results[TextCell("sst2", method, 4e-4, 0)] = record(TextCell("sst2", method, 4e-4, 0), value)
+    text = glue.table(results)
+    assert "identity surrogate | 0.0004 | 1 | 62.50 | +2.50 (one seed) |" in text
+    assert "identity surrogate | 0.0004 | 1 | 60.00 | -10.00 (one seed) |" in text
     other = TextCell("sst2", "stompp_ste", 4e-4, 0, layers=2)
     assert glue.versus({**results, other: record(other, 0.5)}, [other], "vanilla_ste") is None
 

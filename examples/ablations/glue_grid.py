@@ -47,6 +47,8 @@ LABELS = {
     "stompp_taught": "StoMPP (STE-free), from its fine-tuned teacher",
     "stompp_ste_taught": "StoMPP+STE, windowed, from its fine-tuned teacher",
 }
+RIVALS = {"stompp_identity": "vanilla_identity"}
+"""The vanilla STE that a method is compared with, where it is not the windowed one."""
 METRICS = {"sst2": "accuracy", "mrpc": "combined_score", "stsb": "pearson"}
 """What is compared; `combined_score` is the mean of accuracy and F1."""
 
