@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset
 from test_examples import ROOT, tiny_bert
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -105,6 +106,17 @@ def test_the_shipped_recipes_are_the_grids(file: str, method: str) -> None:
     of_a_grid = {"seed", "mask_seed", "save_strategy", "evaluate_stages", "disable_tqdm", "report_to"}
     for name in options.keys() - of_a_grid:
         assert next(getattr(part, name) for part in parts if hasattr(part, name)) == options[name], name
+
+
+def test_the_recipe_for_weights_alone() -> None:
+    """As glue_taught.yaml, but for what its head says: real activations, a fine-tuning rate, clipped gradients."""
+    files = [ROOT / "examples" / "configs" / f"glue_{name}.yaml" for name in ("taught", "weights")]
+    taught, weights = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
+    changed = {name for name in {*taught, *weights} if taught.get(name) != weights.get(name)}
+    assert changed == {"output_dir", "learning_rate", "max_grad_norm", "binarize", "pending_lr"}
+    _, _, training, stompp = run_glue.parse([str(files[1]), "--task_name", "stsb"])
+    assert stompp.binary_weights and not stompp.binary_activations and stompp.pending_lr == 1.0
+    assert training.learning_rate == 2e-4 and training.max_grad_norm == 1.0
 
 
 def test_differences_are_paired_with_the_best_learning_rate() -> None:
