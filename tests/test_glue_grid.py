@@ -132,6 +132,8 @@ def test_differences_are_paired_with_the_best_learning_rate() -> None:
     mine = [TextCell("sst2", "stompp_ste", 4e-4, seed) for seed in (0, 1)]
     margin = glue.versus(results, mine, "vanilla_ste")
     assert margin is not None and margin.mean == pytest.approx(5.5) and margin.count == 2
+    lucky = TextCell("sst2", "vanilla_ste", 8e-4, 0)  # better, and one seed only
+    assert glue.versus({**results, lucky: record(lucky, 0.99)}, mine, "vanilla_ste") == margin
     text = glue.table(results)
     assert "| sst2 | StoMPP+STE, windowed | 0.0004 | 2 | 76.50 ± 2.12 | +5.50" in text and "84.1%" in text
     for method, value in (("vanilla_identity", 0.6), ("stompp_identity", 0.625)):

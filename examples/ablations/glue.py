@@ -180,7 +180,8 @@ def score(cell: TextCell, record: dict[str, Any]) -> float:
 def versus(results: dict[TextCell, dict[str, Any]], mine: list[TextCell], method: str) -> Interval | None:
     """Differences to another method's cells of the same task, depth, rule and seed, paired; None without pairs.
 
-    Where that method was run at several learning rates, the one with the best mean stands for it.
+    Where that method was run at several learning rates, the one with the most of these seeds stands for it, and among
+    equals the one with the best mean: a single good seed is no rival for three.
     """
     first = mine[0]
     rivals: dict[float, dict[int, float]] = {}
@@ -190,7 +191,8 @@ def versus(results: dict[TextCell, dict[str, Any]], mine: list[TextCell], method
             rivals.setdefault(cell.lr, {})[cell.seed] = score(cell, record)
     if not rivals or first.method == method:
         return None
-    best = max(rivals.values(), key=lambda scores: mean(scores.values()))
+    seeds = {cell.seed for cell in mine}
+    best = max(rivals.values(), key=lambda scores: (len(scores.keys() & seeds), mean(scores.values())))
     pairs = [score(cell, results[cell]) - best[cell.seed] for cell in mine if cell.seed in best]
     return interval(pairs) if pairs else None
 
