@@ -26,9 +26,8 @@ class DataFlow(TorchDispatchMode):
         parents: the candidates (and EMBEDDING) whose output reaches a candidate's input by way of no other candidate.
         siblings: the candidates that read one and the same tensor, one set a tensor.
         sums: for every addition, the candidates that reach either side.
-        readers: the candidates that read an activation's or a dropout's output itself, or by way of dropouts, by its
-            name.
-        feeders: for every call of a candidate, the activations and dropouts whose output it reads itself.
+        readers: the candidates that read an activation's or a dropout's output, itself or by way of dropouts, by name.
+        feeders: for every call of a candidate, the activations and dropouts that it reads so.
         elsewhere: activations whose output is read by something that is no candidate.
         one_sided: the candidates whose input was never negative.
         shapes: shape of one sample of a candidate's input.
@@ -134,8 +133,6 @@ class DataFlow(TorchDispatchMode):
             self.elsewhere |= before - passed
             if not isinstance(output, Tensor):
                 return
-            if type(module) in PAUSED:  # not to be absorbed, but still what the next layer reads
-                passed = before
             if type(module) in BYPASSED:
                 passed = frozenset([name])
                 self._kinds[name] = type(module)
@@ -143,8 +140,8 @@ class DataFlow(TorchDispatchMode):
                 self.widths.setdefault(name, set()).add((output.dim(), second, last))
                 if getattr(module, "inplace", False):
                     self._rewritten[output.untyped_storage().data_ptr()] = (name, output)
-            elif type(module) in PAUSED and bool(getattr(module, "p", False)):
-                passed = passed | {name}
+            elif type(module) in PAUSED:  # what may not be absorbed across it is still what the next layer reads
+                passed = before | ({name} if getattr(module, "p", False) else set())
             self._tags[output] = passed
 
         return leave
