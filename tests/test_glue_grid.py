@@ -108,6 +108,17 @@ def test_the_shipped_recipes_are_the_grids(file: str, method: str) -> None:
         assert next(getattr(part, name) for part in parts if hasattr(part, name)) == options[name], name
 
 
+def test_sentence_pairs_learn_for_steps_from_a_teacher_of_a_few_epochs() -> None:
+    preset = PRESETS["pairs"](["stsb"], [2])
+    options = {cell.method: {**preset.recipe.options(), **cell.options()} for cell in preset.cells}
+    assert options["full_precision"]["max_steps"] == -1 and options["full_precision"]["num_train_epochs"] == 3
+    for method in ("vanilla_taught", "stompp_ste_taught"):
+        assert (options[method]["max_steps"], options[method]["teacher_hidden"]) == (1800, 10.0)
+        cell = next(cell for cell in preset.cells if cell.method == method)
+        assert cell.fine_tuned is not None and cell.fine_tuned.id == "stsb-full_precision-lr0.0001-pairs-s2"
+    assert {cell["max_grad_norm"] for cell in options.values()} == {1.0}
+
+
 def test_the_recipe_for_weights_alone() -> None:
     """As glue_taught.yaml, but for what its head says: real activations, a fine-tuning rate, clipped gradients."""
     files = [ROOT / "examples" / "configs" / f"glue_{name}.yaml" for name in ("taught", "weights")]
@@ -136,11 +147,13 @@ def test_differences_are_paired_with_the_best_learning_rate() -> None:
     assert glue.versus({**results, lucky: record(lucky, 0.99)}, mine, "vanilla_ste") == margin
     text = glue.table(results)
     assert "| sst2 | StoMPP+STE, windowed | 0.0004 | 2 | 76.50 ± 2.12 | +5.50" in text and "84.1%" in text
-    for method, value in (("vanilla_identity", 0.6), ("stompp_identity", 0.625)):
+    rivals = {"vanilla_identity": 0.6, "stompp_identity": 0.625, "vanilla_taught": 0.7, "stompp_ste_taught": 0.74}
+    for method, value in rivals.items():
         results[TextCell("sst2", method, 4e-4, 0)] = record(TextCell("sst2", method, 4e-4, 0), value)
     text = glue.table(results)
     assert "identity surrogate | 0.0004 | 1 | 62.50 | +2.50 (one seed) |" in text
     assert "identity surrogate | 0.0004 | 1 | 60.00 | -10.00 (one seed) |" in text
+    assert "from its fine-tuned teacher | 0.0004 | 1 | 74.00 | +4.00 (one seed) |" in text
     other = TextCell("sst2", "stompp_ste", 4e-4, 0, layers=2)
     assert glue.versus({**results, other: record(other, 0.5)}, [other], "vanilla_ste") is None
 

@@ -213,7 +213,7 @@ def table(results: dict[TextCell, dict[str, Any]]) -> str:
     for cells in groups.values():
         first, scores = cells[0], [score(cell, results[cell]) for cell in cells]
         extra = [f"{first.layers} layers"] if first.layers else []
-        extra += [] if first.rule == "default" else [f"{first.rule}'s rule"]
+        extra += [] if first.rule == "default" else [f"{first.rule} rule"]
         whole = [
             score(c, r)
             for c, r in results.items()

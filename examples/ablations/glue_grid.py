@@ -33,6 +33,13 @@ PAPER: dict[str, dict[str, Any]] = {
     "stompp_ste": {"preset": "paper", "frozen_gradient": "ste"},
 }
 """The same under the paper's rule: plain signs, identity surrogate, module by module over the whole run."""
+PAIRS: dict[str, dict[str, Any]] = {
+    "full_precision": {"method": "full_precision", "num_train_epochs": 3, "max_steps": -1},
+    "vanilla_taught": {**METHODS["vanilla_taught"], "teacher_hidden": 10.0},
+    "stompp_ste_taught": {**METHODS["stompp_ste_taught"], "teacher_hidden": 10.0},
+}
+"""For sentence pairs: a short run in full precision, then a long one, taught by its hidden states above all."""
+RULES = {"default": METHODS, "paper": PAPER, "pairs": PAIRS}
 LABELS = {
     "full_precision": "full precision",
     "vanilla_identity": "vanilla STE, identity surrogate",
@@ -47,8 +54,11 @@ LABELS = {
     "stompp_taught": "StoMPP (STE-free), from its fine-tuned teacher",
     "stompp_ste_taught": "StoMPP+STE, windowed, from its fine-tuned teacher",
 }
-RIVALS = {"stompp_identity": "vanilla_identity"}
-"""The vanilla STE that a method is compared with, where it is not the windowed one."""
+RIVALS = {
+    "stompp_identity": "vanilla_identity",
+    "stompp_taught": "vanilla_taught", "stompp_ste_taught": "vanilla_taught",
+}  # fmt: skip
+"""The vanilla STE that a method is compared with, where it is not the windowed one without a teacher."""
 METRICS = {"sst2": "accuracy", "mrpc": "combined_score", "stsb": "pearson"}
 """What is compared; `combined_score` is the mean of accuracy and F1."""
 
@@ -62,7 +72,7 @@ class TextCell:
     lr: float
     seed: int = 0
     layers: int = 0  # of the encoder; 0: the checkpoint's
-    rule: str = "default"  # or paper: plain signs
+    rule: str = "default"  # or another of RULES
 
     @property
     def group(self) -> str:
@@ -80,7 +90,7 @@ class TextCell:
     def label(self) -> str:
         """The method in words."""
         words = LABELS[self.method]
-        return words if self.rule == "default" else words.replace("windowed", "identity surrogate")
+        return words.replace("windowed", "identity surrogate") if self.rule == "paper" else words
 
     @property
     def fine_tuned(self) -> "TextCell | None":
@@ -90,10 +100,8 @@ class TextCell:
 
     def options(self) -> dict[str, Any]:
         """run_glue.py's options of this cell alone."""
-        method = METHODS[self.method] if self.rule == "default" else PAPER[self.method]
-        return {
-            **method, "task_name": self.task, "learning_rate": self.lr, "seed": self.seed, "mask_seed": self.seed,
-        }  # fmt: skip
+        own = {"task_name": self.task, "learning_rate": self.lr, "seed": self.seed, "mask_seed": self.seed}
+        return {**RULES[self.rule][self.method], **own}
 
 
 @dataclass(frozen=True)
@@ -104,14 +112,18 @@ class TextRecipe:
     epochs: int
     batch: int = 32
     max_seq_length: int = 128
+    max_steps: int = 0  # in place of epochs
+    max_grad_norm: float = 0.0  # 0: gradients are not clipped
 
     def options(self) -> dict[str, Any]:
         """run_glue.py's options of the recipe."""
         limit = {"max_train_samples": self.train_samples} if self.train_samples else {}
+        limit |= {"max_steps": self.max_steps} if self.max_steps else {}
         return {
             **limit, "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch,
             "per_device_eval_batch_size": 64, "max_seq_length": self.max_seq_length, "do_train": True, "do_eval": True,
-            "freeze_embeddings": True, "train_sampling_strategy": "group_by_length", "max_grad_norm": 0.0,
+            "freeze_embeddings": True, "train_sampling_strategy": "group_by_length",
+            "max_grad_norm": self.max_grad_norm,
             "weight_decay": 0.01, "warmup_steps": 0.1, "save_strategy": "no", "evaluate_stages": False,
             "logging_steps": 50, "report_to": "none", "disable_tqdm": True,
         }  # fmt: skip
@@ -130,7 +142,7 @@ def product(**axes: Iterable[Any]) -> list[TextCell]:
     return [TextCell(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
 
 
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+RATES = (1e-4, 2e-4, 4e-4, 1e-3)
 BEST = {
     "full_precision": 1e-4, "one_shot_distilled": 1e-3, "stompp_ste_distilled": 1e-3, "vanilla_taught": 1e-3,
     "stompp_ste": 1e-3, "stompp_ste_taught": 1e-3,
@@ -168,6 +180,14 @@ def _paper(tasks: list[str], seeds: list[int]) -> TextPreset:
     return TextPreset(TextRecipe(12800, 1), cells)
 
 
+def _pairs(tasks: list[str], seeds: list[int]) -> TextPreset:
+    """All of MRPC or STS-B, 1,800 steps: what an encoder needs to relearn the comparison of two sentences."""
+    cells = [
+        TextCell(task, method, BEST[method], seed, rule="pairs") for task in tasks for method in PAIRS for seed in seeds
+    ]
+    return TextPreset(TextRecipe(0, 3, max_steps=1800, max_grad_norm=1.0), cells)
+
+
 def _full(tasks: list[str], seeds: list[int]) -> TextPreset:
     """All of SST-2 but the last 4,000 examples (`--held_out 4000`), once."""
     methods = ["full_precision", "vanilla_ste", "stompp_ste", "vanilla_taught", "stompp_ste_taught"]
@@ -183,4 +203,5 @@ def _quick(tasks: list[str], seeds: list[int]) -> TextPreset:
 
 PRESETS = {
     "quick": _quick, "search": _search, "table": _table, "full": _full, "depth": _depth, "paper": _paper,
+    "pairs": _pairs,
 }  # fmt: skip
