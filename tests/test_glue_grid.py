@@ -119,15 +119,24 @@ def test_sentence_pairs_learn_for_steps_from_a_teacher_of_a_few_epochs() -> None
     assert {cell["max_grad_norm"] for cell in options.values()} == {1.0}
 
 
-def test_the_recipe_for_weights_alone() -> None:
-    """As glue_taught.yaml, but for what its head says: real activations, a fine-tuning rate, clipped gradients."""
-    files = [ROOT / "examples" / "configs" / f"glue_{name}.yaml" for name in ("taught", "weights")]
-    taught, weights = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
-    changed = {name for name in {*taught, *weights} if taught.get(name) != weights.get(name)}
-    assert changed == {"output_dir", "learning_rate", "max_grad_norm", "binarize", "pending_lr"}
-    _, _, training, stompp = run_glue.parse([str(files[1]), "--task_name", "stsb"])
-    assert stompp.binary_weights and not stompp.binary_activations and stompp.pending_lr == 1.0
-    assert training.learning_rate == 2e-4 and training.max_grad_norm == 1.0
+CHANGES = {
+    "weights": {"learning_rate": 2e-4, "max_grad_norm": 1.0, "binarize": "weights", "pending_lr": None},
+    "pairs": {"num_train_epochs": 20, "max_grad_norm": 1.0, "teacher_hidden": 10.0},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_recipes_for_sentence_pairs_differ_from_the_taught_one_as_they_say(name: str) -> None:
+    taught, mine = (
+        yaml.safe_load((ROOT / "examples" / "configs" / f"glue_{file}.yaml").read_text(encoding="utf-8"))
+        for file in ("taught", name)
+    )
+    changed = {option: mine.get(option) for option in {*taught, *mine} if taught.get(option) != mine.get(option)}
+    assert changed == {"output_dir": f"runs/glue_{name}", **CHANGES[name]}
+    model, _, training, stompp = run_glue.parse([str(ROOT / f"examples/configs/glue_{name}.yaml"), "--task_name=stsb"])
+    assert stompp.binary_weights and stompp.binary_activations == (name == "pairs")
+    assert stompp.pending_lr == (1.0 if name == "weights" else 0.1) and training.max_grad_norm == 1.0
+    assert model.teacher_hidden == CHANGES[name].get("teacher_hidden", 1.0)
 
 
 def test_differences_are_paired_with_the_best_learning_rate() -> None:
