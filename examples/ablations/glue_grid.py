@@ -34,7 +34,7 @@ PAPER: dict[str, dict[str, Any]] = {
 }
 """The same under the paper's rule: plain signs, identity surrogate, module by module over the whole run."""
 PAIRS: dict[str, dict[str, Any]] = {
-    "full_precision": {"method": "full_precision", "num_train_epochs": 3, "max_steps": -1},
+    "full_precision": {"method": "full_precision", "max_steps": -1},  # the recipe's epochs
     "vanilla_taught": {**METHODS["vanilla_taught"], "teacher_hidden": 10.0},
     "stompp_ste_taught": {**METHODS["stompp_ste_taught"], "teacher_hidden": 10.0},
 }
