@@ -139,10 +139,12 @@ def test_recipes_for_sentence_pairs_differ_from_the_taught_one_as_they_say(name:
     assert model.teacher_hidden == CHANGES[name].get("teacher_hidden", 1.0)
 
 
-def test_differences_are_paired_with_the_best_learning_rate() -> None:
-    def record(cell: TextCell, accuracy: float) -> dict[str, Any]:
-        return {"cell": asdict(cell), "metrics": {"eval_accuracy": accuracy}, "cpu_seconds": 60.0, "peak_mb": 500}
+def record(cell: TextCell, accuracy: float) -> dict[str, Any]:
+    """A finished run, as the grid keeps it."""
+    return {"cell": asdict(cell), "metrics": {"eval_accuracy": accuracy}, "cpu_seconds": 60.0, "peak_mb": 500}
 
+
+def test_differences_are_paired_with_the_best_learning_rate() -> None:
     results = {}
     for seed, values in enumerate([(0.70, 0.60, 0.75, 0.90), (0.72, 0.50, 0.78, 0.92)]):
         names = [("vanilla_ste", 1e-4), ("vanilla_ste", 4e-4), ("stompp_ste", 4e-4), ("full_precision", 1e-4)]
@@ -165,6 +167,23 @@ def test_differences_are_paired_with_the_best_learning_rate() -> None:
     assert "from its fine-tuned teacher | 0.0004 | 1 | 74.00 | +4.00 (one seed) |" in text
     other = TextCell("sst2", "stompp_ste", 4e-4, 0, layers=2)
     assert glue.versus({**results, other: record(other, 0.5)}, [other], "vanilla_ste") is None
+
+
+def test_a_share_is_of_the_full_precision_runs_of_its_own_rule_and_seeds() -> None:
+    real = {("default", 0): 0.90, ("default", 1): 0.60, ("pairs", 0): 0.80}
+    cells = {TextCell("sst2", "full_precision", 1e-4, seed, rule=rule): value for (rule, seed), value in real.items()}
+    results = {cell: record(cell, value) for cell, value in cells.items()}
+    mine = {
+        rule: TextCell("sst2", method, 1e-3, seed, rule=rule)
+        for rule, method, seed in [("default", "stompp", 1), ("pairs", "stompp_ste_taught", 0), ("paper", "stompp", 0)]
+    }
+    results |= {cell: record(cell, 0.45) for cell in mine.values()}
+    found = {rule: glue.share(results, [cell]) for rule, cell in mine.items()}
+    assert found == pytest.approx({"default": 0.45 / 0.60, "pairs": 0.45 / 0.80, "paper": 0.45 / 0.90})
+    assert glue.share(results, [TextCell("sst2", "full_precision", 1e-4, 0)]) is None
+    late = TextCell("sst2", "stompp", 1e-3, 7)  # no full precision of this seed
+    assert glue.share({**results, late: record(late, 0.5)}, [late]) is None
+    assert "| 56.2% |" in glue.table(results)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])

@@ -177,8 +177,10 @@ def score(cell: TextCell, record: dict[str, Any]) -> float:
     return 100.0 * float(record["metrics"][f"eval_{METRICS[cell.task]}"])
 
 
-def versus(results: dict[TextCell, dict[str, Any]], mine: list[TextCell], method: str) -> Interval | None:
-    """Differences to another method's cells of the same task, depth, rule and seed, paired; None without pairs.
+def paired(
+    results: dict[TextCell, dict[str, Any]], mine: list[TextCell], method: str, rule: str
+) -> list[tuple[float, float]]:
+    """Scores beside those of another method's cells of the same task, depth and seed, under this rule.
 
     Where that method was run at several learning rates, the one with the most of these seeds stands for it, and among
     equals the one with the best mean: a single good seed is no rival for three.
@@ -186,15 +188,28 @@ def versus(results: dict[TextCell, dict[str, Any]], mine: list[TextCell], method
     first = mine[0]
     rivals: dict[float, dict[int, float]] = {}
     for cell, record in results.items():
-        same = (cell.task, cell.layers, cell.rule) == (first.task, first.layers, first.rule)
-        if cell.method == method and same:
+        if (cell.task, cell.layers, cell.method, cell.rule) == (first.task, first.layers, method, rule):
             rivals.setdefault(cell.lr, {})[cell.seed] = score(cell, record)
-    if not rivals or first.method == method:
-        return None
+    if not rivals:
+        return []
     seeds = {cell.seed for cell in mine}
     best = max(rivals.values(), key=lambda scores: (len(scores.keys() & seeds), mean(scores.values())))
-    pairs = [score(cell, results[cell]) - best[cell.seed] for cell in mine if cell.seed in best]
-    return interval(pairs) if pairs else None
+    return [(score(cell, results[cell]), best[cell.seed]) for cell in mine if cell.seed in best]
+
+
+def versus(results: dict[TextCell, dict[str, Any]], mine: list[TextCell], method: str) -> Interval | None:
+    """Paired differences to another method's cells of the same rule; None without pairs, or for the method itself."""
+    pairs = [] if mine[0].method == method else paired(results, mine, method, mine[0].rule)
+    return interval([own - other for own, other in pairs]) if pairs else None
+
+
+def share(results: dict[TextCell, dict[str, Any]], mine: list[TextCell]) -> float | None:
+    """Share of full precision's score, by pairs; a rule without full-precision runs of its own takes the default's."""
+    if mine[0].method == FINE_TUNED:
+        return None
+    rules = (mine[0].rule, "default")
+    pairs = next(filter(None, (paired(results, mine, FINE_TUNED, rule) for rule in rules)), None)
+    return sum(own for own, _ in pairs) / sum(real for _, real in pairs) if pairs else None
 
 
 def table(results: dict[TextCell, dict[str, Any]]) -> str:
@@ -214,19 +229,14 @@ def table(results: dict[TextCell, dict[str, Any]]) -> str:
         first, scores = cells[0], [score(cell, results[cell]) for cell in cells]
         extra = [f"{first.layers} layers"] if first.layers else []
         extra += [] if first.rule == "default" else [f"{first.rule} rule"]
-        whole = [
-            score(c, r)
-            for c, r in results.items()
-            if (c.task, c.layers, c.method) == (first.task, first.layers, "full_precision")
-        ]
-        rival = RIVALS.get(first.method, "vanilla_ste")
-        margin = versus(results, cells, rival) if first.method != "full_precision" else None
-        share = f"{mean(scores) / mean(whole):.1%}" if whole and first.method != "full_precision" else ""
+        margin = versus(results, cells, RIVALS.get(first.method, "vanilla_ste"))
+        margin = None if first.method == FINE_TUNED else margin
+        part = share(results, cells)
+        told = ["" if margin is None else str(margin), "" if part is None else f"{part:.1%}"]
         minutes = mean(results[cell]["cpu_seconds"] for cell in cells) / 60
         memory = max(results[cell]["peak_mb"] for cell in cells)
         row = [", ".join([first.task, *extra]), first.label, f"{first.lr:g}", str(len(cells)), spread(scores)]
-        row += ["" if margin is None else str(margin), share, f"{minutes:.1f}", str(memory)]
-        lines.append("| " + " | ".join(row) + " |")
+        lines.append("| " + " | ".join([*row, *told, f"{minutes:.1f}", str(memory)]) + " |")
     return "\n".join(lines)
 
 
