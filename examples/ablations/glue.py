@@ -229,8 +229,8 @@ def table(results: dict[TextCell, dict[str, Any]]) -> str:
         first, scores = cells[0], [score(cell, results[cell]) for cell in cells]
         extra = [f"{first.layers} layers"] if first.layers else []
         extra += [] if first.rule == "default" else [f"{first.rule} rule"]
-        margin = versus(results, cells, RIVALS.get(first.method, "vanilla_ste"))
-        margin = None if first.method == FINE_TUNED else margin
+        rival = RIVALS.get(first.method, "vanilla_ste")
+        margin = None if first.method == FINE_TUNED else versus(results, cells, rival)
         part = share(results, cells)
         told = ["" if margin is None else str(margin), "" if part is None else f"{part:.1%}"]
         minutes = mean(results[cell]["cpu_seconds"] for cell in cells) / 60
