@@ -118,7 +118,9 @@ class DataFlow(TorchDispatchMode):
                 self._tags.pop(tensor, None)
 
     def _leave_embedding(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._reach[output] = frozenset([EMBEDDING])
+        for tensor in tree_leaves(output):  # ProphetNet's position embeddings give their positions too
+            if isinstance(tensor, Tensor):
+                self._reach[tensor] = frozenset([EMBEDDING])
 
     def _enter_passing(self, module: nn.Module, args: Any) -> None:
         self._inside.append(None)
