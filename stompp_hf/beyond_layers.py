@@ -14,7 +14,7 @@ from .dataflow import plain_outputs
 from .errors import ConfigError
 from .modules.attention import Call, grouped, probabilities
 from .modules.embedding import BinaryEmbedding
-from .probe import example_inputs_of, run, undisturbed
+from .running import example_inputs_of, run, undisturbed
 
 Excluded = Callable[[str], str | None]
 """Says of a name why it stays real, or None."""

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from .dataflow import plain_outputs
 from .errors import ConfigError
-from .probe import example_inputs_of, run, undisturbed
+from .running import example_inputs_of, run, undisturbed
 
 SAMPLES = 16
 

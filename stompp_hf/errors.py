@@ -57,6 +57,10 @@ class DistillationError(StoMPPError, ValueError):
     """A teacher and a student cannot be compared, or the teacher's loss is never used."""
 
 
+class WeightError(StoMPPError, AttributeError):
+    """The weight of a frozen layer would be replaced or taken away, by somebody who read it as a real layer's."""
+
+
 class AdapterError(StoMPPError, ValueError):
     """A PEFT adapter would be merged into a binary weight, or needs that weight to compute."""
 

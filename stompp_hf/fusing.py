@@ -18,7 +18,7 @@ from .modules.folded import FOLDED, FoldedBatchNorm
 from .modules.packed import PackedLayer
 from .modules.pooling import SeparableMaxPool2d
 from .plan import binary_layers, get_plan, planned_model
-from .probe import example_inputs_of, run, undisturbed
+from .running import example_inputs_of, run, undisturbed
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import kernels
 from .dataflow import plain_outputs
 from .modules.joined import join_of
-from .probe import run, undisturbed
+from .running import run, undisturbed
 
 logger = logging.getLogger(__name__)
 

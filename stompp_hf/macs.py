@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from . import kernels
 from .modules import PENDING, Member
+from .modules.encoders import module_by_module
 from .modules.packed import PackedMember
-from .probe import example_inputs_of, run, undisturbed
+from .running import example_inputs_of, run, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def count_macs(model: nn.Module, example_inputs: Any = None) -> Macs | None:
         handles.append(module.register_forward_hook(leave))
     try:
         # Compiled kernels are called past torch, which could not count them.
-        with _without_values(model), _module_by_module(), kernels.switched_off(), undisturbed(model), counter:
+        with _without_values(model), module_by_module(), kernels.switched_off(), undisturbed(model), counter:
             run(model, inputs)
             settle()
     except Exception as error:
@@ -115,17 +116,6 @@ def _without_values(model: nn.Module) -> Iterator[None]:
     finally:
         for member, state, observer in states:
             member.stage_state, member.observer = state, observer
-
-
-@contextlib.contextmanager
-def _module_by_module() -> Iterator[None]:
-    """Switch off torch's fused encoder layers, which compute past their own children."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _shapes(inputs: Any) -> str:

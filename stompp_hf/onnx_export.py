@@ -23,7 +23,7 @@ from .fusing import unfuse
 from .modules.exported import export_form, sign_table
 from .packing import pack_model
 from .plan import get_plan, members
-from .probe import example_inputs_of, run
+from .running import example_inputs_of, run
 
 logger = logging.getLogger(__name__)
 

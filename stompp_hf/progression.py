@@ -19,7 +19,7 @@ from .modules import FROZEN, PENDING, TRANSITION, BinaryLayer, Member
 from .modules.calibration import Observer, in_processes, padding_masks, reduced
 from .pending_lr import first_steps, slow_pending
 from .plan import Plan, members, planned_model
-from .probe import run, undisturbed
+from .running import run, undisturbed
 from .schedules import frozen_fraction
 from .sharding import (
     complete_states,

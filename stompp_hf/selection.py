@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adapters import adapter_reason
@@ -13,11 +14,13 @@ from .beyond_layers import Beyond, find
 from .config import StoMPPConfig
 from .errors import ConfigError, NothingToBinarizeError, PatternError
 from .modules import BINARY_CLASSES, binary_class_of
+from .modules.registry import unlike_its_base
 from .neighbours import Neighbours, neighbours
 from .plan import Entry
 from .probe import Trace, probe
 from .structure import WEIGHTED, block_of, real_by_place
 
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PARAMETRIZED = nn.utils.parametrize.ParametrizationList
 
 logger = logging.getLogger(__name__)
@@ -55,20 +58,28 @@ def _reasons_in_itself(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str
     for name, module in model.named_modules():
         if binary_class_of(module) is not None:
             reason = _unfit(model, name, module, owners, tied)
+            if reason is None and (unlike := unlike_its_base(module)):
+                reason = _of_another_class(module, f", and subclasses that compute the same: {unlike}")
             if reason is None:
                 candidates[name] = module
             else:
                 left[name] = reason
         elif isinstance(module, (*WEIGHTED, *BINARY_CLASSES, nn.modules.conv._ConvTransposeNd)):
-            kind = type(module).__name__
-            if kind in {cls.__name__ for cls in BINARY_CLASSES}:  # a namesake of another package
-                kind = f"{type(module).__module__}.{kind}"
-            known = ", ".join(cls.__name__ for cls in BINARY_CLASSES)
-            left[name] = f"{kind} has no binary class (exact types only: {known})"
+            left[name] = _of_another_class(module)
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, (*WEIGHTED, _PARAMETRIZED)):
+            if isinstance(module, (*WEIGHTED, _PARAMETRIZED)) or nn.parameter.is_lazy(parameter):
+                continue
+            if parameter.dim() == 3 and min(parameter.shape) > 1:
                 left[f"{name}.{key}"] = f"a 3-D parameter of {parameter.numel():,} entries (fused experts?)"
     return candidates, left
+
+
+def _of_another_class(module: Any, more: str = "") -> str:
+    kind = type(module).__name__
+    if kind in {cls.__name__ for cls in BINARY_CLASSES}:  # a namesake of another package
+        kind = f"{type(module).__module__}.{kind}"
+    known = ", ".join(cls.__name__ for cls in BINARY_CLASSES)
+    return f"{kind} has no binary class (exact types only: {known}{more})"
 
 
 def _tied_keys(model: nn.Module) -> set[str]:
@@ -80,15 +91,22 @@ def _unfit(model: nn.Module, name: str, module: nn.Module, owners: dict[int, lis
     weight: Any = module._parameters.get("weight")
     if weight is None or nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrized"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__} (quantized, or not made yet?): only plain tensors have signs"
+    if weight.numel() == 0:
+        return f"its weight is empty, of shape {tuple(weight.shape)}"
     if len(owners[id(weight)]) > 1 or name in tied:
         others = [owner for owner in owners[id(weight)] if owner != name]
         return f"its weight is tied{' to ' + ', '.join(others) if others else ''}"
     if weight.is_meta:
         return "its weight is on the meta device (offloaded?): load the model without offloading to binarize it"
-    if not weight.is_floating_point():
+    if weight.dtype not in _REAL:
         return f"its weight is stored as {weight.dtype}"
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         return "its forward was replaced on the instance (kernelize, a monkey patch), so a new class has no effect"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "bypassed: torch's MultiheadAttention computes with its weight and does not call it"
     return adapter_reason(model, name)
 
 
@@ -170,6 +188,12 @@ def _staged(
     return sorted(entries, key=lambda entry: entry.stage)
 
 
+_READ_ELSEWHERE = (
+    "bypassed: its weight moved the model's output in the probe by a way that does not lead through the layer (a fused "
+    "operator, or a module that computes with it)"
+)
+
+
 def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -> Selection:
     """Choose layers, order and stages, without changing anything.
 
@@ -193,7 +217,11 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
         bypassed = [name for name in names if name not in trace.first_call]
         if bypassed:
             logger.warning("left real because the model never calls them: %s", ", ".join(bypassed))
-        names = trace.order()
+        left.update(dict.fromkeys(trace.bypassed, _READ_ELSEWHERE))
+        if trace.bypassed:
+            read = [name for name in names if name in trace.bypassed]
+            logger.warning("left real because something else computes with their weights, too: %s", ", ".join(read))
+        names = [name for name in trace.order() if name not in trace.bypassed]
 
     def excluded(name: str) -> str | None:
         outside = name.endswith(CHILD) and block_of(model, name) is None and any(block_of(model, n) for n in names)

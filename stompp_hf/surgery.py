@@ -1,6 +1,7 @@
 """binarize_model and restore_model: convert layers in place, all of them or none."""
 
 import logging
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from .errors import AlreadyBinarizedError, CheckpointError, ConfigError
 from .fusing import unfuse
 from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, binary_class_of
 from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
+from .modules.encoders import unfuse_encoders
 from .plan import Plan, binary_layers, get_plan, members, plain_name, planned_model, set_plan, submodule
 from .quantization_config import StoMPPQuantizationConfig
 from .selection import select
@@ -56,12 +58,16 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
     root = base_model(model)
     selection = select(root, config, example_inputs)
     check_wrapped(root, [entry.name for entry in selection.entries])
-    cast_to_float32(model, config)
+    uncast = cast_to_float32(model, config)
     near = selection.neighbours
     plan = Plan(
         config, selection.entries, selection.left, near.bypassed, near.paused, near.shifted, selection.attention
     )
-    convert(root, plan.renamed(plain_name))
+    try:
+        convert(root, plan.renamed(plain_name))
+    except BaseException:
+        uncast()
+        raise
     logger.info("%s", report(model))
     return model
 
@@ -97,6 +103,7 @@ def convert(model: nn.Module, plan: Plan) -> None:
             dropout: Any = submodule(model, name)
             dropout.readers = [submodule(model, reader) for reader in readers]
             dropout.__class__ = PAUSED[type(dropout)]
+        unfuse_encoders(model)
         if plan.attention is not None:
             switch(model, dict.fromkeys(NAMES, NAMES[plan.attention]))
     except BaseException:
@@ -164,14 +171,26 @@ def record(model: nn.Module, plan: Plan | None) -> None:
     config.quantization_config = StoMPPQuantizationConfig(**plan.to_dict())
 
 
-def cast_to_float32(model: nn.Module, config: StoMPPConfig) -> None:
-    """Cast half-precision tensors to float32 in place: small updates vanish on half-precision latents."""
+def cast_to_float32(model: nn.Module, config: StoMPPConfig) -> Callable[[], None]:
+    """Cast half-precision tensors to float32 in place: small updates vanish on half-precision latents.
+
+    Returns what undoes it, as long as the values are what they were.
+    """
     half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    hub_config: Any = getattr(model, "config", None)
+    dtypes, stated = [tensor.dtype for tensor in half], getattr(hub_config, "dtype", None)
+
+    def undo() -> None:
+        for tensor, dtype in zip(half, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
+        if stated is not None:
+            hub_config.dtype = stated
+
     if not half:
-        return
+        return undo
     if config.keep_dtype:
         logger.warning("keep_dtype=True: latent weights stay %s, and small updates vanish on them.", half[0].dtype)
-        return
+        return undo
     logger.warning(
         "the model is stored as %s; cast to float32, so that small updates of latent weights are not lost "
         "(StoMPPConfig(keep_dtype=True) keeps it).",
@@ -179,9 +198,9 @@ def cast_to_float32(model: nn.Module, config: StoMPPConfig) -> None:
     )
     for tensor in half:
         tensor.data = tensor.data.float()
-    hub_config = getattr(model, "config", None)
-    if getattr(hub_config, "dtype", None) is not None:
-        hub_config.dtype = torch.float32  # type: ignore[union-attr]
+    if stated is not None:
+        hub_config.dtype = torch.float32
+    return undo
 
 
 def report(model: nn.Module) -> str:

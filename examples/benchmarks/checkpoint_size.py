@@ -27,14 +27,14 @@ from transformers.utils import logging
 from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, pack_model
 from stompp_hf.comparing import output_difference
 from stompp_hf.inspecting import inspect
-from stompp_hf.probe import example_inputs_of
+from stompp_hf.running import example_inputs_of
 
 LOAD = """
 import json, sys, time
 import torch, transformers
 from transformers import AutoModelForSequenceClassification
 import stompp_hf
-from stompp_hf.probe import example_inputs_of
+from stompp_hf.running import example_inputs_of
 
 def peak():  # of this very process; what getrusage says is inherited from the parent
     with open("/proc/self/status") as file:

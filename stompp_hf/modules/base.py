@@ -17,6 +17,7 @@ from ..functional import Edge, hard, mix_activation, mix_weight
 from .activations import ABSORBABLE, gate
 from .bits import SignBits
 from .frozen import frozen_product
+from .kept_weight import KeptWeight
 from .member import FROZEN, PENDING, TRANSITION
 from .product import Product
 from .state import OWN_TENSORS, LayerState
@@ -29,7 +30,7 @@ _OWN_ATTRIBUTES = (
 )
 
 
-class BinaryLayer(LayerState):
+class BinaryLayer(KeptWeight, LayerState):
     """A layer whose weight, and whose input, become binary entry by entry.
 
     Forward, by state: pending: the plain layer (clipped, where a clip is set); in transition:

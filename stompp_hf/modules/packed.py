@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from ..errors import PackingError
+from ..errors import PackingError, WeightError
 from .attention import BinaryAttention
 from .base import BinaryLayer, rebind_forward
 from .bits import SignBits, unpack_signs
@@ -231,8 +231,9 @@ class PackedLayer(PackedMember, BinaryLayer):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        if not torch.equal(value, self.binary_weight()):  # PEFT's unload() gives a layer the weight that it has
-            raise AttributeError(f"the weight of a {type(self).__name__} is read-only; stompp_hf.unpack_model(model).")
+        same = value is not None and torch.equal(value, self.binary_weight())
+        if not same:  # PEFT's unload() gives a layer the weight that it has
+            raise WeightError(f"the weight of a {type(self).__name__} is read-only; stompp_hf.unpack_model(model).")
 
     @property
     def like(self) -> Tensor:

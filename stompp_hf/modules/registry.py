@@ -1,4 +1,4 @@
-"""From a plain layer class to its binary class, by exact type: a subclass may compute something else."""
+"""From a plain layer class to its binary class. A subclass has one of its own, where it computes what its base does."""
 
 import importlib
 
@@ -9,10 +9,7 @@ from .base import BinaryLayer
 
 BINARY_CLASSES: dict[type[nn.Module], type[BinaryLayer]] = {}
 
-_ON_DEMAND = {
-    "timm.layers.conv2d_same.Conv2dSame": ".conv2d_same",
-    "transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d": ".conv2d_efficientnet",
-}
+_ON_DEMAND = {"timm.layers.conv2d_same.Conv2dSame": ".conv2d_same"}
 """Classes of packages that need not be installed or imported: made binary when the first such layer is met."""
 
 
@@ -26,10 +23,31 @@ def register(binary_class: type[BinaryLayer]) -> type[BinaryLayer]:
 
 
 def binary_class_of(module: nn.Module | None) -> type[BinaryLayer] | None:
-    """The binary class of a plain layer, or None if there is none."""
+    """The binary class of a plain layer, or None if there is none.
+
+    An instance of a subclass without tensors of its own gets one that is made for it. Whether it computes the same
+    product too is another question, `unlike_its_base`: selection asks it, and a saved plan has asked it.
+    """
     plain = type(module)
-    if plain not in BINARY_CLASSES:
-        on_demand = _ON_DEMAND.get(f"{plain.__module__}.{plain.__qualname__}")
-        if on_demand is not None:
-            importlib.import_module(on_demand, __package__)
-    return BINARY_CLASSES.get(plain)  # type: ignore[arg-type]
+    found = _registered(plain)
+    if found is not None or module is None or isinstance(module, BinaryLayer):
+        return found
+    kind = next(filter(None, map(_registered, plain.__mro__)), None)
+    if kind is None:
+        return None
+    subclasses = importlib.import_module(".subclasses", __package__)
+    return subclasses.class_for(kind, plain) if subclasses.has_plain_tensors(module) else None
+
+
+def unlike_its_base(module: nn.Module) -> str | None:
+    """Why a layer's binary class does not fit it after all: it is of a subclass that computes something else."""
+    binary = binary_class_of(module)
+    subclasses = importlib.import_module(".subclasses", __package__)
+    return None if binary is None else subclasses.unlike_its_base(module, binary)
+
+
+def _registered(plain: type) -> type[BinaryLayer] | None:
+    on_demand = _ON_DEMAND.get(f"{plain.__module__}.{plain.__qualname__}")
+    if plain not in BINARY_CLASSES and on_demand is not None:
+        importlib.import_module(on_demand, __package__)
+    return BINARY_CLASSES.get(plain)
