@@ -117,6 +117,26 @@ def test_a_failed_conversion_is_undone(broken: str, monkeypatch: pytest.MonkeyPa
     assert len(order_of(binarize_model(model))) == 12
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_failed_conversion_leaves_the_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bert().to(dtype)
+    model.config.dtype = dtype
+    model.bert.embeddings.float()  # of two kinds
+    before = {name: (id(t), t.dtype, t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        assert model.classifier.weight.dtype == torch.float32
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(BinaryLinear, "convert", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        binarize_model(model)
+    after = model.state_dict(keep_vars=True)
+    assert model.config.dtype == dtype and after.keys() == before.keys()
+    for name, (address, kind, value) in before.items():
+        assert (id(after[name]), after[name].dtype) == (address, kind) and torch.equal(after[name], value)
+
+
 # ---- which layers, in which order and stages ----
 
 
