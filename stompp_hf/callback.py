@@ -20,7 +20,7 @@ from .errors import CheckpointError, NotBinarizedError, ShardingError
 from .live_metrics import LiveMetrics, check_every
 from .model_card import attach_to
 from .modules import FROZEN
-from .plan import binary_layers, get_plan, members, planned_model
+from .plan import binary_layers, driven_model, get_plan, members
 from .progression import Progression
 from .resuming import last_whole_checkpoint
 from .sharding import ONE_PROCESS
@@ -179,15 +179,14 @@ class StoMPPTrainerCallback(TrainerCallback):
             )
 
     def _bind(self, model: Any, state: Any) -> None:
-        layers, root = binary_layers(model), planned_model(model)
+        layers, root = binary_layers(model), driven_model(model)
         first = next(iter(layers.values()))
         finished = all(member.stage_state == FROZEN for member in members(root).values())
         adapted = has_adapters(model)  # then Trainer's checkpoints hold the adapter alone, and nothing of the base
         if adapted and not finished:
             self._check_adapted(first.step, state.global_step)
         elif state.global_step > 0 and not adapted:
-            prefix = getattr(root, "base_model_prefix", "")
-            self._check_resumed(layers, get_plan(root).fingerprint(prefix), state.global_step)
+            self._check_resumed(layers, state.global_step)
         # Where the model itself stands: ahead of Trainer's count if an earlier run, or another process, trained it.
         ahead = first.step if first.step > state.global_step or (adapted and finished) else 0
         restarted = self.progression is not None and self.progression.model is root
@@ -223,7 +222,7 @@ class StoMPPTrainerCallback(TrainerCallback):
             "save the base too: model.unload().save_pretrained(...)."
         )
 
-    def _check_resumed(self, layers: dict[str, Any], fingerprint: int, step: int) -> None:
+    def _check_resumed(self, layers: dict[str, Any], step: int) -> None:
         empty = [name for name, layer in layers.items() if not layer.total_steps]
         if empty:
             raise CheckpointError(
@@ -231,7 +230,7 @@ class StoMPPTrainerCallback(TrainerCallback):
                 "or by another model. Resume from a checkpoint of this run, or start without resume_from_checkpoint."
             )
         for name, layer in layers.items():
-            if layer.fingerprint != fingerprint:
+            if layer.fingerprint != layer.place.fingerprint:
                 raise CheckpointError(
                     f"the checkpoint was trained with other layers, stages, order, schedule or seed than this model "
                     f"(seen at {name}): binarize the model with the StoMPPConfig in the checkpoint's config.json, or "

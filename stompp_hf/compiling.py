@@ -1,12 +1,17 @@
-"""torch.compile beside a progression: which steps run eager, and how many graphs a model may have.
+"""torch.compile beside a progression: which calls run eager, and how many graphs a model may have.
 
 A compiled graph holds one state of the layers in it. Steps that look at activations (starting values, the check for
 non-finite ones) put hooks on layers for one step; they run eager, for graphs do not notice new hooks.
 
-torch's settings are those of the whole process, and so is what this module remembers of them.
+torch's settings are those of the whole process. They are changed for the length of a call of something compiled, and
+for nobody else.
 """
 
+import contextlib
+import functools
+import gc
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -16,10 +21,6 @@ from .errors import ConfigError
 
 GRAPHS_A_MEMBER = 4
 """Pending, in transition, frozen, and one to spare."""
-
-_LIMITS = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
-_before: dict[str, Any] = {}
-_eager: list[Any] = []
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -41,38 +42,71 @@ def refuse_untraceable(model: nn.Module) -> None:
         )
 
 
-def begin_step(members: int, looks: bool) -> None:
-    """Before a step of a model with so many members; `looks`: there are hooks on layers in this step.
+class Held:
+    """The compiled calls of a model, each of which runs under the settings that a progression needs.
 
-    Raises the limit of recompilations to what the states need, and lets torch raise an error where it is reached all
-    the same: its default is to go on eager, in silence. Does nothing where torch.compile was never loaded.
+    The limit of recompilations is what the states need, and torch raises an error where it is reached all the same: its
+    default is to go on eager, in silence. Calls of a step with hooks on layers run eager.
+
+    Args:
+        model: what is trained; torch.compile may have been given it, a part of it, or what wraps it.
+        members: how many members it has.
     """
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    if dynamo is None:
-        return
-    if not _before:
-        _before.update({name: getattr(dynamo.config, name) for name in _LIMITS})
-    limit = 16 + GRAPHS_A_MEMBER * members
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, limit)
-    dynamo.config.accumulated_recompile_limit = max(dynamo.config.accumulated_recompile_limit, 16 * limit)
-    dynamo.config.fail_on_recompile_limit_hit = True
-    if looks and not _eager:
-        _eager.append(dynamo.set_stance("force_eager"))
-    elif not looks:
-        _compile_again()
+
+    def __init__(self, model: nn.Module, members: int) -> None:
+        self._model, self._limit, self._looks = model, 16 + GRAPHS_A_MEMBER * members, False
+        self._held: dict[int, Callable[[], None]] = {}
+
+    def renew(self, looks: bool) -> None:
+        """Before a step; `looks`: there are hooks on layers in this step. Does nothing while nothing is compiled."""
+        self._looks = looks
+        if "torch._dynamo" in sys.modules and (looks or not self._held):
+            for module in self._compiled():
+                if id(module) not in self._held:
+                    self._held[id(module)] = _around(module, self._settings)
+
+    def _compiled(self) -> list[nn.Module]:
+        """The compiled modules in the model, and the wrappers that torch.compile put around it or parts of it."""
+        inside = set(self._model.modules())
+        found = [module for module in inside if getattr(module, "_compiled_call_impl", None) is not None]
+        wrapper: Any = sys.modules["torch._dynamo"].eval_frame.OptimizedModule
+        wrappers = [one for one in gc.get_objects() if type(one) is wrapper]  # nothing in a model leads to its wrapper
+        return found + [one for one in wrappers if not inside.isdisjoint(one.modules())]
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        dynamo: Any = sys.modules["torch._dynamo"]
+        config, limit = dynamo.config, self._limit
+        wider = {"recompile_limit": limit, "accumulated_recompile_limit": 16 * limit}
+        wider = {name: max(getattr(config, name), value) for name, value in wider.items()}
+        with config.patch(fail_on_recompile_limit_hit=True, **wider):
+            with dynamo.set_stance("force_eager") if self._looks else contextlib.nullcontext():
+                yield
+
+    def release(self) -> None:
+        """Let go of the calls."""
+        for undo in self._held.values():
+            undo()
+        self._held.clear()
 
 
-def _compile_again() -> None:
-    while _eager:
-        _eager.pop().__exit__(None, None, None)  # the stance that was set before
+def _around(module: Any, settings: Callable[[], Any]) -> Callable[[], None]:
+    """Run a compiled module's calls under settings; returns what undoes it."""
+    name = "_compiled_call_impl" if getattr(module, "_compiled_call_impl", None) is not None else "forward"
+    call = getattr(module, name)
 
+    @functools.wraps(call)
+    def held(*args: Any, **kwargs: Any) -> Any:
+        with settings():
+            return call(*args, **kwargs)
 
-def end() -> None:
-    """Put every setting back."""
-    _compile_again()
-    for name, value in _before.items():
-        setattr(sys.modules["torch._dynamo"].config, name, value)
-    _before.clear()
+    object.__setattr__(module, name, held)
+
+    def undo() -> None:
+        if getattr(module, name, None) is held:
+            object.__setattr__(module, name, call)
+
+    return undo
 
 
 def forget_graphs() -> None:

@@ -46,7 +46,7 @@ def snapshot(model: nn.Module) -> nn.Module:
 def as_if_pending(model: Any) -> Any:
     """The same binarized model, as it computes before anything is frozen; in place."""
     for member in members(model).values():
-        member.enter(PENDING, 0.0)
+        member.begin_anew()
         member.observer = None
     return model
 

@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 from .distillation import Distiller, as_if_pending, check_weights, snapshot
 from .errors import CheckpointError, ConfigError, DistillationError
 from .plan import get_plan, members, planned_model
-from .progression import windows
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class DistillationCallback(TrainerCallback):
             self._teach(root, _load(root, teacher) if isinstance(teacher, (str, os.PathLike)) else teacher, args)
             return
         total = next(iter(members(root).values())).total_steps or state.max_steps
-        self._snapshot_at = min(window.begin for window in windows(get_plan(root), total).values())
+        self._snapshot_at = min(window.begin for window in get_plan(root).windows(total).values())
         if state.global_step > self._snapshot_at:
             self._resume(root, args)
         elif self._snapshot_at == 0:

@@ -108,14 +108,12 @@ def count_macs(model: nn.Module, example_inputs: Any = None) -> Macs | None:
 def _without_values(model: nn.Module) -> Iterator[None]:
     """Members compute as if nothing was frozen: the same shapes, and no starting values are asked for."""
     found = [m for m in model.modules() if isinstance(m, Member) and not isinstance(m, PackedMember)]
-    states = [(member, member.stage_state, member.observer) for member in found]
-    for member in found:
-        member.stage_state, member.observer = PENDING, None
-    try:
+    with contextlib.ExitStack() as stack:
+        for member in found:
+            stack.enter_context(member.values_kept())
+            member.enter(PENDING, 0.0)
+            member.observer = None
         yield
-    finally:
-        for member, state, observer in states:
-            member.stage_state, member.observer = state, observer
 
 
 def _shapes(inputs: Any) -> str:

@@ -1,12 +1,14 @@
 """The soft-refresh mask of one tensor: which entries are frozen, as a pure function of (seed, tensor, step, p).
 
-Each entry i owns a uniform draw U_i, and is frozen while U_i < p. At step t the draws of the entries
-i = t (mod r) are replaced, so 1/r of all entries are redrawn a step and an entry that froze early can thaw. Since
-every entry is redrawn exactly once in any r consecutive steps, the draws at step t are those of the steps
-t - r + 1 ... t, and nothing has to be saved: a resumed run replays r steps of draws.
+Each entry owns a uniform draw U, and is frozen while U < p. Entries lie in blocks of r, and each step replaces the draw
+of one entry in every block, so 1/r of all entries are redrawn a step and an entry that froze early can thaw. Where a
+block begins is drawn once for each block: otherwise a step would redraw whole columns of a weight whose width r divides,
+and the same features of the activation. Since every entry is redrawn exactly once in any r consecutive steps, the draws
+at step t are those of the steps t - r + 1 ... t, and nothing has to be saved: a resumed run replays r steps of draws.
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ _LEVELS = 1 << 16  # a draw is a 16-bit number: two bytes an entry, and p is res
 class SoftRefreshMask:
     """Draws of one tensor, and its mask at any step.
 
-    Forward:  M_i(t) = 1 if U_i(t) < p else 0, U_i(t) redrawn at the steps t with t = i (mod r)
+    Forward:  M_i(t) = 1 if U_i(t) < p else 0, U_i(t) redrawn at the steps t = i + phase(i // r) (mod r)
     Source:   stochastic partial mask, soft refresh and its rate: Smith and Islam (2026); the rolling, stateless way
               of drawing is this library's choice.
 
@@ -40,14 +42,19 @@ class SoftRefreshMask:
         self._step: int | None = None
         self._filled: tuple[int, int, int, int] | None = None
 
-    def _redraw(self, step: int) -> None:
-        slot = self._draws[step % self.refresh_rate :: self.refresh_rate]
-        if slot.numel() == 0:
-            return
-        text = f"{self.seed}/{self.name}/{step}".encode()
+    def _random(self, what: object, count: int) -> Any:
+        """`count` uniform 16-bit numbers of this tensor, always the same for one `what`."""
+        text = f"{self.seed}/{self.name}/{what}".encode()
         key = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), dtype=np.uint64)
-        raw = np.random.Philox(key=key).random_raw(-(-slot.numel() // 4))
-        slot.copy_(torch.from_numpy(raw.view(np.int16)[: slot.numel()]))
+        return np.random.Philox(key=key).random_raw(-(-count // 4)).view(np.uint16)[:count]
+
+    def _redraw(self, step: int) -> None:
+        rate, blocks = self.refresh_rate, -(-self.numel // self.refresh_rate)
+        phases = self._random("phases", blocks).astype(np.int64)
+        places = np.arange(blocks) * rate + (step - phases) % rate
+        if blocks and places[-1] >= self.numel:  # the last block may be shorter, and this its missing part
+            places = places[:-1]
+        self._draws[torch.from_numpy(places)] = torch.from_numpy(self._random(step, len(places)).view(np.int16))
 
     def draws(self, step: int) -> torch.Tensor:
         """U at `step`, as int16 values (uniform over all 65,536 of them), shape (numel,)."""

@@ -10,6 +10,7 @@ from torch import nn
 from .errors import NonFiniteError, NotCalibratedError, PackingError
 from .fusing import unfuse
 from .modules import FROZEN, BinaryLayer, Member
+from .modules.member import write_states
 from .modules.packed import PACKED_CLASSES, PackedMember
 from .plan import FLOAT32, Plan, get_plan, members, planned_model
 from .sharding import GATHER, refuse_sharded
@@ -50,9 +51,8 @@ def pack_model(model: Model, *, commit: bool = False, real: str = FLOAT32) -> Mo
     if any(member.stage_state != FROZEN for member in found.values()):
         total = max(1, *(member.total_steps for member in found.values()))
         for member in found.values():
-            member.calibrate_weight()
-            member.enter(FROZEN, 1.0)
-            member.total_steps = member.step = total  # the run is over: an unpacked model stays frozen
+            member.advance(total, total)  # the run is over: an unpacked model stays frozen
+        write_states(list(found.values()))
     pack_members(found)
     store_real(root, plan, real)
     plan.packed = True

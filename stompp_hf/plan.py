@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from .config import StoMPPConfig
-from .errors import CheckpointError, NotBinarizedError, StoMPPError
+from .errors import CheckpointError, ConfigError, NotBinarizedError, StoMPPError
 from .modules import BinaryLayer, Member
+from .windows import Place, Window
 
 FORMAT_VERSION = 1
 TRAINING_FORMAT, PACKED_FORMAT = "training", "packed"
@@ -104,6 +105,30 @@ class Plan:
         )
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
+    def places(self, prefix: str = "") -> dict[str, Place]:
+        """The place of every member, by name; `prefix` as for `fingerprint`.
+
+        Stage k of n has [start + (end - start) k / n, start + (end - start)(k + 1) / n) of the run; with
+        within_stage="forward" its members split that part in order.
+        """
+        config, count, found = self.config, self.stage_count, {}
+        known = Place(
+            start=config.start, end=config.end, schedule=config.schedule, refresh_rate=config.refresh_rate,
+            mask_seed=config.mask_seed, fingerprint=self.fingerprint(prefix), never=config.binarize == "nothing",
+        )  # fmt: skip
+        for stage in range(count):
+            inside = [entry.name for entry in self.entries if entry.stage == stage]
+            parts = len(inside) if config.within_stage == "forward" else 1
+            for index, name in enumerate(inside):
+                part = stage * parts + (index if parts > 1 else 0)
+                label = name.removeprefix(f"{prefix}.") if prefix else name
+                found[name] = replace(known, index=part, count=count * parts, label=label)
+        return found
+
+    def windows(self, total: int) -> dict[str, Window]:
+        """The window of every member in a run of `total` steps, by name."""
+        return {name: place.window(total) for name, place in self.places().items()}
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values, with a digest of them."""
         values = {
@@ -195,25 +220,70 @@ def set_plan(model: nn.Module, plan: Plan | None) -> None:
         setattr(model, _ATTRIBUTE, plan)
 
 
+def planned_models(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules inside `model` (or it itself) that carry a plan, by name: several, where parts were binarized apart.
+
+    Raises:
+        NotBinarizedError: there is none.
+    """
+    # Its own: PEFT's wrappers pass on what they have not.
+    found = {name: m for name, m in model.named_modules() if isinstance(vars(m).get(_ATTRIBUTE), Plan)}
+    if not found:
+        raise NotBinarizedError(
+            f"{type(model).__name__} has no binary layers. Call `model = stompp_hf.binarize_model(model, "
+            "StoMPPConfig())` first (with Trainer: before `Trainer(...)` is created)."
+        )
+    return found
+
+
 def planned_model(model: nn.Module) -> nn.Module:
     """The module inside `model` (itself, or what DDP, PEFT or compile wraps) that carries a plan.
 
     Raises:
         NotBinarizedError: there is none.
+        ConfigError: there are several.
     """
-    for module in model.modules():
-        if isinstance(vars(module).get(_ATTRIBUTE), Plan):  # its own: PEFT's wrappers pass on what they have not
-            return module
-    raise NotBinarizedError(
-        f"{type(model).__name__} has no binary layers. Call `model = stompp_hf.binarize_model(model, StoMPPConfig())` "
-        "first (with Trainer: before `Trainer(...)` is created)."
-    )
+    found = planned_models(model)
+    if len(found) > 1:
+        names = ", ".join(found)
+        raise ConfigError(
+            f"{type(model).__name__} has {len(found)} parts that were binarized apart ({names}): call this for each of "
+            f"them, as in pack_model(model.{next(iter(found))}). They are trained together."
+        )
+    return next(iter(found.values()))
+
+
+def driven_model(model: nn.Module) -> nn.Module:
+    """The module whose call runs everything that a progression drives: the planned one, or what holds several."""
+    found = planned_models(model)
+    return model if len(found) > 1 else next(iter(found.values()))
 
 
 def get_plan(model: nn.Module) -> Plan:
-    """The plan of a binarized model; raises NotBinarizedError where there is none."""
-    plan: Plan = getattr(planned_model(model), _ATTRIBUTE)
-    return plan
+    """The plan of a binarized model; where parts were binarized apart, theirs one after the other, as a new plan.
+
+    Raises:
+        NotBinarizedError: there is none.
+        ConfigError: parts cannot be driven together, since their options differ.
+    """
+    plans: dict[str, Plan] = {name: getattr(root, _ATTRIBUTE) for name, root in planned_models(model).items()}
+    if len(plans) == 1:
+        return next(iter(plans.values()))
+    first = next(iter(plans.values())).config
+    for option in ("binarize", "frozen_gradient", "pending_lr", "check_every", "refresh_rate"):
+        values = {repr(getattr(plan.config, option)) for plan in plans.values()}
+        if len(values) > 1:
+            raise ConfigError(
+                f"{', '.join(plans)} were binarized with {option}={' and '.join(sorted(values))}, and cannot be driven "
+                "together. Use one value for all, or train each part by itself."
+            )
+    entries: list[Entry] = []
+    for name, plan in plans.items():
+        ahead = 1 + max((entry.stage for entry in entries), default=-1)
+        renamed = plan.renamed(lambda inner, name=name: f"{name}.{inner}")  # type: ignore[misc]
+        entries += [replace(entry, stage=ahead + entry.stage) for entry in renamed.entries]
+    left = {f"{name}.{inner}": reason for name, plan in plans.items() for inner, reason in plan.left.items()}
+    return Plan(first, entries, left, packed=all(plan.packed for plan in plans.values()))
 
 
 def plain_name(name: str) -> str:
@@ -244,16 +314,16 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 def members(model: nn.Module) -> dict[str, Member]:
     """Everything that freezes, by name, in the order in which it does: layers, embeddings, attention products."""
-    root = planned_model(model)
-    found: dict[str, Member] = {}
-    for entry in get_plan(root).entries:
-        module = submodule(root, entry.name)
-        if not isinstance(module, Member):
-            raise NotBinarizedError(
-                f"{entry.name} should be a binary layer and is a {type(module).__name__}: it was replaced after "
-                "binarize_model. Binarize last, or restore_model(model) and binarize again."
-            )
-        found[entry.name] = module
+    roots, found = planned_models(model), {}
+    for prefix, root in roots.items():
+        for entry in get_plan(root).entries:
+            module = submodule(root, entry.name)
+            if not isinstance(module, Member):
+                raise NotBinarizedError(
+                    f"{entry.name} should be a binary layer and is a {type(module).__name__}: it was replaced after "
+                    "binarize_model. Binarize last, or restore_model(model) and binarize again."
+                )
+            found[f"{prefix}.{entry.name}" if len(roots) > 1 else entry.name] = module
     return found
 
 

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,15 +11,14 @@ from torch import nn
 
 from . import compiling
 from .config import StoMPPConfig
-from .errors import CheckpointError, ConfigError, NonFiniteError
+from .errors import CheckpointError, ConfigError, NonFiniteError, NotCalibratedError
 from .hold import hold_frozen, skip_blocked
-from .masks import SoftRefreshMask
-from .modules import FROZEN, PENDING, TRANSITION, BinaryLayer, Member
-from .modules.calibration import Observer, in_processes, padding_masks, reduced
+from .modules import PENDING, BinaryLayer, Member
+from .modules.calibration import Observer, Watch, in_processes, padding_masks, reduced
+from .modules.member import write_states
 from .pending_lr import first_steps, slow_pending
-from .plan import Plan, members, planned_model
+from .plan import driven_model, get_plan, members
 from .running import run, undisturbed
-from .schedules import frozen_fraction
 from .sharding import (
     complete_states,
     everywhere,
@@ -34,51 +32,8 @@ from .sharding import (
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Window:
-    """The steps [begin, end) in which a layer freezes; empty (begin == end): straight from pending to frozen."""
-
-    begin: int
-    end: int
-
-    def state(self, step: int) -> tuple[str, float]:
-        """State at `step`, and the share of the window that has passed."""
-        if step < self.begin:
-            return PENDING, 0.0
-        if step >= self.end:
-            return FROZEN, 1.0
-        return TRANSITION, (step - self.begin) / (self.end - self.begin)
-
-    @property
-    def observed_at(self) -> int:
-        """The training step whose inputs set the activation values: the last one with nothing frozen yet."""
-        return self.begin if self.end > self.begin or self.begin == 0 else self.begin - 1
-
-
-def _cut(total: int, start: float, end: float, part: int, parts: int) -> int:
-    return round(total * (start + (end - start) * part / parts))
-
-
-def windows(plan: Plan, total_steps: int) -> dict[str, Window]:
-    """The window of every layer, by name.
-
-    Stage k of n has [start + (end - start) k / n, start + (end - start)(k + 1) / n) of the run, in whole steps; with
-    within_stage="forward" its layers split that window in order.
-    """
-    config, count = plan.config, plan.stage_count
-    if config.binarize == "nothing":
-        never = Window(total_steps + 1, total_steps + 1)
-        return {entry.name: never for entry in plan.entries}
-    result = {}
-    for stage in range(count):
-        inside = [entry.name for entry in plan.entries if entry.stage == stage]
-        parts = len(inside) if config.within_stage == "forward" else 1
-        for index, name in enumerate(inside):
-            place = stage * parts + (index if parts > 1 else 0)
-            edges = [_cut(total_steps, config.start, config.end, place + i, count * parts) for i in (0, 1)]
-            result[name] = Window(*edges)
-    return result
+SCALE_FLOOR = 1e-6
+"""No learnable scale falls below it: one that crossed zero would turn the surrogate gradient around."""
 
 
 class Progression:
@@ -94,10 +49,12 @@ class Progression:
         progression.step(max_steps)
 
     `step(s)` applies the state after s updates: p = schedule((s - begin) / (end - begin)) inside a window. The total
-    is fixed when a model's training first starts and is saved with the model; a later Progression keeps it.
+    is fixed by a model's first `step` and is saved with the model; a later Progression keeps it. Making one changes
+    nothing.
 
     Args:
-        model: a binarized model, or a wrapper of one (DDP, PEFT, compiled).
+        model: a binarized model, or a wrapper of one (DDP, PEFT, compiled); parts of it that were binarized apart are
+            driven together, each through its own windows.
         total_steps: number of optimizer steps of the run.
         rescale: take `total_steps` even if the model was trained under another total; refuses to thaw a frozen stage.
 
@@ -116,22 +73,18 @@ class Progression:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigError(f"Progression: total_steps={total_steps!r} must be a positive number of optimizer steps.")
         refuse_unsupported(model)
-        self.model = planned_model(model)
-        self.layers: dict[str, Member] = members(self.model)
-        self.plan: Plan = self.model.stompp_plan  # type: ignore[assignment]
+        self.model, self.plan = driven_model(model), get_plan(model)
+        self.layers: dict[str, Member] = members(model)
         if self.config.frozen_gradient == "zero" and compiling.is_compiled(model):
             compiling.refuse_untraceable(self.model)
         self.total_steps = self._settle_total(total_steps, rescale)
-        self.windows = windows(self.plan, self.total_steps)
+        self.windows = {name: layer.place.window(self.total_steps) for name, layer in self.layers.items()}
         self.current_step = next(iter(self.layers.values())).step
-        self._masks: dict[str, SoftRefreshMask] = {}
         self._handles: list[Any] = []
         self._holds: list[Any] = []
         self._checks: list[tuple[str, torch.Tensor]] = []
         self._check_handles: list[Any] = []
-        fingerprint = self.plan.fingerprint(getattr(self.model, "base_model_prefix", ""))
-        for layer in self.layers.values():
-            layer.total_steps, layer.fingerprint = self.total_steps, fingerprint
+        self._compiled = compiling.Held(model, len(self.layers))
         self._warn_of_short_windows()
 
     @property
@@ -143,8 +96,14 @@ class Progression:
         return {name: layer for name, layer in self.layers.items() if isinstance(layer, BinaryLayer)}
 
     def _settle_total(self, asked: int, rescale: bool) -> int:
-        layer = next(iter(self.layers.values()))
-        saved, step = layer.total_steps, layer.step
+        known = {layer.total_steps: layer.step for layer in self.layers.values()}
+        known.pop(0, None)
+        if len(known) > 1:
+            raise CheckpointError(
+                f"the parts of this model were trained by progressions of {' and '.join(map(str, sorted(known)))} steps, "
+                "and cannot go on together. Train each by itself, or restore_model and binarize them together."
+            )
+        saved, step = next(iter(known.items()), (0, 0))
         if saved in (0, asked):
             return asked
         if not rescale:
@@ -155,8 +114,8 @@ class Progression:
                 saved, asked, asked,
             )  # fmt: skip
             return saved
-        old, new = windows(self.plan, saved), windows(self.plan, asked)
-        thawed = {e.stage_name for e in self.plan.entries if old[e.name].end <= step < new[e.name].end}
+        places = [(entry.stage_name, self.layers[entry.name].place) for entry in self.plan.entries]
+        thawed = {name for name, place in places if place.window(saved).end <= step < place.window(asked).end}
         if thawed:
             raise CheckpointError(
                 f"rescale=True: with {asked} steps in place of {saved}, {', '.join(sorted(thawed))} would thaw at step "
@@ -178,11 +137,7 @@ class Progression:
 
     def state(self, step: int) -> dict[str, tuple[str, float]]:
         """State ("pending", "transition", "frozen") and target frozen fraction of every layer, by name, at `step`."""
-        result = {}
-        for name, window in self.windows.items():
-            state, t = window.state(step)
-            result[name] = (state, frozen_fraction(self.config.schedule, t) if state == TRANSITION else t)
-        return result
+        return {name: layer.place.state(step, self.total_steps) for name, layer in self.layers.items()}
 
     def is_complete(self, step: int | None = None) -> bool:
         """Whether every layer is frozen at `step` (default: the current one)."""
@@ -197,8 +152,8 @@ class Progression:
         for entry in self.plan.entries:
             window = self.windows[entry.name]
             if step < window.end:
-                _, t = window.state(step)
-                return entry.stage + 1, entry.stage_name, frozen_fraction(self.config.schedule, t)
+                _, share = self.layers[entry.name].place.state(step, self.total_steps)
+                return entry.stage + 1, entry.stage_name, share
         return self.plan.stage_count, self.plan.entries[-1].stage_name, float(self.config.binarize != "nothing")
 
     def unfinished_stages(self, step: int | None = None) -> list[str]:
@@ -217,74 +172,98 @@ class Progression:
         with one step changes nothing.
 
         Raises:
-            NonFiniteError: an activation seen by the sampled check was NaN or infinite.
+            ConfigError: no step of this progression.
+            NonFiniteError: an activation seen by the sampled check was NaN or infinite, or the values that a stage is to
+                start from are.
+            NotCalibratedError: nothing but padding reached a layer while its stage froze.
         """
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= self.total_steps:
+            raise ConfigError(
+                f"Progression.step({step!r}): a step is a whole number from 0 to total_steps={self.total_steps}, the state "
+                "after so many updates. Behind the end everything is frozen, and stays so: call step no more."
+            )
         reshard(self.model)
         self._read_checks()
         self._take_observed(step)
-        for name, (state, p) in self.state(step).items():
-            layer = self.layers[name]
-            if state != PENDING:
-                layer.calibrate_weight()
-            layer.enter(state, p)
-            if state == TRANSITION:
-                self._draw(name, layer, step, p)
-            else:
-                for attribute in layer.masked_tensors():
-                    self._masks.pop(f"{name}.{attribute}", None)
-            layer.step = step
+        for layer in self.layers.values():
+            layer.advance(step, self.total_steps)
+        write_states(list(self.layers.values()))
+        self._keep_scales_positive()
         self.current_step = step
         self._observe(step)
         self._arm_checks(step)
-        compiling.begin_step(len(self.layers), looks=bool(self._handles or self._check_handles))
+        self._compiled.renew(looks=bool(self._handles or self._check_handles))
 
-    def _draw(self, name: str, layer: Member, step: int, p: float) -> None:
-        for attribute, shape in layer.masked_tensors().items():
-            key = f"{name}.{attribute}"
-            if key not in self._masks:
-                prefix = getattr(self.model, "base_model_prefix", "")
-                label = key.removeprefix(f"{prefix}.") if prefix else key
-                rate = self.config.refresh_rate
-                self._masks[key] = SoftRefreshMask(shape.numel(), self.config.mask_seed, label, rate)
-            mask = getattr(layer, attribute)
-            if mask is None:
-                mask = torch.zeros(shape, dtype=layer.like.dtype, device=layer.stompp_state.device)
-                setattr(layer, attribute, mask)
-            self._masks[key].fill(mask, step, p)
+    def _keep_scales_positive(self) -> None:
+        scales = [local(scale.detach()) for layer in self.layers.values() for scale in layer.scales()]
+        if scales:
+            torch._foreach_clamp_min_(scales, SCALE_FLOOR)
 
     def _observe(self, step: int) -> None:
         due = [
             layer
             for name, layer in self.layers.items()
-            if self.windows[name].observed_at <= step and self.config.binary_activations
+            if self.windows[name].observed_at <= step and layer.stompp_config.binary_activations
             and layer.needs_activation_values and not layer.activation_ready
         ]  # fmt: skip
         if not due:
             return
-        masks: list[torch.Tensor] = []
+        watch = Watch()  # one for all, which the model's hooks keep current
         for layer in due:
             layer.observer = layer.observer or Observer()
-            layer.observer.masks = masks  # one list for all, which the model's hook keeps current
+            layer.observer.watch = watch
 
-        def note_masks(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            masks[:] = padding_masks(kwargs)
+        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            watch.masks[:] = padding_masks(kwargs)
+            watch.trains = module.training and torch.is_grad_enabled()
+            watch.ran |= watch.trains
+
+        def leave(*_: Any) -> None:
+            watch.trains = False
 
         self._drop_handles()
-        self._handles.append(self.model.register_forward_pre_hook(note_masks, with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(leave, always_call=True))
         self._handles += write_after_forward(self.model, [layer for layer in due if layer.frozen_share > 0.0])
 
     def _take_observed(self, step: int) -> None:
-        looking = [layer for layer in self.layers.values() if layer.observer is not None and step != self.current_step]
+        looking = {
+            n: layer for n, layer in self.layers.items() if layer.observer is not None and step != self.current_step
+        }
         if looking:
             # A layer that ran on any process takes its values on all of them: they are summed over processes.
-            ran = [int(bool(layer.observer and layer.observer.rows)) for layer in looking]
-            ran = reduced(torch.tensor(ran, device=looking[0].stompp_state.device), "max").tolist()
-            for layer in itertools.compress(looking, ran):
-                assert layer.observer is not None
-                layer.calibrate_observed(layer.observer)
-                layer.observer = None
+            seen = [_seen_by(layer.observer) for layer in looking.values() if layer.observer is not None]
+            device = next(iter(looking.values())).stompp_state.device
+            seen = reduced(torch.tensor(seen, device=device), "max").tolist()
+            for (name, layer), what in zip(looking.items(), seen, strict=True):
+                if what == SAW_ROWS:
+                    if not layer.activation_ready:  # else its first call decided, and the optimizer went on from there
+                        layer.calibrate_observed(layer.observer)  # type: ignore[arg-type]
+                    layer.observer = None
+                elif what != SAW_NO_RUN and step >= self._closes(name):
+                    self._close_unseen(name, layer, what)
         if all(layer.observer is None for layer in self.layers.values()):
             self._drop_handles()
+
+    def _closes(self, name: str) -> int:
+        """The step before which a layer must have seen something; one that is committed at once has the whole run."""
+        window = self.windows[name]
+        return window.end if window.end > window.begin else self.total_steps
+
+    def _close_unseen(self, name: str, layer: Member, what: int) -> None:
+        """A window is over, the model was trained meanwhile, and nothing that counts reached the layer."""
+        if what == SAW_PADDING:
+            raise NotCalibratedError(
+                f"{name}: its stage froze in steps {self.windows[name].begin} to {self.windows[name].end}, in which it saw "
+                "nothing but padding, so its activation values have nothing to start from. Look at the attention_mask of "
+                "the data, or give the stage more steps (fewer stages, a longer run)."
+            )
+        logger.warning(
+            "%s: no input reached it while its stage froze (an expert that got no token?). It starts from values that "
+            "follow from its weights.", name,
+        )  # fmt: skip
+        layer.calibrate_unseen()
+        layer.observer = None
 
     def _drop_handles(self) -> None:
         for handle in self._handles:
@@ -319,7 +298,7 @@ class Progression:
 
     def detach(self) -> None:
         """Let go of the optimizers, remove what this object put on the model, and put torch.compile's settings back."""
-        compiling.end()
+        self._compiled.release()
         for layer in self.layers.values():
             layer.observer = None
         for handle in (*self._holds, *self._handles, *self._check_handles):
@@ -377,8 +356,8 @@ class Progression:
             reshard(self.model)
             for layer in self.layers.values():
                 stack.enter_context(layer.values_kept())
-                layer.calibrate_weight()
-                layer.enter(FROZEN if self.config.binarize != "nothing" else PENDING, 1.0)
+                layer.advance(self.total_steps, self.total_steps)
+            write_states(list(self.layers.values()))
             try:
                 calibrate(self.model, batches, batch_norm=bool(norms))
                 yield
@@ -387,6 +366,16 @@ class Progression:
                 with torch.no_grad():
                     for buffer, before in saved:
                         buffer.copy_(before)
+
+
+SAW_NO_RUN, SAW_NOTHING, SAW_PADDING, SAW_ROWS = range(4)
+
+
+def _seen_by(observer: Observer) -> int:
+    """What an observer saw, in the order of what counts most over processes."""
+    if observer.rows:
+        return SAW_ROWS
+    return SAW_PADDING if observer.hidden else SAW_NOTHING if observer.watch.ran else SAW_NO_RUN
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = False) -> nn.Module:
@@ -400,10 +389,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
         batches: what the model is called with: mappings of keyword arguments, tuples, or tensors.
         batch_norm: re-estimate batch-norm statistics on the same batches.
     """
-    root = planned_model(model)
+    root = driven_model(model)
     reshard(root)
+    watch = Watch(by_hand=True)
     due = [
-        (layer, Observer())
+        (layer, Observer(watch))
         for layer in members(root).values()
         if layer.stage_state != PENDING and layer.needs_activation_values and not layer.activation_ready
     ]
@@ -413,8 +403,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
     handles = write_after_forward(root, [layer for layer, _ in due])
     with undisturbed(root, except_for=norms):
         for batch in batches:
+            watch.masks = padding_masks(batch) if hasattr(batch, "keys") else []
             for layer, observer in due:
-                observer.masks = padding_masks(batch) if hasattr(batch, "keys") else []
                 layer.observer, layer.training = observer, True  # to these layers training means: look
             for norm in norms:
                 norm.training = True

@@ -20,7 +20,6 @@ from .errors import CheckpointError, StoMPPError
 from .modules import TRANSITION, BinaryEmbedding, binary_class_of
 from .packing import pack_members
 from .plan import Entry, Plan, members
-from .progression import Progression
 from .quantization_config import StoMPPQuantizationConfig
 from .storage import narrow_tables, write_narrow
 from .surgery import binarize_model, convert
@@ -82,8 +81,6 @@ class StoMPPQuantizer(HfQuantizer):
             return binarize_model(model, self.quantization_config)
         check_tensors(model, self.expected, self.names)
         layers = members(model)
-        for layer in layers.values():
-            layer.read_state()
         _align(model)
         _unmark(model)
         model.config.quantization_config = StoMPPQuantizationConfig(**model.stompp_plan.to_dict())
@@ -91,10 +88,6 @@ class StoMPPQuantizer(HfQuantizer):
         if model.stompp_plan.packed:
             write_narrow(model, model.stompp_plan)
             return model
-        if first.total_steps:
-            progression = Progression(model, first.total_steps)
-            progression.step(first.step)
-            progression.detach()
         moving = [name for name, layer in layers.items() if layer.stage_state == TRANSITION and layer.like.is_meta]
         if moving:
             raise CheckpointError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import CheckpointError, RunError, StoMPPError
 from .plan import Plan, get_plan
-from .progression import Window, windows
+from .windows import Window
 from .quantization_config import StoMPPQuantizationConfig
 from .schedules import frozen_fraction
 from .tensor_files import read_tensors
@@ -82,7 +82,7 @@ class Run:
         """Name of each stage and the windows of its members, in the order in which they freeze."""
         if self.plan is None or not self.freezes:
             return []
-        every = windows(self.plan, self.total_steps)
+        every = self.plan.windows(self.total_steps)
         return [
             (name, [every[entry.name] for entry in self.plan.entries if entry.stage == stage])
             for stage, name in enumerate(self.plan.stage_names)

@@ -114,6 +114,9 @@ def convert(model: nn.Module, plan: Plan) -> None:
         _put_back(model)
         raise
     set_plan(model, plan)
+    places = plan.places(getattr(model, "base_model_prefix", ""))
+    for name, member in members(model).items():
+        member.place = places[name]
     record(model, plan)
     setattr(model, _NOT_BROADCAST, [*getattr(model, _NOT_BROADCAST, []), *_own_buffers(model)])
 

@@ -120,27 +120,54 @@ def test_a_limit_that_is_reached_all_the_same_raises():
     model = bert()
     run = torch.compile(model, backend="eager")
     progression = Progression(run, TOTAL)
+    progression._compiled._limit = 1
     with torch._dynamo.config.patch(recompile_limit=1):
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             for step in range(TOTAL):
                 progression.step(step)
-                torch._dynamo.config.recompile_limit = 1
                 run(**BERT.batch(step))
         progression.detach()
 
 
-def test_steps_that_look_at_activations_run_eager_and_only_those():
+def test_steps_that_look_at_activations_run_eager_and_only_those(monkeypatch):
     model = regional(bert(), Graphs())
     progression = Progression(model, TOTAL)
-    stances = []
-    for step in range(TOTAL):
+    set_stance, eager, step = torch._dynamo.set_stance, set(), 0
+
+    def noted(stance: str) -> Any:
+        eager.add((step, stance))
+        return set_stance(stance)
+
+    monkeypatch.setattr(torch._dynamo, "set_stance", noted)
+    for step in range(TOTAL):  # noqa: B007  # `noted` reads it
         progression.step(step)
-        stances.append(torch._dynamo.eval_frame._stance.stance == "force_eager")
         model(**BERT.batch(step)).loss.backward()
+        assert torch._dynamo.eval_frame._stance.stance == "default"
     progression.detach()
     # Windows [0, 3), [3, 6), [6, 9): values are taken at their first steps; 0, 5 and 10 look for what is not finite.
-    assert [step for step, eager in enumerate(stances) if eager] == [0, 3, 5, 6, 10]
-    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert sorted(eager) == [(step, "force_eager") for step in (0, 3, 5, 6, 10)]
+
+
+@pytest.mark.parametrize("how", ["wrapper", "in place", "a part"])
+def test_nothing_of_torchs_settings_is_left_for_others_after_an_error(how):
+    model = bert()
+    run = torch.compile(model, backend="eager") if how == "wrapper" else model
+    if how != "wrapper":
+        (model if how == "in place" else model.bert.encoder).compile(backend="eager")
+    progression = Progression(model, TOTAL)  # it is not shown the wrapper, and never detached
+    progression.step(0)  # looks, so that the call runs eager
+    handle = model.classifier.register_forward_pre_hook(lambda *_: 1 / 0)
+    before = torch._dynamo.config.fail_on_recompile_limit_hit
+    with pytest.raises(ZeroDivisionError):
+        run(**BERT.batch(0))
+    assert torch._dynamo.config.fail_on_recompile_limit_hit == before
+    graphs = Graphs()
+    torch.compile(lambda x: x + 1, backend=graphs)(torch.ones(1))
+    assert graphs.count == 1
+    handle.remove()
+    progression.step(0)
+    assert run(**BERT.batch(0)).loss.requires_grad
+    assert next(iter(progression.layers.values())).observer.rows
 
 
 def test_the_check_for_what_is_not_finite_works_beside_graphs():

@@ -177,7 +177,9 @@ def test_total_is_kept_with_a_warning_unless_rescaled(caplog):
     assert "40 steps" in caplog.text and "80" in caplog.text and "rescale=True" in caplog.text
     caplog.clear()
     rescaled = Progression(model, 80, rescale=True)
-    assert rescaled.total_steps == 80 and {layer.total_steps for layer in model.layers} == {80}
+    assert rescaled.total_steps == 80 and {layer.total_steps for layer in model.layers} == {40}  # not before a step
+    rescaled.step(10)
+    assert {layer.total_steps for layer in model.layers} == {80}
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 

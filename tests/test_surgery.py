@@ -27,7 +27,6 @@ from stompp_hf.errors import (
     PatternError,
     StoMPPError,
 )
-from stompp_hf.progression import windows
 
 BERT = CASES["bert"]
 BLOCK = ["attention.self.query", "attention.self.key", "attention.self.value"]
@@ -184,7 +183,7 @@ def test_stages() -> None:
 
     for within, first, last in (("together", (0, 60), (60, 120)), ("forward", (0, 10), (110, 120))):
         plan = get_plan(binarize_model(bert(), StoMPPConfig(within_stage=within, end=1.0)))
-        edges = [(window.begin, window.end) for window in windows(plan, 120).values()]
+        edges = [(window.begin, window.end) for window in plan.windows(120).values()]
         assert edges[0] == first and edges[-1] == last and edges == sorted(edges)
 
 

@@ -17,8 +17,8 @@ from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
 from ..sharding import assign
 from .binary_matmul import Edges, Operand, binary_matmul
-from .calibration import MAX_ROWS, Observer, activation_values, recomputing
-from .member import FROZEN, PENDING, TRANSITION, Member
+from .calibration import MAX_ROWS, Observer, activation_values
+from .member import FROZEN, PENDING, Member
 from .state import finite_edge
 
 PROJECTED = ("query", "key", "value")
@@ -120,7 +120,7 @@ class BinaryAttention(Member, nn.Module):
         *(f"{site}_{what}" for site in PROJECTED for what in ("low", "high")),
         "stompp_state",
     )
-    mirror_names = ("activation_ready", "edges")
+    edge_names = tuple(f"{site}_{what}" for site in PROJECTED for what in ("low", "high"))
     query_scale: Tensor
 
     def __init__(self, config: StoMPPConfig, shape: list[int], like: Tensor) -> None:
@@ -142,6 +142,7 @@ class BinaryAttention(Member, nn.Module):
         self._begin(config, like.device)
         own = (None, None) if config.activation_clip is None else (-config.activation_clip, config.activation_clip)
         self.edges: dict[str, Edges] = {**dict.fromkeys(PROJECTED, own), "probability": (None, None)}
+        self._looked()
 
     # ---- what Progression asks for ----
 
@@ -162,10 +163,17 @@ class BinaryAttention(Member, nn.Module):
 
     def calibrate_observed(self, observer: Observer, first_call: bool = False) -> None:
         for site in SITES:
-            rows = observer.at(site).rows
-            self._start(site, rows[0] if first_call else torch.cat(rows))
-        self.activation_ready = True
-        self._read_edges()
+            seen, features = observer.at(site), getattr(self, f"{site}_scale").shape[0] * self.sizes.get(site, 1)
+            self._start(site, seen.rows[0] if first_call else seen.seen(features, self.like))
+        self._ready()
+
+    def calibrate_unseen(self) -> None:
+        """Values for attention that no data reached: operands of size 1, probabilities above a half."""
+        self._ready()
+
+    def _ready(self) -> None:
+        self.freezing.activation_ready = 1
+        self._wrote()
 
     def _start(self, site: str, rows: Tensor) -> None:
         """Set the values of one operand from rows of (heads * features), head by head."""
@@ -176,6 +184,8 @@ class BinaryAttention(Member, nn.Module):
         found = [activation_values(part, config.activation_threshold, levels, None) for part in parts]
         if is_probability and any(values.offset == 0.0 for values in found):
             return  # nothing was seen
+        for values in found:
+            self._refuse_infinite(values)
         with torch.no_grad():
             if config.activation_scale != "none":
                 assign(scale, torch.cat([values.scale for values in found]))
@@ -184,6 +194,7 @@ class BinaryAttention(Member, nn.Module):
             if not is_probability and config.activation_clip is None:
                 getattr(self, f"{site}_low").copy_(torch.cat([values.low for values in found]).amin())
                 getattr(self, f"{site}_high").copy_(torch.cat([values.high for values in found]).amax())
+        self._wrote()
 
     def _read_edges(self) -> None:
         def edges(site: str) -> Edges:
@@ -200,16 +211,17 @@ class BinaryAttention(Member, nn.Module):
             query: (batch, heads, queries, head size); key, value: (batch, key heads, keys, head or value size).
             call: the rest.
         """
-        if self.observer is not None and self.training and not recomputing():
+        freezing, observer = self.follow(), self.observer
+        if observer is not None and self.training and observer.looks():
             with torch.no_grad():
                 self._look(query, key, value, call)
-        if self.stage_state == PENDING or (self.stage_state == TRANSITION and not self.has_frozen):
+        if freezing.stage == PENDING or not freezing.has_frozen:
             clip = self.stompp_config.activation_clip if self.stompp_config.binary_activations else None
             clipped = [u if clip is None else F.hardtanh(u, -clip, clip) for u in (query, key, value)]
             return call.plain(self.with_idle(clipped[0]), *clipped[1:])
-        if not self.activation_ready:
+        if not freezing.activation_ready:
             raise NotCalibratedError(
-                f"BinaryAttention (stage state {self.stage_state}) has no values yet: they are set by the first "
+                f"BinaryAttention (stage state {freezing.stage}) has no values yet: they are set by the first "
                 "training step of its stage. Call stompp_hf.calibrate(model, batches) to set them from data now."
             )
         kind = query.device.type
@@ -248,13 +260,13 @@ class BinaryAttention(Member, nn.Module):
 
     def _product(self, left: Operand, right: Operand, factor: Tensor | None = None) -> Tensor:
         """(factor * left') @ right'."""
-        if self.stage_state == FROZEN:
+        if self.freezing.stage == FROZEN:
             return binary_matmul(left, right, self.stompp_config.frozen_gradient, factor)
         levels = self._levels(left)
         return (levels if factor is None else levels * factor).matmul(self._levels(right))
 
     def _levels(self, operand: Operand) -> Tensor:
-        return operand.binary() if self.stage_state == FROZEN else operand.mixed(self.stompp_config.frozen_gradient)
+        return operand.binary() if self.freezing.stage == FROZEN else operand.mixed(self.stompp_config.frozen_gradient)
 
     # ---- looking ----
 
@@ -265,7 +277,7 @@ class BinaryAttention(Member, nn.Module):
         for site, u in zip(PROJECTED, (query, key, value), strict=True):
             rows = u.transpose(1, 2).flatten(2)
             observer.at(site).see(rows.flatten(0, 1), rows.shape[:2])
-            if begins:
+            if begins and observer.at(site).rows:
                 self._start(site, observer.at(site).rows[0])
         q, k, _ = self._operands(query, key, value)
         committed = self.has_frozen  # what follows binary queries and keys sees their scores
@@ -281,11 +293,12 @@ class BinaryAttention(Member, nn.Module):
             seen = seen & visible.to(seen.device)[:, :, None]
         rows = rows[seen]
         observer.at("probability").see(rows, rows.shape[:1], ROWS_OF_PROBABILITIES)
-        observer.rows = observer.at("query").rows  # Progression asks whether anything was seen
-        if begins:
+        seen_all = [observer.at(site).rows for site in SITES]
+        observer.rows = seen_all[0] if all(seen_all) else []  # Progression asks whether anything was seen
+        observer.hidden = observer.at("query").hidden
+        if begins and observer.rows:
             self._start("probability", observer.at("probability").rows[0])
-            self.activation_ready = True
-            self._read_edges()
+            self._ready()
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, key_heads={self.key_heads}, {self.stage_state}"

@@ -18,15 +18,13 @@ from .activations import ABSORBABLE, gate
 from .bits import SignBits
 from .frozen import frozen_product
 from .kept_weight import KeptWeight
-from .member import FROZEN, PENDING, TRANSITION
+from .member import FROZEN, PENDING
 from .product import Product
 from .state import OWN_TENSORS, LayerState
 
 _OWN_ATTRIBUTES = (
-    *("stompp_config", "input_producer", "absorbed", "sample_shape"),
-    *("stage_state", "frozen_share", "has_frozen", "weight_mask", "activation_mask", "observer"),
-    *("weight_edge", "input_edges", "weight_ready", "activation_ready", "activation_offset"),
-    *("total_steps", "step", "fingerprint", "state_read"),
+    *("stompp_config", "place", "freezing", "observer", "_draws", "_seen", "weight_mask", "activation_mask"),
+    *("input_producer", "absorbed", "sample_shape", "weight_edge", "input_edges"),
 )
 
 
@@ -96,6 +94,7 @@ class BinaryLayer(KeptWeight, LayerState):
         layer.weight_edge, layer.input_edges = config.weight_clip, (None, None)
         if config.binary_activations and config.activation_clip is not None:
             layer.input_edges = (-config.activation_clip, config.activation_clip)
+        layer._looked()
         rebind_forward(layer)
         return layer
 
@@ -123,22 +122,23 @@ class BinaryLayer(KeptWeight, LayerState):
     # ---- forward ----
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear, for callers that pass it by name
-        x, state = input, self.stage_state
-        observer = self.observer
-        if observer is not None and self.training:
+        x, freezing, observer = input, self.follow(), self.observer
+        if observer is not None and self.training and observer.looks():
             seen = self._activated(x)
             observer.see(self.product.rows(seen), self.product.places(seen))
-            if not self.activation_ready and self.has_frozen and observer.rows:
+            if not freezing.activation_ready and freezing.has_frozen and observer.rows:
                 # Committed before any step of a window: the first call decides, so that later layers see what is so.
                 self.calibrate_activation(observer.rows[0])
-        if state == PENDING or (state == TRANSITION and not self.has_frozen):
+        if freezing.stage == PENDING or not freezing.has_frozen:
             return self._unfrozen(self.with_idle(x))
-        if not self.activation_ready and self.needs_activation_values:
+        if not freezing.activation_ready and self.needs_activation_values:
+            if x.numel() == 0:
+                return self._unfrozen(x)  # an expert without a token: there is nothing to be binary
             raise NotCalibratedError(
-                f"{type(self).__name__} (stage state {state}) has no activation values yet: they are set by the first "
+                f"{type(self).__name__} (stage state {freezing.stage}) has no activation values yet: they are set by the first "
                 "training step of its stage. Call stompp_hf.calibrate(model, batches) to set them from data now."
             )
-        if state == FROZEN:
+        if freezing.stage == FROZEN:
             return self._frozen(x)
         return self._in_transition(x)
 

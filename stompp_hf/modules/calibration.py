@@ -6,7 +6,7 @@ saw into values before the next step. Not earlier: while the stages in front are
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,19 +31,49 @@ def recomputing() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-class Observer:
-    """Rows of what entered one layer, one row a position, features last."""
+@dataclass
+class Watch:
+    """What all observers of one model know of its forward.
 
-    def __init__(self) -> None:
+    masks: which positions are padding; trains: whether the model was called for training, also where a part of it runs
+    without gradients (activation checkpointing); ran: whether it was called for training at all; by_hand: somebody shows
+    data on purpose, whatever it is called for.
+    """
+
+    masks: list[Tensor] = field(default_factory=list)
+    trains: bool = False
+    ran: bool = False
+    by_hand: bool = False
+
+
+class Observer:
+    """Rows of what entered one layer, one row a position, features last.
+
+    hidden: rows were shown, and all of them so far were padding.
+    """
+
+    def __init__(self, watch: Watch | None = None) -> None:
+        self.watch = watch or Watch()
         self.rows: list[Tensor] = []
-        self.masks: list[Tensor] = []
+        self.hidden = False
         self._others: dict[str, Observer] = {}
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """The padding masks of this forward."""
+        return self.watch.masks
+
+    @masks.setter
+    def masks(self, value: list[Tensor]) -> None:
+        self.watch.masks = value
+
+    def looks(self) -> bool:
+        """Whether this call is one to learn from: a teacher's or a metric's forward without gradients is not."""
+        return self.watch.by_hand or ((torch.is_grad_enabled() or self.watch.trains) and not recomputing())
 
     def at(self, place: str) -> "Observer":
         """The observer of another tensor of the same module; it knows the same masks."""
-        other = self._others.setdefault(place, Observer())
-        other.masks = self.masks
-        return other
+        return self._others.setdefault(place, Observer(self.watch))
 
     def visible(self, places: torch.Size) -> Tensor | None:
         """The positions that are not padding, as a boolean tensor of shape `places`; None if nothing says."""
@@ -58,13 +88,16 @@ class Observer:
 
     def see(self, rows: Tensor, places: torch.Size, limit: int = MAX_ROWS) -> None:
         """Keep (at most `limit`, evenly thinned) rows of a call's input, without padded positions if known."""
-        if recomputing():
-            return
         with torch.no_grad():
             rows = rows.detach()
             visible = self.visible(places)
             if visible is not None:
+                shown = rows.shape[0]
                 rows = rows[visible.reshape(-1).to(rows.device)]
+                self.hidden = not self.rows and shown > 0 and rows.shape[0] == 0
+            if rows.shape[0] == 0:
+                return  # an expert without a token, or nothing but padding: not to have run
+            self.hidden = False
             stride = -(-max(1, rows.shape[0]) // limit)
             while math.gcd(stride, rows.shape[0]) > 1 < stride:
                 stride += 1  # a stride that divides an image's width would look at one column only
@@ -82,6 +115,10 @@ class ActivationValues:
     high: Tensor
     offset: float
 
+    def is_finite(self) -> bool:
+        """Whether all of it can be computed with."""
+        return all(bool(t.isfinite().all()) for t in (self.scale, self.threshold, self.low, self.high))
+
 
 def in_processes() -> bool:
     """Whether torch.distributed runs."""
@@ -95,6 +132,27 @@ def reduced(value: Tensor, how: str = "sum") -> Tensor:
         operation = {"sum": operations.SUM, "min": operations.MIN, "max": operations.MAX}[how]
         torch.distributed.all_reduce(value, op=operation)
     return value
+
+
+def one_sided(producer: str | None) -> bool:
+    """Whether a module's outputs have one sign, or nearly so, by the name of its class."""
+    return producer is not None and any(word in producer.lower() for word in ONE_SIDED_PRODUCERS)
+
+
+def unseen_values(weight: Tensor, features: int, levels: str, producer: str | None) -> ActivationValues:
+    """Values for a layer that no data reached, from its weight: an input of the size that it is made for.
+
+    Forward:  a = sqrt(2 / pi) / (sqrt(features) * rms(w)), the mean size of a normal input whose outputs have a variance
+              of 1; b = 0; {-a, a}, or {0, 2a} with b = a for one-sided inputs; no clip
+    Source:   this library's choice.
+    """
+    size = weight.detach().to(torch.float32).square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (math.sqrt(2.0 / (math.pi * features)) / size).reshape(1)
+    scale = torch.where(scale.isfinite(), scale, torch.ones_like(scale))
+    edge = scale.new_full((1,), torch.inf)
+    if levels == "auto" and one_sided(producer):
+        return ActivationValues(scale, scale.expand(features).clone(), -edge, edge, 1.0)
+    return ActivationValues(scale, scale.new_zeros(features), -edge, edge, 0.0)
 
 
 def activation_values(rows: Tensor, threshold: str, levels: str, producer: str | None) -> ActivationValues:
@@ -119,7 +177,7 @@ def activation_values(rows: Tensor, threshold: str, levels: str, producer: str |
     high = reduced(rows.new_tensor(-torch.inf) if empty else rows.max(), "max").reshape(1)
     widest = torch.stack([high - low, high.abs(), low.abs()]).amax(0)
     margin = RANGE_MARGIN * torch.where(widest > 0, widest, torch.ones_like(widest))
-    named = producer is not None and any(word in producer.lower() for word in ONE_SIDED_PRODUCERS)
+    named = one_sided(producer)
     if levels == "auto" and (named or bool(low >= 0)) and bool(high > 0):
         cut = reduced(rows.clamp(min=0).sum()) / (count * features)
         for _ in range(10):

@@ -1,20 +1,25 @@
 """Member: what freezes in a stage, whatever it is; its place in the progression, and how its own tensors are saved.
 
-Layers, embeddings and attention products are members. `Progression` sets a member's state from outside; forward only
-reads it, and draws nothing.
+Layers, embeddings and attention products are members. The buffer `stompp_state` says how far a member has frozen, and
+nothing else does: whoever writes it, `Progression` or a load, a copy, an average, forward obeys it, and draws nothing.
 """
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import StoMPPConfig
-from .calibration import Observer, in_processes
+from ..errors import CheckpointError, NonFiniteError
+from ..masks import SoftRefreshMask
+from ..windows import FROZEN, PENDING, TRANSITION, Place
+from .calibration import ActivationValues, Observer, in_processes
+from .freezing import FreezeState, empty_buffer
 
-PENDING, TRANSITION, FROZEN = "pending", "transition", "frozen"
+__all__ = ["FROZEN", "PENDING", "TRANSITION", "Member"]
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -35,6 +40,19 @@ class _Keep(torch.autograd.Function):
         return grad, *[None] * ctx.others
 
 
+def _saved_number(name: str, kind: type) -> Any:
+    """A number of the state: reading follows the buffer, setting writes it."""
+
+    def read(member: Any) -> Any:
+        return kind(getattr(member.follow(), name))
+
+    def write(member: Any, value: Any) -> None:
+        setattr(member.follow(), name, int(value))
+        member.write_state()
+
+    return property(read, write, doc=f"`FreezeState.{name}`.")
+
+
 class Member(_Module):
     """Something that is pending, in transition or frozen, with tensors of its own that are saved with the model."""
 
@@ -42,34 +60,30 @@ class Member(_Module):
     """The parameters and buffers that binarization adds; those that a configuration has no use for are None."""
     mask_names: ClassVar[tuple[str, ...]]
     """The attributes that hold masks during a transition."""
-    mirror_names: ClassVar[tuple[str, ...]]
-    """Python's mirrors of what the buffers save: forward must not wait for a device to read a flag or a clip."""
+    edge_names: ClassVar[tuple[str, ...]]
+    """The buffers that hold clips: forward has their edges as numbers, not to wait for a device."""
 
     stompp_config: StoMPPConfig
     stompp_state: Tensor
-    stage_state: str
-    frozen_share: float
-    has_frozen: bool
-    """Whether any entry is frozen: forward asks for this, since a number that changes would be compiled anew."""
+    place: Place
+    freezing: FreezeState
     observer: Observer | None
-    weight_ready: bool
-    activation_ready: bool
-    activation_offset: float
-    total_steps: int
-    step: int
-    fingerprint: int
-    state_read: bool
+    _draws: dict[str, SoftRefreshMask]
+    _seen: list[tuple[str, Tensor, int | None]]
+
+    weight_ready: bool = _saved_number("weight_ready", bool)
+    activation_ready: bool = _saved_number("activation_ready", bool)
+    activation_offset: float = _saved_number("activation_offset", float)
+    total_steps: int = _saved_number("total_steps", int)
+    step: int = _saved_number("step", int)
+    fingerprint: int = _saved_number("fingerprint", int)
 
     def _begin(self, config: StoMPPConfig, device: torch.device) -> None:
-        self._own("stompp_state", torch.zeros(6, dtype=torch.int64, device=device))
-        self.stompp_config = config
-        self.stage_state, self.frozen_share, self.has_frozen, self.observer = PENDING, 0.0, False, None
+        self._own("stompp_state", empty_buffer(device))
+        self.stompp_config, self.place, self.observer = config, Place(), None
+        self.freezing, self._draws, self._seen = FreezeState(), {}, []
         for name in self.mask_names:
             setattr(self, name, None)
-        self.weight_ready = self.activation_ready = False
-        self.activation_offset = 0.0
-        self.total_steps = self.step = self.fingerprint = 0
-        self.state_read = device.type != "meta"
 
     def _own(self, name: str, value: Tensor | None, learnable: bool = False) -> None:
         if learnable and value is not None:
@@ -102,12 +116,9 @@ class Member(_Module):
         """Set the activation values from what an observer saw, in all calls or in the first one only."""
         raise NotImplementedError
 
-    def enter(self, state: str, frozen_share: float) -> None:
-        """Set the state; outside a transition the masks are dropped."""
-        self.stage_state, self.frozen_share, self.has_frozen = state, frozen_share, frozen_share > 0.0
-        if state != TRANSITION:
-            for name in self.mask_names:
-                setattr(self, name, None)
+    def calibrate_unseen(self) -> None:
+        """Set the activation values of a member that no data ever reached."""
+        raise NotImplementedError
 
     def with_idle(self, x: Tensor) -> Tensor:
         """x, with the parameters in its graph that a pending member does not use yet; in several processes only.
@@ -121,7 +132,7 @@ class Member(_Module):
         return _Keep.apply(x, *idle) if idle else x  # type: ignore[no-any-return]
 
     def _read_edges(self) -> None:
-        """Mirror the clips' edges."""
+        """Take the clips' edges as numbers."""
         raise NotImplementedError
 
     def own_tensors(self) -> dict[str, Tensor]:
@@ -129,43 +140,151 @@ class Member(_Module):
         found = {name: getattr(self, name, None) for name in self.own_names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    # ---- saving ----
+    def scales(self) -> list[Tensor]:
+        """The learnable scales."""
+        return [t for name, t in self.own_tensors().items() if name.endswith("_scale") and t.requires_grad]
+
+    # ---- the state ----
+
+    @property
+    def stage_state(self) -> str:
+        """ "pending", "transition" or "frozen"."""
+        return self.follow().stage
+
+    @property
+    def frozen_share(self) -> float:
+        """Target share of frozen entries."""
+        return self.follow().share
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether any entry is frozen."""
+        return self.follow().has_frozen
+
+    def follow(self) -> FreezeState:
+        """The state; taken from the buffers anew where somebody else wrote to them: a load, a copy, an average.
+
+        A compiled graph holds one state, and is not asked.
+        """
+        if not torch.compiler.is_compiling():
+            for name, tensor, version in self._seen:
+                now = self._buffers[name]
+                if now is not tensor or version is None or version != _version(now):
+                    self._take()
+                    break
+        return self.freezing
+
+    def _looked(self) -> None:
+        """Note which buffers, in which version, the state was taken from."""
+        buffers = ((name, self._buffers[name]) for name in ("stompp_state", *self.edge_names))
+        self._seen = [(name, buffer, _version(buffer)) for name, buffer in buffers if buffer is not None]
+
+    def _take(self) -> None:
+        """Take state, edges and masks from the buffers.
+
+        Raises:
+            CheckpointError: they hold what no run could have written.
+        """
+        if not _is_readable(self.stompp_state):
+            return  # offloaded, or a tracer's: the values are what they were
+        self.freezing.load(self.stompp_state)
+        reason = self.damage()
+        if reason is not None:
+            self._seen = [("stompp_state", self.stompp_state, None)]  # whoever asks next is told as well
+            raise CheckpointError(
+                f"{self.place.label or type(self).__name__}: {reason}. These tensors were not written by a training run: "
+                "a damaged file, a part of another model, or an average over buffers (use_buffers=True; averages are "
+                "made of parameters, buffers copied)."
+            )
+        self._read_edges()
+        self._looked()
+        self._stand(*self._due())
+
+    def _due(self) -> tuple[str, float]:
+        """State and frozen fraction that follow from the saved numbers."""
+        return self.place.state(self.freezing.step, self.freezing.total_steps)
+
+    def _stand(self, state: str, share: float) -> None:
+        """Enter a state of the progression, with its masks."""
+        self.enter(state, share)
+        if state != TRANSITION:
+            return
+        for attribute, shape in self.masked_tensors().items():
+            if attribute not in self._draws:
+                label = f"{self.place.label}.{attribute}"
+                self._draws[attribute] = SoftRefreshMask(
+                    shape.numel(), self.place.mask_seed, label, self.place.refresh_rate
+                )
+            mask, device = getattr(self, attribute), self.stompp_state.device
+            if mask is None or mask.device != device or mask.dtype != self.like.dtype:
+                mask = torch.zeros(shape, dtype=self.like.dtype, device=device)
+                setattr(self, attribute, mask)
+            self._draws[attribute].fill(mask, self.freezing.step, share)
+
+    def enter(self, state: str, share: float) -> None:
+        """Stand in a state until the buffer is written next; outside a transition the masks are dropped."""
+        freezing = self.freezing
+        freezing.stage, freezing.share, freezing.has_frozen = state, share, share > 0.0
+        self._looked()
+        if state != TRANSITION:
+            self._draws.clear()
+            for name in self.mask_names:
+                setattr(self, name, None)
+
+    def advance(self, step: int, total: int) -> None:
+        """Stand where the progression is after `step` of `total` updates, with starting values that come from latents.
+
+        The buffer is written by `write_states`, for all members of a model at once.
+        """
+        freezing = self.follow()
+        freezing.step, freezing.total_steps, freezing.fingerprint = step, total, self.place.fingerprint
+        state, share = self.place.state(step, total)
+        if state != PENDING:
+            self.calibrate_weight()
+        self._stand(state, share)
+
+    def begin_anew(self) -> None:
+        """Stand before the first step, with the starting values as they are."""
+        self.freezing.step = self.freezing.total_steps = 0
+        self.write_state()
+        self.enter(PENDING, 0.0)
 
     def write_state(self) -> None:
-        """Put the Python mirrors into the buffer that is saved, unless a load is still to set them from it."""
-        values = [
-            *(int(self.weight_ready), int(self.activation_ready), int(self.activation_offset)),
-            *(self.total_steps, self.step, self.fingerprint),
-        ]
-        if self.state_read and not self.stompp_state.is_meta:
-            self.stompp_state.copy_(torch.tensor(values, dtype=torch.int64))
+        """Put the state into the buffer that is saved."""
+        if not self.stompp_state.is_meta:
+            self.stompp_state.copy_(torch.tensor(self.freezing.saved()))
+        self._looked()
 
-    def read_state(self) -> None:
-        """Put the saved buffer into the Python mirrors (after loading)."""
-        if self.stompp_state.is_meta:
-            return
-        weight, activation, offset, total, step, fingerprint = self.stompp_state.tolist()
-        self.weight_ready, self.activation_ready = bool(weight), bool(activation)
-        self.activation_offset = float(offset)
+    def _wrote(self) -> None:
+        """After own writes into state and tensors: take the edges, and save the state."""
         self._read_edges()
-        self.total_steps, self.step, self.fingerprint = total, step, fingerprint
-        self.state_read = True
+        self.write_state()
+
+    def _refuse_infinite(self, values: ActivationValues) -> None:
+        if not values.is_finite():
+            raise NonFiniteError(
+                f"what enters {self.place.label or 'this layer'} is not finite where its stage begins; its scale would stay "
+                "so for good. Look at the data, or lower the learning rate; then resume from the last checkpoint."
+            )
 
     def damage(self) -> str | None:
-        """What is wrong with loaded tensors that have the right shapes, or None."""
+        """What is wrong with tensors that have the right shapes, or None."""
         own = {name: tensor for name, tensor in self.own_tensors().items() if not tensor.is_meta}
         for name, tensor in own.items():
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
                 return f"{name} holds NaN"
-        if "stompp_state" in own:
-            weight, activation, offset, total, step, _ = own["stompp_state"].tolist()
-            if not {weight, activation, offset} <= {0, 1} or total < 0 or step < 0:
-                return f"stompp_state holds {[weight, activation, offset, total, step]}"
-        return None
+        if "stompp_state" not in own:
+            return None
+        found = FreezeState()
+        found.load(own["stompp_state"])
+        began = self.place.state(found.step, found.total_steps)[0] != PENDING
+        if began and not found.weight_ready and self._needs_weight_values:
+            return "its stage has begun, and its weight scale was never set"
+        return found.damage()
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.write_state()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    _needs_weight_values = False
+
+    # ---- saving ----
 
     def _load_from_state_dict(
         self,
@@ -182,29 +301,13 @@ class Member(_Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if found:
-            reason = self.damage()
-            if reason is not None:
-                error_msgs.append(f"{prefix.removesuffix('.')}: {reason}.")
-                return
-            self.read_state()
+            try:
+                self._take()
+            except CheckpointError as error:
+                error_msgs.append(str(error))
         else:  # a checkpoint of the plain model: our own tensors keep their values, and their absence is no error
             own = {prefix + name for name in self.own_names}
             missing_keys[:] = [key for key in missing_keys if key not in own]
-
-    @contextlib.contextmanager
-    def values_kept(self) -> Iterator[None]:
-        """Restore calibrated values, flags and state on leaving the block."""
-        tensors = {name: tensor.detach().clone() for name, tensor in self.own_tensors().items()}
-        names = (*self.mirror_names, *self.mask_names, "stage_state", "frozen_share", "has_frozen", "observer")
-        mirrors = {name: getattr(self, name) for name in names}
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in tensors.items():
-                    getattr(self, name).copy_(value)
-            for name, value in mirrors.items():
-                setattr(self, name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)
@@ -212,4 +315,47 @@ class Member(_Module):
             mask = getattr(self, name, None)
             if mask is not None:  # masks are no buffers: nothing saves or broadcasts them, so they move by hand
                 setattr(self, name, fn(mask))
+        self._looked()  # the same numbers elsewhere
         return result
+
+    @contextlib.contextmanager
+    def values_kept(self) -> Iterator[None]:
+        """Restore starting values and state on leaving the block."""
+        self.follow()
+        tensors = {name: tensor.detach().clone() for name, tensor in self.own_tensors().items()}
+        freezing, observer = replace(self.freezing), self.observer
+        draws, masks = dict(self._draws), {name: getattr(self, name) for name in self.mask_names}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in tensors.items():
+                    getattr(self, name).copy_(value)
+            self.freezing, self.observer, self._draws = freezing, observer, draws
+            self._read_edges()
+            self._looked()
+            for name, mask in masks.items():
+                setattr(self, name, mask)
+
+
+def write_states(members: list[Member]) -> None:
+    """Put the states of members into their buffers, with one transfer a device."""
+    by_device: dict[torch.device, list[Member]] = {}
+    for member in members:
+        if not member.stompp_state.is_meta:
+            by_device.setdefault(member.stompp_state.device, []).append(member)
+    for device, found in by_device.items():
+        values = torch.tensor([member.freezing.saved() for member in found]).to(device)
+        torch._foreach_copy_([member.stompp_state for member in found], list(values))
+    for member in members:
+        member._looked()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written; None for those that do not count it, which are taken anew each time."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a buffer has numbers of its own: not offloaded, and no tracer's stand-in."""
+    return type(tensor) is Tensor and not tensor.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

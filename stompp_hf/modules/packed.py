@@ -71,6 +71,9 @@ class PackedMember(Member):
             )
         super().enter(state, frozen_share)
 
+    def _due(self) -> tuple[str, float]:
+        return FROZEN, 1.0  # whatever step it was packed at
+
     def masked_tensors(self) -> dict[str, torch.Size]:
         return {}  # nothing is ever in transition
 

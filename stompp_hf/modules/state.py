@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..sharding import assign, whole
-from .calibration import ActivationValues, Observer, activation_values
+from .calibration import ActivationValues, Observer, activation_values, unseen_values
 from .member import Member
 from .product import Product
 
@@ -36,7 +37,7 @@ class LayerState(Member):
 
     own_names: ClassVar[tuple[str, ...]] = OWN_TENSORS
     mask_names = ("weight_mask", "activation_mask")
-    mirror_names = ("weight_ready", "activation_ready", "activation_offset", "weight_edge", "input_edges")
+    edge_names = ("weight_clip", "activation_low", "activation_high")
 
     weight: Tensor
     bias: Any  # a parameter or None; plain classes declare it in different ways
@@ -64,19 +65,26 @@ class LayerState(Member):
 
     def calibrate_weight(self) -> None:
         """Set the weight's scale and clip from the latents: s = mean |w|, c = WEIGHT_CLIP_MARGIN * max |w|."""
-        if self.weight_ready:
+        if self.follow().weight_ready:
             return
         config = self.stompp_config
         with torch.no_grad():
             size = whole(self.weight).abs()
+            if not bool(size.isfinite().all()):
+                raise NonFiniteError(
+                    f"the latent weight of {self.place.label or 'this layer'} is not finite where its stage begins. Lower "
+                    "the learning rate, or clip gradients (max_grad_norm); then resume from the last checkpoint."
+                )
             if config.weight_scale != "none":
                 channel = self.product.channel_dim
                 others = [d for d in range(size.dim()) if d != channel or config.weight_scale == "tensor"]
                 assign(self.weight_scale, size.to(torch.float64).mean(others).reshape(self.weight_scale.shape))
             if config.weight_clip is None:
                 self.weight_clip.copy_((size.max() * WEIGHT_CLIP_MARGIN).reshape(1))
-        self.weight_ready = True
-        self._read_edges()
+        self.freezing.weight_ready = 1
+        self._wrote()
+
+    _needs_weight_values = True
 
     @property
     def needs_activation_values(self) -> bool:
@@ -93,12 +101,16 @@ class LayerState(Member):
         """Set the activation's values from rows of this layer's input, (rows, features)."""
         config = self.stompp_config
         values = activation_values(rows, config.activation_threshold, config.activation_levels, self.input_producer)
+        self._refuse_infinite(values)
         self._set_activation(values)
-        self.activation_ready = True
 
     def calibrate_observed(self, observer: Observer, first_call: bool = False) -> None:
         features = self.product.features(self.weight)
         self.calibrate_activation(observer.rows[0] if first_call else observer.seen(features, self.weight))
+
+    def calibrate_unseen(self) -> None:
+        config, features = self.stompp_config, self.product.features(self.weight)
+        self._set_activation(unseen_values(whole(self.weight), features, config.activation_levels, self.input_producer))
 
     def _set_activation(self, values: ActivationValues) -> None:
         config = self.stompp_config
@@ -110,8 +122,8 @@ class LayerState(Member):
             if self.activation_low is not None and self.activation_high is not None and config.activation_clip is None:
                 self.activation_low.copy_(values.low)
                 self.activation_high.copy_(values.high)
-        self.activation_offset = values.offset
-        self._read_edges()
+        self.freezing.activation_ready, self.freezing.activation_offset = 1, int(values.offset)
+        self._wrote()
 
     def _read_edges(self) -> None:
         self.weight_edge = finite_edge(self.weight_clip)
