@@ -236,16 +236,15 @@ class StoMPPTrainerCallback(TrainerCallback):
                     f"(seen at {name}): binarize the model with the StoMPPConfig in the checkpoint's config.json, or "
                     "load it from there with from_pretrained, which needs no binarize_model."
                 )
-            if layer.step < step:
+            if layer.step < min(step, layer.total_steps):
                 raise CheckpointError(
                     f"{name} was saved at step {layer.step}, and the checkpoint's trainer_state.json says {step}: its "
                     "files do not belong together. Resume from another checkpoint."
                 )
 
     def _place(self, global_step: int) -> int:
-        if not self._holds_complete:
-            return global_step
-        return self._stands or max(global_step, self._required().total_steps)
+        total = self._required().total_steps
+        return (self._stands or total) if self._holds_complete else min(global_step, total)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._required().step(self._place(state.global_step))

@@ -79,9 +79,9 @@ class Held:
         config, limit = dynamo.config, self._limit
         wider = {"recompile_limit": limit, "accumulated_recompile_limit": 16 * limit}
         wider = {name: max(getattr(config, name), value) for name, value in wider.items()}
-        with config.patch(fail_on_recompile_limit_hit=True, **wider):
-            with dynamo.set_stance("force_eager") if self._looks else contextlib.nullcontext():
-                yield
+        stance = dynamo.set_stance("force_eager") if self._looks else contextlib.nullcontext()
+        with stance, config.patch(fail_on_recompile_limit_hit=True, **wider):
+            yield
 
     def release(self) -> None:
         """Let go of the calls."""

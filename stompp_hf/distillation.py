@@ -15,7 +15,6 @@ from torch.nn.functional import kl_div, log_softmax, logsigmoid, mse_loss
 
 from .compiling import forget_graphs
 from .errors import ConfigError, DistillationError
-from .modules import PENDING
 from .plan import get_plan, members, planned_model
 from .structure import block_of
 

@@ -1,9 +1,9 @@
 """The soft-refresh mask of one tensor: which entries are frozen, as a pure function of (seed, tensor, step, p).
 
 Each entry owns a uniform draw U, and is frozen while U < p. Entries lie in blocks of r, and each step replaces the draw
-of one entry in every block, so 1/r of all entries are redrawn a step and an entry that froze early can thaw. Where a
-block begins is drawn once for each block: otherwise a step would redraw whole columns of a weight whose width r divides,
-and the same features of the activation. Since every entry is redrawn exactly once in any r consecutive steps, the draws
+of one entry in every block, so 1/r of all entries are redrawn a step and an entry that froze early can thaw. Each block
+has a phase of its own: else a step would redraw whole columns of a weight whose width is a multiple of r, and the same
+features of the activation. Since every entry is redrawn exactly once in any r consecutive steps, the draws
 at step t are those of the steps t - r + 1 ... t, and nothing has to be saved: a resumed run replays r steps of draws.
 """
 

@@ -1,7 +1,6 @@
 """Progression: from (step, total steps) to the state of every stage. Drives the masks; knows no Trainer."""
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -100,8 +99,8 @@ class Progression:
         known.pop(0, None)
         if len(known) > 1:
             raise CheckpointError(
-                f"the parts of this model were trained by progressions of {' and '.join(map(str, sorted(known)))} steps, "
-                "and cannot go on together. Train each by itself, or restore_model and binarize them together."
+                f"parts of this model were trained by progressions of {' and '.join(map(str, sorted(known)))} "
+                "steps, and cannot go on together. Train each by itself, or restore_model and binarize them together."
             )
         saved, step = next(iter(known.items()), (0, 0))
         if saved in (0, asked):
@@ -173,14 +172,14 @@ class Progression:
 
         Raises:
             ConfigError: no step of this progression.
-            NonFiniteError: an activation seen by the sampled check was NaN or infinite, or the values that a stage is to
-                start from are.
+            NonFiniteError: an activation seen by the sampled check was NaN or infinite, or the values that a stage is
+                to start from are.
             NotCalibratedError: nothing but padding reached a layer while its stage froze.
         """
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= self.total_steps:
             raise ConfigError(
-                f"Progression.step({step!r}): a step is a whole number from 0 to total_steps={self.total_steps}, the state "
-                "after so many updates. Behind the end everything is frozen, and stays so: call step no more."
+                f"Progression.step({step!r}): a step is a whole number from 0 to total_steps={self.total_steps}, the "
+                "state after so many updates. Behind the end everything is frozen, and stays so: call step no more."
             )
         reshard(self.model)
         self._read_checks()
@@ -254,9 +253,8 @@ class Progression:
         """A window is over, the model was trained meanwhile, and nothing that counts reached the layer."""
         if what == SAW_PADDING:
             raise NotCalibratedError(
-                f"{name}: its stage froze in steps {self.windows[name].begin} to {self.windows[name].end}, in which it saw "
-                "nothing but padding, so its activation values have nothing to start from. Look at the attention_mask of "
-                "the data, or give the stage more steps (fewer stages, a longer run)."
+                f"{name}: its stage froze before step {self._closes(name)}, and meanwhile it saw nothing but padding, so "
+                "its activation values have nothing to start from. Look at the attention_mask of the data, or give the stage more steps (fewer stages, a longer run)."
             )
         logger.warning(
             "%s: no input reached it while its stage froze (an expert that got no token?). It starts from values that "

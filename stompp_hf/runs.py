@@ -13,10 +13,10 @@ from typing import Any
 
 from .errors import CheckpointError, RunError, StoMPPError
 from .plan import Plan, get_plan
-from .windows import Window
 from .quantization_config import StoMPPQuantizationConfig
 from .schedules import frozen_fraction
 from .tensor_files import read_tensors
+from .windows import Window
 
 RECORD = "run.json"
 STATE = "trainer_state.json"

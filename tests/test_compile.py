@@ -139,7 +139,7 @@ def test_steps_that_look_at_activations_run_eager_and_only_those(monkeypatch):
         return set_stance(stance)
 
     monkeypatch.setattr(torch._dynamo, "set_stance", noted)
-    for step in range(TOTAL):  # noqa: B007  # `noted` reads it
+    for step in range(TOTAL):  # `noted` reads it
         progression.step(step)
         model(**BERT.batch(step)).loss.backward()
         assert torch._dynamo.eval_frame._stance.stance == "default"

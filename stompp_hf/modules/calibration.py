@@ -36,8 +36,8 @@ class Watch:
     """What all observers of one model know of its forward.
 
     masks: which positions are padding; trains: whether the model was called for training, also where a part of it runs
-    without gradients (activation checkpointing); ran: whether it was called for training at all; by_hand: somebody shows
-    data on purpose, whatever it is called for.
+    without gradients (activation checkpointing); ran: whether it was called for training at all; by_hand: data are shown
+    on purpose, whatever the model is called for.
     """
 
     masks: list[Tensor] = field(default_factory=list)
@@ -142,8 +142,8 @@ def one_sided(producer: str | None) -> bool:
 def unseen_values(weight: Tensor, features: int, levels: str, producer: str | None) -> ActivationValues:
     """Values for a layer that no data reached, from its weight: an input of the size that it is made for.
 
-    Forward:  a = sqrt(2 / pi) / (sqrt(features) * rms(w)), the mean size of a normal input whose outputs have a variance
-              of 1; b = 0; {-a, a}, or {0, 2a} with b = a for one-sided inputs; no clip
+    Forward:  a = sqrt(2 / pi) / (sqrt(features) * rms(w)), the mean size of a normal input whose outputs have
+              variance 1; b = 0; {-a, a}, or {0, 2a} with b = a for one-sided inputs; no clip
     Source:   this library's choice.
     """
     size = weight.detach().to(torch.float32).square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)

@@ -42,7 +42,7 @@ class FreezeState:
     def damage(self) -> str | None:
         """Which numbers no run could have written, or None."""
         flags = {self.weight_ready, self.activation_ready, self.activation_offset}
-        if not flags <= {0, 1} or not 0 <= self.step or self.total_steps < 0:
+        if not flags <= {0, 1} or not self.step >= 0 or self.total_steps < 0:
             return f"stompp_state holds {self.saved()[:5]}"
         return None
 

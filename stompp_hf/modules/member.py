@@ -192,9 +192,9 @@ class Member(_Module):
         if reason is not None:
             self._seen = [("stompp_state", self.stompp_state, None)]  # whoever asks next is told as well
             raise CheckpointError(
-                f"{self.place.label or type(self).__name__}: {reason}. These tensors were not written by a training run: "
-                "a damaged file, a part of another model, or an average over buffers (use_buffers=True; averages are "
-                "made of parameters, buffers copied)."
+                f"{self.place.label or type(self).__name__}: {reason}. No training run wrote these tensors: they are of a "
+                "damaged file, or of another model, or an average with use_buffers=True; average the parameters, and copy "
+                "the buffers."
             )
         self._read_edges()
         self._looked()
@@ -263,8 +263,8 @@ class Member(_Module):
     def _refuse_infinite(self, values: ActivationValues) -> None:
         if not values.is_finite():
             raise NonFiniteError(
-                f"what enters {self.place.label or 'this layer'} is not finite where its stage begins; its scale would stay "
-                "so for good. Look at the data, or lower the learning rate; then resume from the last checkpoint."
+                f"what enters {self.place.label or 'this layer'} is not finite where its stage begins; its scale would "
+                "stay so for good. Look at the data, or lower the learning rate; then resume from the last checkpoint."
             )
 
     def damage(self) -> str | None:

@@ -72,8 +72,8 @@ class LayerState(Member):
             size = whole(self.weight).abs()
             if not bool(size.isfinite().all()):
                 raise NonFiniteError(
-                    f"the latent weight of {self.place.label or 'this layer'} is not finite where its stage begins. Lower "
-                    "the learning rate, or clip gradients (max_grad_norm); then resume from the last checkpoint."
+                    f"the latent weight of {self.place.label or 'this layer'} is not finite where its stage begins. "
+                    "Lower the learning rate, or clip gradients (max_grad_norm); then resume from the last checkpoint."
                 )
             if config.weight_scale != "none":
                 channel = self.product.channel_dim
