@@ -253,8 +253,9 @@ class Progression:
         """A window is over, the model was trained meanwhile, and nothing that counts reached the layer."""
         if what == SAW_PADDING:
             raise NotCalibratedError(
-                f"{name}: its stage froze before step {self._closes(name)}, and meanwhile it saw nothing but padding, so "
-                "its activation values have nothing to start from. Look at the attention_mask of the data, or give the stage more steps (fewer stages, a longer run)."
+                f"{name}: its stage froze before step {self._closes(name)}, and until then it saw nothing but padding: "
+                "its activation values have nothing to start from. Look at the attention_mask of the data, or give the "
+                "stage more steps (fewer stages, a longer run)."
             )
         logger.warning(
             "%s: no input reached it while its stage froze (an expert that got no token?). It starts from values that "

@@ -36,8 +36,8 @@ class Watch:
     """What all observers of one model know of its forward.
 
     masks: which positions are padding; trains: whether the model was called for training, also where a part of it runs
-    without gradients (activation checkpointing); ran: whether it was called for training at all; by_hand: data are shown
-    on purpose, whatever the model is called for.
+    without gradients (activation checkpointing); ran: whether it was called for training at all; by_hand: data are
+    shown on purpose, whatever the model is called for.
     """
 
     masks: list[Tensor] = field(default_factory=list)
