@@ -136,7 +136,7 @@ class BinaryLayer(KeptWeight, LayerState):
                 return self._unfrozen(x)  # an expert without a token: there is nothing to be binary
             raise NotCalibratedError(
                 f"{type(self).__name__} (stage state {freezing.stage}) has no activation values yet: they are set "
-                "by the first training step of its stage. Call stompp_hf.calibrate(model, batches) to set them from data now."
+                "by the first training step of its stage. Call stompp_hf.calibrate(model, batches) to set them now."
             )
         if freezing.stage == FROZEN:
             return self._frozen(x)

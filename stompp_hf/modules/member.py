@@ -192,9 +192,9 @@ class Member(_Module):
         if reason is not None:
             self._seen = [("stompp_state", self.stompp_state, None)]  # whoever asks next is told as well
             raise CheckpointError(
-                f"{self.place.label or type(self).__name__}: {reason}. No training run wrote these tensors: they are of "
-                "a damaged file, or of another model, or an average with use_buffers=True; average the parameters, and "
-                "copy the buffers."
+                f"{self.place.label or type(self).__name__}: {reason}. No training run wrote these tensors: they are "
+                "of a damaged file, or of another model, or an average with use_buffers=True. Average parameters, and "
+                "copy buffers."
             )
         self._read_edges()
         self._looked()
