@@ -55,22 +55,21 @@ class Held:
 
     def __init__(self, model: nn.Module, members: int) -> None:
         self._model, self._limit, self._looks = model, 16 + GRAPHS_A_MEMBER * members, False
-        self._held: dict[int, Callable[[], None]] = {}
+        self._searched, self._held = False, list[Callable[[], None]]()
 
     def renew(self, looks: bool) -> None:
-        """Before a step; `looks`: there are hooks on layers in this step. Does nothing while nothing is compiled."""
+        """Before a step; `looks`: there are hooks on layers in this step."""
         self._looks = looks
-        if "torch._dynamo" in sys.modules and (looks or not self._held):
-            for module in self._compiled():
-                if id(module) not in self._held:
-                    self._held[id(module)] = _around(module, self._settings)
+        if not self._searched and _asked():
+            self._held = [_around(module, self._settings) for module in self._compiled()]
+        self._searched = True
 
     def _compiled(self) -> list[nn.Module]:
         """The compiled modules in the model, and the wrappers that torch.compile put around it or parts of it."""
         inside = set(self._model.modules())
         found = [module for module in inside if getattr(module, "_compiled_call_impl", None) is not None]
         wrapper: Any = sys.modules["torch._dynamo"].eval_frame.OptimizedModule
-        wrappers = [one for one in gc.get_objects() if type(one) is wrapper]  # nothing in a model leads to its wrapper
+        wrappers = [one for one in gc.get_referrers(wrapper) if type(one) is wrapper]  # a model does not know its own
         return found + [one for one in wrappers if not inside.isdisjoint(one.modules())]
 
     @contextlib.contextmanager
@@ -85,9 +84,15 @@ class Held:
 
     def release(self) -> None:
         """Let go of the calls."""
-        for undo in self._held.values():
+        for undo in self._held:
             undo()
-        self._held.clear()
+        self._searched, self._held = False, []
+
+
+def _asked() -> bool:
+    """Whether anything was given to torch.compile in this process: to look for it takes a while."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    return dynamo is not None and any(one is not None for one in dynamo.eval_frame.cached_backends.values())
 
 
 def _around(module: Any, settings: Callable[[], Any]) -> Callable[[], None]:
