@@ -19,7 +19,7 @@ from .comparing import output_difference
 from .errors import CheckpointError, StoMPPError
 from .inspecting import inspect
 from .model_card import write_model_card
-from .onnx_export import export_onnx
+from .onnx_export import CHOICES, export_onnx
 from .packing import pack_model, unpack_model
 from .plan import FLOAT32, STORED
 from .remote_code import add_remote_code
@@ -101,7 +101,9 @@ def parser() -> argparse.ArgumentParser:
     card = command("card", _card, "write README.md: how to load it, what is binary, sizes, metrics")
     card.add_argument("--base-model", help="the model on the hub that this one was made from")
     card.add_argument("--metric", action="append", type=_metric, default=[], metavar="NAME=VALUE")
-    command("export-onnx", _export, "an ONNX file of standard operators, 8 weights a byte", "the file")
+    exported = command("export-onnx", _export, "an ONNX file, 8 weights a byte, signs summed as integers", "the file")
+    for option, choices in CHOICES.items():
+        exported.add_argument(f"--{option.replace('_', '-')}", choices=choices, default=choices[0], help="as export_onnx")
     add_report(commands).set_defaults(run=_report)
     env = commands.add_parser("env", help="versions, and which kernels compute packed layers, and why")
     env.set_defaults(run=lambda args: environment())
@@ -132,7 +134,7 @@ def _card(args: argparse.Namespace) -> Any:
 
 
 def _export(args: argparse.Namespace) -> Any:
-    path = export_onnx(load(args.source), args.target)
+    path = export_onnx(load(args.source), args.target, **{option: getattr(args, option) for option in CHOICES})
     return f"{path}: {path.stat().st_size:,} bytes"
 
 

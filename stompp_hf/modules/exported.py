@@ -1,10 +1,11 @@
 """The forms that packed members take while a graph of the model is recorded: plain operators, and no autograd function.
 
 A recorded graph must compute what the packed layer does wherever it runs, so each step is an operator of which every
-runtime has the same idea: >= and Where for signs (an exact comparison: no difference that could underflow), a table
-look-up for bits, and Round after every sum of signs.
+runtime has the same idea: >= for signs (an exact comparison: no difference that could underflow), a table look-up for
+bits, and sums of whole numbers.
 """
 
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,11 +14,14 @@ from torch.nn import functional as F
 
 from .attention import BinaryAttention
 from .binary_matmul import Operand
+from .conv import ConvProduct
+from .exported_operators import BLOCK, matmul_2_bits, matmul_integer
+from .exported_products import ExportedProduct, choice_above, exported_product, signed_codes, unsigned_codes
 from .member import Member
 from .packed import PackedAttention, PackedEmbedding, PackedLayer
 
-SIGN_TABLE = "sign_table"
-"""Name of the buffer, one for all members, that holds the 8 signs of each byte."""
+SIGN_TABLE, CODE_TABLE = "sign_table", "code_table"
+"""Names of buffers, one for all members: the 8 signs of each byte, and their 8 codes of 2 bits."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -28,60 +32,98 @@ def sign_table() -> Tensor:
     return ((bytes_ >> places & 1) * 2 - 1).to(torch.int8)
 
 
-def signs_above(u: Tensor, threshold: Tensor | None, offset: float = 0.0) -> Tensor:
-    """offset + sign(u - b), with sign(0) = +1, as a choice between two constants; NaN counts as -1."""
-    above = u >= (0.0 if threshold is None else threshold)
-    return torch.where(above, u.new_full((), offset + 1.0), u.new_full((), offset - 1.0))
+def code_table() -> Tensor:
+    """For each byte the 2 bytes, uint8 (256, 2), in which a sign is the 2 bits 2 + sign(w), the first the lowest."""
+    codes = (sign_table().long() + 2).unflatten(1, (2, 4)) << 2 * torch.arange(4)
+    return codes.sum(-1).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How products are written (`export_onnx` says what each option does), and the tables of the graph."""
+
+    integers: bool
+    stored_as_bits: bool
+    two_bits: bool
+    signs: Tensor
+    codes: Tensor
 
 
 class _Exported(PackedLayer):
+    form: Form
+
     def _unpacked(self, bits: Tensor, count: int) -> Tensor:
-        """+1 and -1, float32 (..., count), from bits (..., bytes)."""
+        """+1 and -1, int8 (..., count), from bits (..., bytes)."""
         table: Tensor = getattr(self, SIGN_TABLE)
-        return F.embedding(bits.int(), table).flatten(-2)[..., :count].float()
-
-    def _signs(self) -> Tensor:
-        """sign(w), laid out as the weight is."""
-        bits = self._bits()
-        return self._unpacked(bits.bits, bits.fan_in).unflatten(1, bits.row).movedim(0, bits.channel_dim)
-
-    def binary_weight(self) -> Tensor:
-        return self._signs() * self._weight_shaped(self.weight_scale)
+        return F.embedding(bits.int(), table).flatten(-2)[..., :count]
 
 
 class ExportedLayer(_Exported):
     """A packed layer, recorded.
 
-    Forward:  z = round(product(where(x >= b, 1, -1), sign(w)));  y = z * (s * a) + (bias + s * a * offset * row sums)
+    Forward:  z = product(sign(x - b), sign(w)), exact;  y = z * (s * a) + (bias + s * a * offset * row sums)
               with a real input: y = product(x, sign(w)) * s + bias
-    Source:   z is a sum of whole numbers, so rounding changes nothing; it keeps a runtime's optimizer from folding the
-              scale into the weight, which would make the sum inexact, and undoes an inexact convolution (Winograd).
     """
 
     scale: Tensor
     shift: Tensor | None
+    written: ExportedProduct
 
-    def begin(self) -> None:
-        """Compute scale and shift once, as the frozen layer computes them."""
-        scale, shift = self.weight_scale.detach(), None if self.bias is None else self.bias.detach()
-        if self.activation_scale is not None:
-            scale = scale * self.activation_scale.detach()
-        if self.activation_scale is not None and self.activation_offset:
-            lift = scale * (self._bits().row_sums(scale.dtype) * self.activation_offset)
-            shift = lift if shift is None else shift + lift
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
+    def begin(self, form: Form) -> None:
+        """Compute scale and shift once, as the frozen layer computes them, and choose how the product is written."""
+        self.form = form
+        scale, shift = self.scale_and_shift()
+        every = scale.detach().expand(self.weight_bits.shape[0]).clone()
+        self.register_buffer("scale", every, persistent=False)
+        self.register_buffer("shift", None if shift is None else shift.detach(), persistent=False)
+        self.written = exported_product(self.product, self.weight_shape, form.integers and self._is_binary)
+        if not form.stored_as_bits and not self._in_two_bits:
+            operand = self.written.weight(self._rows()).contiguous()
+            self.register_buffer("weight_signs", operand, persistent=False)
+
+    @property
+    def _is_binary(self) -> bool:
+        return self.activation_scale is not None
+
+    @property
+    def _in_two_bits(self) -> bool:
+        return self.form.two_bits and not self._is_binary and not isinstance(self.product, ConvProduct)
+
+    def _rows(self) -> Tensor:
+        """sign(w), int8 (out, in, taps)."""
+        bits = self._bits()
+        features = self.weight_shape[self.product.feature_dim]
+        return self._unpacked(bits.bits, bits.fan_in).unflatten(1, (features, bits.fan_in // features))
+
+    def _operand(self) -> Tensor:
+        return self.written.weight(self._rows()) if self.form.stored_as_bits else self.weight_signs
+
+    def binary_weight(self) -> Tensor:
+        signs = ExportedProduct(self.written.kernel).weight(self._rows()).float()
+        return signs.movedim(0, self.product.channel_dim) * self._weight_shaped(self.weight_scale.detach())
 
     def _frozen(self, x: Tensor) -> Tensor:
-        product, weight = self._product_of(x), self._signs()
-        if self.activation_scale is None:
-            z = product(x, weight)
-        else:
+        product = self._product_of(x)
+        if isinstance(product, ConvProduct) and x.dim() == len(product.stride) + 1:
+            return self._frozen(x.unsqueeze(0)).squeeze(0)
+        if self._is_binary:
             threshold = self.activation_threshold
-            codes = signs_above(x, None if threshold is None else product.per_feature(threshold, x))
-            z = product(codes, weight, self._pad_level() - self.activation_offset).round()
-        y = z * product.per_channel(self.scale, z)
+            threshold = None if threshold is None else product.per_feature(threshold, x)
+            z = self.written.sums(x, threshold, self._operand(), product, self._pad_level() - self.activation_offset)
+            y = self.written.scaled(z, self.scale, product)
+        elif self._in_two_bits:
+            y = self._by_two_bits(x)
+        else:
+            z = product(x, self._operand().float().movedim(0, product.channel_dim))
+            y = z * product.per_channel(self.scale, z)
         return y if self.shift is None else y + product.per_channel(self.shift, y)
+
+    def _by_two_bits(self, x: Tensor) -> Tensor:
+        table: Tensor = getattr(self, CODE_TABLE)
+        blocks = -(-x.shape[-1] // BLOCK)
+        bits = F.pad(self.weight_bits, (0, blocks * BLOCK // 8 - self.weight_bits.shape[1]))
+        codes = F.embedding(bits.int(), table).flatten(1).unflatten(1, (blocks, BLOCK // 4))
+        return matmul_2_bits(x, codes, self.scale[:, None].expand(-1, blocks).contiguous())
 
 
 class ExportedEmbedding(_Exported, PackedEmbedding):
@@ -89,34 +131,48 @@ class ExportedEmbedding(_Exported, PackedEmbedding):
 
     scale: Tensor
 
-    def begin(self) -> None:
+    def begin(self, form: Form) -> None:
         """Compute the rows' scales once."""
         self.register_buffer("scale", self._row_scales().detach(), persistent=False)
 
     def _frozen(self, x: Tensor) -> Tensor:
-        return self._unpacked(F.embedding(x, self.weight_bits), self.embedding_dim) * F.embedding(x, self.scale)
+        rows = self._unpacked(F.embedding(x, self.weight_bits), self.embedding_dim)
+        return rows.float() * F.embedding(x, self.scale)
+
+    def binary_weight(self) -> Tensor:
+        return self._unpacked(self.weight_bits, self.embedding_dim).float() * self.scale
 
 
 class ExportedAttention(PackedAttention):
     """Binary attention, recorded: the same sums as `binary_matmul`."""
 
+    form: Form
+
     def _product(self, left: Operand, right: Operand, factor: Tensor | None = None) -> Tensor:
-        codes = signs_above(left.u, left.threshold, left.offset)
-        codes = codes if factor is None else codes * factor
-        z = codes.matmul(signs_above(right.u, right.threshold)).round()
+        if self.form.integers:
+            codes, zero = unsigned_codes(left.u, left.threshold), int(1 - left.offset)
+            if factor is not None:  # 0 or 1
+                codes = torch.where(factor > 0.0, codes, torch.tensor(zero, dtype=torch.uint8))
+            z = matmul_integer(codes, signed_codes(right.u, right.threshold), zero).float()
+        else:
+            codes = choice_above(left.u, left.threshold, left.offset - 1, left.offset + 1, torch.float32)
+            codes = codes if factor is None else codes * factor
+            z = codes.matmul(choice_above(right.u, right.threshold, -1, 1, torch.float32)).round()
         return z * (left.scale * right.scale)
 
     def _levels(self, operand: Operand) -> Tensor:
-        return signs_above(operand.u, operand.threshold, operand.offset) * operand.scale
+        low, high = operand.offset - 1, operand.offset + 1
+        return choice_above(operand.u, operand.threshold, low, high, torch.float32) * operand.scale
 
 
-def export_form(member: Member, table: Tensor) -> None:
+def export_form(member: Member, form: Form) -> None:
     """Give a packed member, in place, the form to be recorded. There is no way back: do it to a copy."""
     changed: Any = member
     if isinstance(member, BinaryAttention):
-        changed.__class__ = ExportedAttention
+        changed.__class__, changed.form = ExportedAttention, form
         return
-    form = ExportedEmbedding if isinstance(member, PackedEmbedding) else ExportedLayer
-    changed.__class__ = type(f"Exported{type(member).__name__}", (form, type(member)), {})
-    changed.register_buffer(SIGN_TABLE, table, persistent=False)
-    changed.begin()
+    written = ExportedEmbedding if isinstance(member, PackedEmbedding) else ExportedLayer
+    changed.__class__ = type(f"Exported{type(member).__name__}", (written, type(member)), {})
+    changed.register_buffer(SIGN_TABLE, form.signs, persistent=False)
+    changed.register_buffer(CODE_TABLE, form.codes, persistent=False)
+    changed.begin(form)
