@@ -103,7 +103,9 @@ def parser() -> argparse.ArgumentParser:
     card.add_argument("--metric", action="append", type=_metric, default=[], metavar="NAME=VALUE")
     exported = command("export-onnx", _export, "an ONNX file, 8 weights a byte, signs summed as integers", "the file")
     for option, choices in CHOICES.items():
-        exported.add_argument(f"--{option.replace('_', '-')}", choices=choices, default=choices[0], help="as export_onnx")
+        exported.add_argument(
+            f"--{option.replace('_', '-')}", choices=choices, default=choices[0], help="as export_onnx"
+        )
     add_report(commands).set_defaults(run=_report)
     env = commands.add_parser("env", help="versions, and which kernels compute packed layers, and why")
     env.set_defaults(run=lambda args: environment())

@@ -67,6 +67,7 @@ class ExportedLayer(_Exported):
 
     scale: Tensor
     shift: Tensor | None
+    weight_signs: Tensor
     written: ExportedProduct
 
     def begin(self, form: Form) -> None:

@@ -66,7 +66,8 @@ def matmul_2_bits(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         codes: 2 bits each, uint8 (out, blocks, BLOCK / 4).
         scale: float32 (out, blocks).
     """
-    attributes = {"K": x.shape[-1], "N": codes.shape[0], "bits": 2, "block_size": BLOCK, "accuracy_level": INT8_INPUTS}
+    sizes = {"K": x.shape[-1], "N": codes.shape[0]}
+    attributes: dict[str, Any] = {**sizes, "bits": 2, "block_size": BLOCK, "accuracy_level": INT8_INPUTS}
     shape = (*x.shape[:-1], codes.shape[0])
     name = "com.microsoft::MatMulNBits"
     return symbolic(name, (x, codes, scale), attributes, dtype=torch.float32, shape=shape, version=1)

@@ -5,7 +5,7 @@ All give the same sums, exactly. `exported_product` chooses, by what each was me
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,13 +98,16 @@ class Unfolded(_Convolution):
 
     def sums(self, x: Tensor, threshold: Tensor | None, weight: Tensor, product: Any, pad: float) -> Tensor:
         image = _padded(x, product, pad, lambda u: unsigned_codes(u, threshold), 1).movedim(1, -1)
-        steps = tuple(zip(self.kernel, product.stride, product.dilation, strict=True))
-        under = []
-        for place in itertools.product(*map(range, self.kernel)):
-            ends = (-(count - 1 - at) * apart or None for at, (count, _, apart) in zip(place, steps, strict=True))
-            window = (slice(at * apart, end, by) for at, end, (_, by, apart) in zip(place, ends, steps, strict=True))
-            under.append(image[(slice(None), *window)])
+        under = [image[window] for window in self._windows(product)]
         return matmul_integer(torch.cat(under, -1), weight).movedim(-1, 1)
+
+    def _windows(self, product: Any) -> Iterator[tuple[slice, ...]]:
+        """For each place of the kernel, what it meets of a padded image (batch, *size, channels)."""
+        sides = [
+            [slice(at * apart, -(count - 1 - at) * apart or None, by) for at in range(count)]
+            for count, by, apart in zip(self.kernel, product.stride, product.dilation, strict=True)
+        ]
+        return itertools.product([slice(None)], *sides)
 
 
 class Convolved(_Convolution):
