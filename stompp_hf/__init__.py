@@ -1,5 +1,6 @@
 """StoMPP for Hugging Face Transformers: train networks with 1-bit weights and activations, stage by stage."""
 
+from . import saving  # noqa: F401  # save_pretrained and from_pretrained ask there
 from .callback import StoMPPTrainerCallback
 from .config import StoMPPConfig
 from .distillation import Distiller

@@ -1,25 +1,35 @@
-"""Whether the tensors of a checkpoint are those that its plan promises: what is missing would be random, in silence."""
+"""Whether tensors are those that a plan promises, asked of what is to be saved and of what was loaded.
+
+What is missing would be random, in silence; a sign hides that a latent weight is not finite; a member that stands at
+another step than the others would compute something else. What is refused here when it is loaded is refused when it is
+saved, so that what is saved loads.
+"""
 
 import re
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint_files import headers
-from .errors import CheckpointError
-from .modules import Member
+from .checkpoint_files import Header
+from .errors import CheckpointError, NonFiniteError
+from .modules import BinaryLayer, Member
 from .modules.activations import RPReLU
 from .modules.int8_embedding import Int8Embedding
-from .plan import members
+from .ownership import plans_of
+from .plan import members_of
+from .sharding import everywhere, local
 
 OWNERS = {"weight_bits": Member, "stompp_state": Member, "weight_int8": Int8Embedding}
 """Tensors that no other class has."""
+OPEN_ENDED = ("_clip", "_low", "_high")
+"""Endings of tensors that are infinite where nothing is clipped."""
 BELONGS = "one of the two is not the file that belongs here."
 
 
-def name_in(modules: dict[str, Any], name: str, prefix: str) -> str | None:
+def name_in(modules: Mapping[str, Any], name: str, prefix: str) -> str | None:
     """The name that a saved module has in a model, which may have gained or lost its base model's prefix."""
     names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
     return next((name for name in names if name in modules), None)
@@ -34,20 +44,20 @@ def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def check_names(model: PreTrainedModel, files: list[str]) -> set[str]:
-    """Refuse files that hold more of a binary model than the plan knows of; returns the names of their tensors.
+def check_names(model: PreTrainedModel, found: Iterable[Header]) -> set[str]:
+    """Refuse tensors that hold more of a binary model than the plan knows of; returns the names of all.
 
     Raises:
         CheckpointError: they do; without it those tensors would be left out, and others filled at random.
     """
     prefix, modules = model.base_model_prefix, dict(model.named_modules())
     names = set()
-    for header in headers(Path(file) for file in files if str(file).endswith(".safetensors")):
+    for header in found:
         names.add(header.name)
         owner, _, own = header.name.rpartition(".")
-        found = name_in(modules, owner, prefix)
-        module = None if found is None else modules[found]
-        if found is not None and own in OWNERS and "F" in header.dtype:  # transformers would cast it
+        place = name_in(modules, owner, prefix)
+        module = None if place is None else modules[place]
+        if place is not None and own in OWNERS and "F" in header.dtype:  # transformers would cast it
             raise CheckpointError(f"{header.name} is {header.dtype} in the checkpoint, and must be of whole numbers.")
         owned = (*module.own_names, *OWNERS) if isinstance(module, Member) else OWNERS
         if module is not None and own in owned and own not in _tensors(module):
@@ -57,7 +67,7 @@ def check_names(model: PreTrainedModel, files: list[str]) -> set[str]:
     return names
 
 
-def check_tensors(model: PreTrainedModel, expected: dict[str, Tensor], names: set[str]) -> None:
+def check_loaded(model: PreTrainedModel, expected: Mapping[str, Tensor], names: set[str]) -> None:
     """Refuse a loaded model with a tensor that the files lack, or that is not what the plan says.
 
     What belongs to binary modules must be there. What is real must be if the model is of the class that was saved; to
@@ -71,27 +81,117 @@ def check_tensors(model: PreTrainedModel, expected: dict[str, Tensor], names: se
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype, or values that cannot be.
     """
-    for name, module in _converted(model).items():
-        for own, tensor in _tensors(module).items():
-            _check(f"{name}.{own}", tensor, expected[f"{name}.{own}"])
+    saved, converted = _saved(model), _converted(model)
+    loaded = {name: tensor for name, tensor in saved.items() if _was_loaded(tensor)}
+    _check_covered(expected, loaded)
+    for name, module in converted.items():
         reason = module.damage() if isinstance(module, Member) else None
         if reason is not None:
             raise CheckpointError(f"{name}: {reason}: the file is damaged, or was not written by stompp_hf.")
-    for name, tensor in _saved(model).items():
+    try:
+        _check_values(model, converted, loaded)
+    except NonFiniteError as error:
+        raise CheckpointError(f"{error} The file is damaged, or was saved after training went wrong.") from error
+    for name, tensor in saved.items():
         if isinstance(tensor, nn.Parameter):
             _check_float(name, tensor)
-    if type(model).__name__ not in (getattr(model.config, "architectures", None) or []):
-        return
+    if type(model).__name__ in (getattr(model.config, "architectures", None) or []):
+        _check_complete(model, {*loaded, *names, *(model._keys_to_ignore_on_save or [])})
+
+
+def check_written(model: PreTrainedModel, written: Mapping[str, Tensor]) -> None:
+    """Refuse to save what would be refused when it is loaded.
+
+    Args:
+        model: with a plan, or a part of one.
+        written: the state dict that is to be saved, of this model.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape or dtype than its layer says, or a wrong place.
+        NonFiniteError: a latent weight, a scale or a threshold is NaN or infinite.
+        NotBinarizedError: a binary layer was replaced or removed after binarize_model.
+    """
+    converted = _converted(model)
+    for name, module in converted.items():
+        if isinstance(module, BinaryLayer):
+            _check_own_shapes(name, module)
+    check_names(model, [Header(n, "F" if t.is_floating_point() else "I", list(t.shape), 0) for n, t in written.items()])
+    _check_covered(expected_tensors(model), written)
+    _check_values(model, converted, written)
+    _check_complete(model, {*written, *(model._keys_to_ignore_on_save or [])})
+
+
+def _check_own_shapes(name: str, layer: BinaryLayer) -> None:
+    """A weight that was resized in place has scales and thresholds of the old size."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return  # packed: it has none
+    channels = weight.shape[layer.product.channel_dim] if layer.stompp_config.weight_scale == "channel" else 1
+    sizes = {"scale": (layer.weight_scale, channels)}
+    if layer.activation_threshold is not None:
+        sizes["threshold"] = layer.activation_threshold, layer.product.features(weight)
+    for what, (tensor, size) in sizes.items():
+        if tensor.numel() != size:
+            raise CheckpointError(
+                f"{name} has a weight of shape {list(weight.shape)}, and a {what} of size {tensor.numel()}: it was "
+                "resized after binarize_model (by resize_token_embeddings, say). Change the model first and binarize "
+                "last: restore_model(model), then resize, then binarize_model(model, config)."
+            )
+
+
+def _check_covered(expected: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        if name not in held:
+            _refuse_missing(name)
+        _check(name, held[name], tensor)
+
+
+def _check_values(model: PreTrainedModel, converted: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
+    for name, module in converted.items():
+        real = isinstance(module, Member) and module.stompp_config.binarize == "nothing"
+        for own in () if real else _tensors(module):
+            tensor = held[f"{name}.{own}"]
+            if tensor.is_floating_point() and not own.endswith(OPEN_ENDED) and not _is_finite(tensor):
+                raise NonFiniteError(
+                    f"{name}.{own} holds NaN or an infinite value, which a sign would hide. Go back to the last "
+                    "checkpoint from before it became so."
+                )
+    for start, plan in plans_of(model).items():
+        root, at = model.get_submodule(start), f"{start}." if start else ""
+        places: dict[tuple[int, ...], str] = {}
+        for name in members_of(root, plan):
+            state = held[f"{at}{name}.stompp_state"]
+            if not state.is_meta:
+                places.setdefault(tuple(state.tolist()[3:]), f"{at}{name}")  # total, step, fingerprint
+        if len(places) > 1:
+            (place, name), (other_place, other) = list(places.items())[:2]
+            raise CheckpointError(
+                f"{name} stands at step {place[1]} of {place[0]} of its progression, and {other} at step "
+                f"{other_place[1]} of {other_place[0]}, or was trained by another plan: they are not of one save."
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """On all processes, where it is sharded."""
+    if tensor.is_meta:
+        return True
+    here = local(tensor)
+    total = here.sum(dtype=None if here.dtype == torch.float64 else torch.float32)  # one pass, and no memory
+    finite = total.isfinite()
+    return everywhere(finite if bool(finite) else here.isfinite().all(), tensor)
+
+
+def _check_complete(model: PreTrainedModel, names: set[str]) -> None:
+    """Everything that is real, too, must be there; what is tied to something that is there counts as such."""
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
-    excused = {*names, *(model._keys_to_ignore_on_save or [])}
-    for name, tensor in _saved(model).items():
-        if not _was_loaded(tensor) and name not in excused and not any(pattern.search(name) for pattern in ignored):
+    saved = _saved(model)
+    there = {id(tensor) for name, tensor in saved.items() if name in names}
+    for name, tensor in saved.items():
+        if name not in names and id(tensor) not in there and not any(pattern.search(name) for pattern in ignored):
             _refuse_missing(name)
 
 
 def _check(name: str, tensor: Tensor, expected: Tensor) -> None:
-    if not _was_loaded(tensor):
-        _refuse_missing(name)
     if tensor.shape != expected.shape:
         raise CheckpointError(
             f"{name} has the shape {list(tensor.shape)} in the checkpoint, and by its config.json it should have "
@@ -121,19 +221,24 @@ def _was_loaded(tensor: Tensor) -> bool:
 
 def _converted(model: PreTrainedModel) -> dict[str, Any]:
     """The modules to which binarization added tensors, by name."""
-    others = {name: m for name, m in model.named_modules() if isinstance(m, (RPReLU, Int8Embedding))}
-    return {**members(model), **others}
+    found: dict[str, Any] = {}
+    for name, plan in plans_of(model).items():
+        root, start = model.get_submodule(name), f"{name}." if name else ""
+        found |= {start + own: member for own, member in members_of(root, plan).items()}
+        found |= {start + own: m for own, m in root.named_modules() if isinstance(m, (RPReLU, Int8Embedding))}
+    return found
 
 
-def _tensors(module: Any) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module itself that a state dict holds."""
+    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    return {name: tensor for name, tensor in own.items() if name not in module._non_persistent_buffers_set}
 
 
 def _saved(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a state dict would hold; making one writes into the members' state buffers."""
+    """What a state dict holds, without making one."""
     return {
-        f"{name}.{own}": tensor
+        f"{name}.{own}" if name else own: tensor
         for name, module in model.named_modules()
         for own, tensor in _tensors(module).items()
-        if own not in module._non_persistent_buffers_set
     }

@@ -96,6 +96,22 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begin.
+
+    Raises:
+        CheckpointError: the file is damaged or cut off.
+    """
+    try:
+        with safe_open(str(path), framework="pt"):  # checks lengths, dtypes and offsets against the file
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return json.loads(file.read(size)), 8 + size
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or cut off: {error}.") from error
+
+
 def headers(files: Iterable[Path]) -> Iterator[Header]:
     """What safetensors files say of their tensors.
 
@@ -103,14 +119,7 @@ def headers(files: Iterable[Path]) -> Iterator[Header]:
         CheckpointError: a file is damaged or cut off; the message names it.
     """
     for path in files:
-        try:
-            with safe_open(str(path), framework="pt"):  # checks lengths, dtypes and offsets against the file
-                pass
-            with path.open("rb") as file:
-                values = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged or cut off: {error}.") from error
-        for name, value in values.items():
+        for name, value in read_header(path)[0].items():
             if name != "__metadata__":
                 first, last = value["data_offsets"]
                 yield Header(name, value["dtype"], value["shape"], last - first)

@@ -133,6 +133,12 @@ def _part(found: Inspection, name: str, metrics: Mapping[str, float]) -> str:
     sizes = [f"| {kind} | {size:,} |" for kind, size in found.sizes.items() if size]
     ratio = f", {found.as_float32 / max(1, found.total):.1f} times less than in float32" if found.as_float32 else ""
     held = "Bits stand in place of weights, 8 a byte." if plan.packed else "It holds latent weights, to train on."
+    without = (
+        "fills the binary layers at random"
+        if plan.packed
+        else "loads the latent weights as a model in full precision. Its answers look plausible and are not this "
+        "model's, which is worse than random ones"
+    )
     binary = f"{', '.join(kinds)}, in {plan.stage_count} stages: " + ", ".join(f"`{n}`" for n in plan.stage_names)
     if plan.config.binarize == "nothing":
         binary = "nothing, as a baseline in full precision"
@@ -142,12 +148,13 @@ def _part(found: Inspection, name: str, metrics: Mapping[str, float]) -> str:
         f"Trained with stompp_hf (StoMPP, [arXiv 2606.27759](https://arxiv.org/abs/2606.27759)). {held}",
         "",
         "```python",
+        "import stompp_hf  # registers the format: before from_pretrained, in every script",
         f"from transformers import {cls}",
-        "",
-        "import stompp_hf  # registers the format; without it transformers would fill the layers at random",
         "",
         f'model = {cls}.from_pretrained("{name}")',
         "```",
+        "",
+        f"Without the first line transformers only logs `Unknown quantization type`, and {without}.",
         "",
         f"**Binary** ({plan.config.binarize}): {binary}.",
         "",

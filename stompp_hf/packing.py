@@ -12,10 +12,11 @@ from .fusing import unfuse
 from .modules import FROZEN, BinaryLayer, Member
 from .modules.member import write_states
 from .modules.packed import PACKED_CLASSES, PackedMember
-from .plan import FLOAT32, Plan, get_plan, members, planned_model
+from .ownership import record
+from .plan import FLOAT32, Plan, get_plan, members, planned_models
 from .sharding import GATHER, refuse_sharded
 from .storage import check_real, store_real, widen
-from .surgery import cast_to_float32, record
+from .surgery import cast_to_float32
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,11 +44,19 @@ def pack_model(model: Model, *, commit: bool = False, real: str = FLOAT32) -> Mo
         NotCalibratedError: a layer has no activation values.
         NonFiniteError: a latent weight is NaN or infinite: its sign means nothing.
     """
-    root = planned_model(model)
-    refuse_sharded(root, "pack_model", GATHER)
+    refuse_sharded(model, "pack_model", GATHER)
+    planned = list(planned_models(model).values())
+    roots = [root for root in planned if not get_plan(root).packed] or planned
+    for root in roots:
+        _check(get_plan(root), members(root), commit)
+        check_real(root, real)
+    for root in roots:
+        _pack(root, real)
+    return model
+
+
+def _pack(root: nn.Module, real: str) -> None:
     plan, found = get_plan(root), members(root)
-    _check(plan, found, commit)
-    check_real(root, real)
     if any(member.stage_state != FROZEN for member in found.values()):
         total = max(1, *(member.total_steps for member in found.values()))
         for member in found.values():
@@ -57,7 +66,6 @@ def pack_model(model: Model, *, commit: bool = False, real: str = FLOAT32) -> Mo
     store_real(root, plan, real)
     plan.packed = True
     record(root, plan)
-    return model
 
 
 def _check(plan: Plan, found: Mapping[str, Member], commit: bool) -> None:
@@ -114,16 +122,17 @@ def unpack_model(model: Model) -> Model:
         NotBinarizedError: the model has no binary layers.
         PackingError: the model is not packed.
     """
-    root = planned_model(model)
-    plan, found = get_plan(root), members(root)
-    if not plan.packed:
+    roots = [root for root in planned_models(model).values() if get_plan(root).packed]
+    if not roots:
         raise PackingError("unpack_model: this model is not packed; its latent weights are there.")
-    unfuse(root)
-    cast_to_float32(root, dataclasses.replace(plan.config, keep_dtype=False))
-    for member in found.values():
-        if isinstance(member, PackedMember):
-            member.unpack()
-    widen(root, plan)
-    plan.packed = False
-    record(root, plan)
+    for root in roots:
+        plan, found = get_plan(root), members(root)
+        unfuse(root)
+        cast_to_float32(root, dataclasses.replace(plan.config, keep_dtype=False))
+        for member in found.values():
+            if isinstance(member, PackedMember):
+                member.unpack()
+        widen(root, plan)
+        plan.packed = False
+        record(root, plan)
     return model

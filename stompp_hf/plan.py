@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ TRAINING_FORMAT, PACKED_FORMAT = "training", "packed"
 FLOAT32, INT8 = "float32", "int8"
 STORED = (FLOAT32, "float16", "bfloat16", INT8)
 KINDS = ("layer", "embedding", "attention")
+OWN_NAMES = "modules"
+"""Tensors are stored under the names of the model's modules, whatever transformers converts for its class."""
 _DICTIONARIES = ("left", "bypassed", "paused", "shifted")
 _ATTRIBUTE = "stompp_plan"
 
@@ -75,6 +77,43 @@ class Plan:
             paused=all_renamed(self.paused),
             shifted=all_renamed(self.shifted),
         )
+
+    def moved(self, rename: Callable[[str], str]) -> "Plan":
+        """As `renamed`, with other names for what stays real, too: the plan is of another module."""
+        left = {rename(name): reason for name, reason in self.left.items()}
+        return replace(self.renamed(rename), left=left, int8=[rename(name) for name in self.int8])
+
+    def inside(self, prefix: str) -> "Plan":
+        """What a plan says of the module called `prefix`, with names relative to it and stages without gaps."""
+        start = f"{prefix}."
+        entries = [entry for entry in self.entries if entry.name.startswith(start)]
+        order = {stage: number for number, stage in enumerate(sorted({entry.stage for entry in entries}))}
+        values: dict[str, Any] = {
+            changed: {name: value for name, value in getattr(self, changed).items() if name.startswith(start)}
+            for changed in _DICTIONARIES
+        }
+        for changed in ("paused", "shifted"):  # with the readers that are inside
+            found = values[changed].items()
+            values[changed] = {name: [r for r in readers if r.startswith(start)] for name, readers in found}
+        values["entries"] = [replace(entry, stage=order[entry.stage]) for entry in entries]
+        values["int8"] = [name for name in self.int8 if name.startswith(start)]
+        return replace(self, **values).moved(lambda name: name.removeprefix(start))
+
+    @staticmethod
+    def joined(plans: "Mapping[str, Plan]") -> "Plan":
+        """One plan that shows several, each of the module of its name: its stages come one after the other."""
+        named = [
+            plan.moved(lambda name, prefix=prefix: f"{prefix}.{name}" if prefix else name)  # type: ignore[misc]
+            for prefix, plan in plans.items()
+        ]
+        values: dict[str, Any] = {"entries": [], "int8": [], **{changed: {} for changed in _DICTIONARIES}}
+        for plan in named:
+            before = len({entry.stage for entry in values["entries"]})
+            values["entries"] += [replace(entry, stage=entry.stage + before) for entry in plan.entries]
+            values["int8"] += plan.int8
+            for changed in _DICTIONARIES:
+                values[changed] |= getattr(plan, changed)
+        return replace(named[0], packed=all(plan.packed for plan in named), **values)
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the entries of one kind, in the order in which they freeze."""
@@ -134,6 +173,7 @@ class Plan:
         values = {
             "format": PACKED_FORMAT if self.packed else TRAINING_FORMAT,
             "format_version": FORMAT_VERSION,
+            "names": OWN_NAMES,
             "config": self.config.to_dict(),
             "modules": [asdict(entry) for entry in self.entries],
             "left": dict(self.left),
@@ -316,14 +356,26 @@ def members(model: nn.Module) -> dict[str, Member]:
     """Everything that freezes, by name, in the order in which it does: layers, embeddings, attention products."""
     roots, found = planned_models(model), {}
     for prefix, root in roots.items():
-        for entry in get_plan(root).entries:
+        for name, member in members_of(root, get_plan(root)).items():
+            found[f"{prefix}.{name}" if len(roots) > 1 else name] = member
+    return found
+
+
+def members_of(root: nn.Module, plan: Plan) -> dict[str, Member]:
+    """The members that a plan of `root` names, by name."""
+    found: dict[str, Member] = {}
+    for entry in plan.entries:
+        try:
             module = submodule(root, entry.name)
-            if not isinstance(module, Member):
-                raise NotBinarizedError(
-                    f"{entry.name} should be a binary layer and is a {type(module).__name__}: it was replaced after "
-                    "binarize_model. Binarize last, or restore_model(model) and binarize again."
-                )
-            found[f"{prefix}.{entry.name}" if len(roots) > 1 else entry.name] = module
+        except AttributeError:
+            module = None
+        if not isinstance(module, Member):
+            what = "is gone: it was removed" if module is None else f"is a {type(module).__name__}: it was replaced"
+            raise NotBinarizedError(
+                f"{entry.name} should be a binary layer and {what} after binarize_model. Change the model first and "
+                "binarize last; restore_model and binarize_model do it anew."
+            )
+        found[entry.name] = module
     return found
 
 

@@ -7,17 +7,22 @@ registers both; without that import transformers would fill the layers at random
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from .checkpoint_checks import check_names, check_tensors, expected_tensors, name_in
+from .checkpoint_checks import check_loaded, check_names, expected_tensors, name_in
+from .checkpoint_files import headers
+from .checksums import check_files
 from .config import METHOD, StoMPPConfig
 from .errors import CheckpointError, StoMPPError
 from .modules import TRANSITION, BinaryEmbedding, binary_class_of
+from .ownership import own_configs, plans_of
 from .packing import pack_members
 from .plan import Entry, Plan, members
 from .quantization_config import StoMPPQuantizationConfig
@@ -47,25 +52,28 @@ class StoMPPQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if isinstance(self.quantization_config, StoMPPConfig):
             return  # the probe needs weights: binarize_model runs once they are there
-        plan = self.quantization_config.plan()
-        try:
-            _place(model, plan)
-            convert(model, plan)
-            if plan.packed:
-                pack_members(members(model))
-                narrow_tables(model, plan)
-        except StoMPPError:
-            raise
-        except Exception as error:  # names and values that no release wrote
-            raise CheckpointError(
-                f"the plan in config.json does not fit a {type(model).__name__} ({error!r}): it is damaged, or belongs "
-                "to another model."
-            ) from error
-        if plan.packed:
-            for member in members(model).values():
-                member._is_hf_initialized = True  # type: ignore[assignment]  # init_weights() would look at its weight
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or [] if str(file).endswith(".safetensors")]
+        plans = self.quantization_config.plans()
+        modules = dict(model.named_modules())
+        for name, plan in plans.items():
+            place = name_in(modules, name, model.base_model_prefix) if name else ""
+            if place is None or not isinstance(modules[place], PreTrainedModel):
+                raise CheckpointError(
+                    f"the checkpoint says that {name} is binary, and {type(model).__name__} has no such part: load it "
+                    "with the class that it was saved from, and take what you need from there."
+                )
+            if place:
+                own_configs(modules[place])  # its config is a part of the whole model's
+            _prepare(modules[place], plan)
         self.expected = expected_tensors(model)
-        self.names = check_names(model, kwargs.get("checkpoint_files") or [])
+        self.names = check_names(model, headers(files))
+        check_files(files, self.quantization_config.get("save"))
+
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """Leave out conversions of tensors, where a checkpoint's names are those of the model's modules."""
+        if isinstance(self.quantization_config, StoMPPConfig) or not self.quantization_config.has_own_names:
+            return super().update_weight_conversions(weight_conversions, *model)
+        return [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether transformers should leave a tensor's shape to us; its own error does not name the tensor."""
@@ -79,23 +87,13 @@ class StoMPPQuantizer(HfQuantizer):
             _unmark(model)
             _align(model)
             return binarize_model(model, self.quantization_config)
-        check_tensors(model, self.expected, self.names)
-        layers = members(model)
+        check_loaded(model, self.expected, self.names)
         _align(model)
         _unmark(model)
-        model.config.quantization_config = StoMPPQuantizationConfig(**model.stompp_plan.to_dict())
-        first = next(iter(layers.values()))
-        if model.stompp_plan.packed:
-            write_narrow(model, model.stompp_plan)
-            return model
-        moving = [name for name, layer in layers.items() if layer.stage_state == TRANSITION and layer.like.is_meta]
-        if moving:
-            raise CheckpointError(
-                f"{moving[0]} is between real and binary, and its masks cannot be offloaded to disk: load this "
-                "checkpoint without a device_map that names 'disk', or one of a finished run."
-            )
-        if first.like.dtype in (torch.float16, torch.bfloat16):
-            logger.warning("loaded as %s: fine to run, but small updates vanish when it is trained.", first.like.dtype)
+        plans = plans_of(model)
+        model.config.quantization_config = StoMPPQuantizationConfig.of(plans)
+        for name, plan in plans.items():
+            _finish(model.get_submodule(name), plan)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -108,6 +106,43 @@ class StoMPPQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return True
+
+
+def _prepare(root: PreTrainedModel, plan: Plan) -> None:
+    """Make a model on the meta device what its saved plan says, so that its tensors find their places."""
+    try:
+        _place(root, plan)
+        convert(root, plan)
+        if plan.packed:
+            pack_members(members(root))
+            narrow_tables(root, plan)
+    except StoMPPError:
+        raise
+    except Exception as error:  # names and values that no release wrote
+        raise CheckpointError(
+            f"the plan in config.json does not fit a {type(root).__name__} ({error!r}): it is damaged, or belongs "
+            "to another model."
+        ) from error
+    if plan.packed:
+        for member in members(root).values():
+            member._is_hf_initialized = True  # type: ignore[assignment]  # init_weights() would look at its weight
+
+
+def _finish(root: PreTrainedModel, plan: Plan) -> None:
+    """What is due once the tensors are there: members stand where those say."""
+    if plan.packed:
+        write_narrow(root, plan)
+        return
+    layers = members(root)
+    first = next(iter(layers.values()))
+    moving = [name for name, layer in layers.items() if layer.stage_state == TRANSITION and layer.like.is_meta]
+    if moving:
+        raise CheckpointError(
+            f"{moving[0]} is between real and binary, and its masks cannot be offloaded to disk: load this "
+            "checkpoint without a device_map that names 'disk', or one of a finished run."
+        )
+    if first.like.dtype in (torch.float16, torch.bfloat16):
+        logger.warning("loaded as %s: fine to run, but small updates vanish when it is trained.", first.like.dtype)
 
 
 def _unmark(model: PreTrainedModel) -> None:

@@ -6,17 +6,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .adapters import base_model, check_wrapped
 from .attention_interface import NAMES, attach, detach_all, switch
 from .config import StoMPPConfig
-from .errors import AlreadyBinarizedError, CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError
 from .fusing import unfuse
-from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, binary_class_of
+from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, Member, binary_class_of
 from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from .modules.encoders import unfuse_encoders
-from .plan import Plan, binary_layers, get_plan, members, plain_name, planned_model, set_plan, submodule
-from .quantization_config import StoMPPQuantizationConfig
+from .ownership import already_binary, check_module, disown, inner_model, own, own_configs, owner
+from .plan import Plan, binary_layers, get_plan, plain_name, planned_models, submodule
 from .selection import select
 from .sharding import GATHER, refuse_sharded, refuse_unsupported
 from .storage import widen
@@ -34,40 +35,44 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
 
     Args:
         model: any nn.Module; a transformers model is probed with inputs made from its config. Inside PEFT's wrappers
-            the base becomes binary, and adapters stay real.
+            the base becomes binary, and adapters stay real; in a wrapper around one transformers model (as
+            sentence-transformers'), that model. One that is binary already by the same options is returned as it is.
         config: the options; the defaults suit fine-tuning.
-        example_inputs: one small batch (keyword arguments, a tuple, or one tensor) for the probe.
+        example_inputs: one small batch (keyword arguments, a tuple, or one tensor) for the probe, as `model` takes it.
 
     Raises:
-        AlreadyBinarizedError: the model has binary layers already.
+        AlreadyBinarizedError: the model has binary layers already, by other options or in a part of it.
         NothingToBinarizeError: no layer is left to binarize.
         PatternError: a pattern of the configuration matches nothing.
-        ConfigError: the configuration asks for more stages than there are layers.
+        ConfigError: the configuration asks for more stages than there are layers; or `model` is no nn.Module.
         AdapterError: PEFT put an adapter around a layer that reads or changes its weight (DoRA), or merged it.
     """
     config = StoMPPConfig() if config is None else config
     if not isinstance(config, StoMPPConfig):
         raise ConfigError(f"binarize_model needs a StoMPPConfig, not a {type(config).__name__}.")
-    if any(isinstance(module, BinaryLayer) for module in model.modules()):
-        raise AlreadyBinarizedError(
-            "binarize_model: this model has binary layers already (was it loaded from a StoMPP checkpoint?). "
-            "Train it as it is, or call stompp_hf.restore_model(model) first."
-        )
+    check_module(model)
     refuse_unsupported(model)
-    refuse_sharded(model, "binarize_model", "Binarize first, then shard: fully_shard(...) after binarize_model(...).")
     root = base_model(model)
+    if already_binary(root, config):
+        logger.info("binarize_model: this model is binary already, by the same options, and is returned as it is.")
+        return model
+    refuse_sharded(model, "binarize_model", "Binarize first, then shard: fully_shard(...) after binarize_model(...).")
+    root = inner_model(root) if example_inputs is None else root
     selection = select(root, config, example_inputs)
     check_wrapped(root, [entry.name for entry in selection.entries])
-    uncast = cast_to_float32(model, config)
+    own_configs(model)
     near = selection.neighbours
     plan = Plan(
         config, selection.entries, selection.left, near.bypassed, near.paused, near.shifted, selection.attention
     )
+    holder, plan = owner(root, plan)
+    uncast = cast_to_float32(model, config)
     try:
-        convert(root, plan.renamed(plain_name))
+        convert(holder, plan.renamed(plain_name))
     except BaseException:
         uncast()
         raise
+    _keep_from_broadcast(model)
     logger.info("%s", report(model))
     return model
 
@@ -113,12 +118,8 @@ def convert(model: nn.Module, plan: Plan) -> None:
         detach_all(model)
         _put_back(model)
         raise
-    set_plan(model, plan)
-    places = plan.places(getattr(model, "base_model_prefix", ""))
-    for name, member in members(model).items():
-        member.place = places[name]
-    record(model, plan)
-    setattr(model, _NOT_BROADCAST, [*getattr(model, _NOT_BROADCAST, []), *_own_buffers(model)])
+    own(model, plan)
+    _keep_from_broadcast(model)
 
 
 _NOT_BROADCAST = "_ddp_params_and_buffers_to_ignore"
@@ -127,9 +128,15 @@ _NOT_BROADCAST = "_ddp_params_and_buffers_to_ignore"
 
 def _own_buffers(model: nn.Module) -> list[str]:
     """Names of the buffers that binarization added: equal on all processes, since they come from sums over them."""
-    return [
-        f"{name}.{own}" for name, member in members(model).items() for own, _ in member.named_buffers(recurse=False)
-    ]
+    found = {name: member for name, member in model.named_modules() if isinstance(member, Member)}
+    return [f"{name}.{own}" for name, member in found.items() for own, _ in member.named_buffers(recurse=False)]
+
+
+def _keep_from_broadcast(model: nn.Module, keep: bool = True) -> None:
+    own = _own_buffers(model)
+    names = [name for name in model.__dict__.pop(_NOT_BROADCAST, []) if name not in own] + (own if keep else [])
+    if names:
+        setattr(model, _NOT_BROADCAST, names)
 
 
 def _put_back(model: nn.Module) -> None:
@@ -145,33 +152,19 @@ def restore_model(model: Model) -> Model:
     Raises:
         NotBinarizedError: the model has no binary layers.
     """
-    layers = binary_layers(model)
-    root: Any = planned_model(model)
-    refuse_sharded(root, "restore_model", GATHER)
-    own = set(_own_buffers(root))
-    if others := [name for name in root.__dict__.pop(_NOT_BROADCAST, []) if name not in own]:
-        setattr(root, _NOT_BROADCAST, others)
-    unfuse(root)
-    for layer in layers.values():
-        layer.restore()
-    widen(root, get_plan(root))
-    detach_all(root)
-    _put_back(root)
-    set_plan(root, None)
-    record(root, None)
+    roots = list(planned_models(model).values())
+    refuse_sharded(model, "restore_model", GATHER)
+    _keep_from_broadcast(model, keep=False)
+    for root in roots:
+        _keep_from_broadcast(root, keep=False)
+        unfuse(root)
+        for layer in [module for module in root.modules() if isinstance(module, BinaryLayer)]:
+            layer.restore()  # also where others of the plan were replaced or removed
+        widen(root, get_plan(root))
+        detach_all(root)
+        _put_back(root)
+        disown(root)
     return model
-
-
-def record(model: nn.Module, plan: Plan | None) -> None:
-    """Let save_pretrained write the plan into config.json, where the model is a transformers one."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "save_pretrained"):
-        return
-    if plan is None:
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        return
-    config.quantization_config = StoMPPQuantizationConfig(**plan.to_dict())
 
 
 def cast_to_float32(model: nn.Module, config: StoMPPConfig) -> Callable[[], None]:
@@ -180,14 +173,15 @@ def cast_to_float32(model: nn.Module, config: StoMPPConfig) -> Callable[[], None
     Returns what undoes it, as long as the values are what they were.
     """
     half = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
-    hub_config: Any = getattr(model, "config", None)
-    dtypes, stated = [tensor.dtype for tensor in half], getattr(hub_config, "dtype", None)
+    dtypes = [tensor.dtype for tensor in half]
+    hub_configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    stated = [(one, one.dtype) for one in hub_configs if one.dtype is not None]
 
     def undo() -> None:
         for tensor, dtype in zip(half, dtypes, strict=True):
             tensor.data = tensor.data.to(dtype)
-        if stated is not None:
-            hub_config.dtype = stated
+        for hub_config, dtype in stated:
+            hub_config.dtype = dtype
 
     if not half:
         return undo
@@ -201,7 +195,7 @@ def cast_to_float32(model: nn.Module, config: StoMPPConfig) -> Callable[[], None
     )
     for tensor in half:
         tensor.data = tensor.data.float()
-    if stated is not None:
+    for hub_config, _ in stated:
         hub_config.dtype = torch.float32
     return undo
 

@@ -67,8 +67,8 @@ PATTERN_ERRORS = [
 
 def test_three_mistakes_three_errors() -> None:
     model = binarize_model(bert())
-    with pytest.raises(AlreadyBinarizedError, match=r"has binary layers already.*restore_model\(model\)"):
-        binarize_model(model)
+    with pytest.raises(AlreadyBinarizedError, match=r"has binary layers already.*end is 0.5, not 1.0.*restore_model"):
+        binarize_model(model, StoMPPConfig(end=1.0))
     with pytest.raises(NothingToBinarizeError, match=r"Left: 14 x a pattern of exclude.*Everything was excluded"):
         binarize_model(bert(), StoMPPConfig(exclude_modules=["bert", "classifier"]))
     with pytest.raises(NothingToBinarizeError, match=r"Embedding has no layer of a type with a binary class.*Linear"):

@@ -1,0 +1,137 @@
+"""PreTrainedModel.save_pretrained and from_pretrained, made to ask this library first; importing this module does it.
+
+Every way to a checkpoint with a config.json leads through save_pretrained: Trainer's, accelerate's examples',
+sentence-transformers', a larger model's, a part's. There a model with a plan is held to what loading will demand, its
+plan is written as it stands, and checksums go with it. from_pretrained leaves out what a config does not know of, and
+only says so: the bits of a binary model must not be left out.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+
+from .checkpoint_checks import OWNERS, check_written, expected_tensors, name_in
+from .checksums import as_metadata, note_of
+from .config import METHOD
+from .errors import CheckpointError
+from .ownership import plans_of
+from .quantization_config import StoMPPQuantizationConfig
+from .sharding import is_sharded
+
+_save, _load = PreTrainedModel.save_pretrained, PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+
+class _Writer(HfQuantizer):
+    """What transformers asks, while a model is saved, for its tensors and for the metadata of its files."""
+
+    def __init__(self, written: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        self.written, self.metadata = written, metadata
+
+    def get_state_dict_and_metadata(self, model: Any, *unused: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return self.written, self.metadata
+
+    def is_serializable(self, *unused: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+@functools.wraps(_save)
+def save_pretrained(
+    self: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **options: Any
+) -> Any:
+    """transformers' own; a binarized model is first held to what loading demands, and saved with checksums.
+
+    Raises:
+        CheckpointError: what would be saved could not be loaded.
+        NonFiniteError: a latent weight, a scale or a threshold is NaN or infinite.
+        NotBinarizedError: a binary layer was replaced or removed after binarize_model.
+    """
+    if getattr(self, "_hf_peft_config_loaded", False):  # the adapter alone is saved
+        return _save(self, save_directory, is_main_process, state_dict, *args, **options)
+    plans = plans_of(self)
+    if not plans:
+        with _config_says(self.config, None):
+            return _save(self, save_directory, is_main_process, state_dict, *args, **options)
+    written = self.state_dict() if state_dict is None else state_dict
+    note: dict[str, Any] = {}
+    if is_main_process or any(map(is_sharded, written.values())):  # what is sharded is looked at by all processes
+        try:
+            check_written(self, written)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"this {type(self).__name__} is not saved, since it would not load: {error}"
+            ) from error
+    if is_main_process:
+        note = note_of(written, expected_tensors(self))
+    options["save_original_format"] = False  # whoever loads it has this library, and reads the names of the modules
+    with (
+        _config_says(self.config, StoMPPQuantizationConfig.of(plans, note.get("save"))),
+        _metadata_of(self, written, note),
+    ):
+        return _save(self, save_directory, is_main_process, None, *args, **options)
+
+
+@functools.wraps(_load)
+def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+    """transformers' own; a checkpoint with binary layers is not loaded by a config that does not know of them.
+
+    Raises:
+        CheckpointError: it would be; latent weights alone make a plausible model in full precision.
+    """
+    model, info = _load(cls, *args, output_loading_info=True, **options)
+    left_out = [name for name in sorted(info["unexpected_keys"]) if name.rpartition(".")[2] in OWNERS]
+    modules = dict(model.named_modules()) if left_out and not plans_of(model) else {}
+    left_out = [name for name in left_out if name_in(modules, name.rpartition(".")[0], model.base_model_prefix)]
+    if left_out:
+        raise CheckpointError(
+            f"this checkpoint holds binary layers ({left_out[0]}, for one), and the config that it was loaded by says "
+            f"nothing of them: a {cls.__name__} would be real, with weights that were trained to be binary. Load it "
+            "without config=..., with the class that it was saved from; or take the config from there: "
+            "AutoConfig.from_pretrained(folder)."
+        )
+    return (model, info) if output_loading_info else model
+
+
+@contextlib.contextmanager
+def _config_says(config: Any, value: StoMPPQuantizationConfig | None) -> Iterator[None]:
+    """Inside the block a config tells of these plans, or of none; what other libraries wrote there stays."""
+    before = vars(config).get("quantization_config")
+    if value is None and not _is_ours(before):
+        yield
+        return
+    vars(config).pop("quantization_config", None)
+    if value is not None:
+        config.quantization_config = value
+    try:
+        yield
+    finally:
+        vars(config).pop("quantization_config", None)
+        if before is not None:
+            config.quantization_config = before
+
+
+def _is_ours(value: Any) -> bool:
+    method = value.get("quant_method") if isinstance(value, dict) else getattr(value, "quant_method", None)
+    return bool(method == METHOD)
+
+
+@contextlib.contextmanager
+def _metadata_of(model: Any, written: dict[str, Tensor], note: dict[str, Any]) -> Iterator[None]:
+    """Inside the block `model.save_pretrained` writes these tensors, with this note in the metadata of each file."""
+    model.hf_quantizer = _Writer(written, as_metadata(note))
+    try:
+        yield
+    finally:
+        del model.hf_quantizer
+
+
+PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type,assignment,method-assign]
