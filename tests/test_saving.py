@@ -260,7 +260,7 @@ def borrow(model: Any) -> None:
 
 def widen(model: Any) -> None:
     layer = model.get_submodule(LAYER)
-    layer.weight = nn.Parameter(torch.randn(33, 48))
+    layer.weight.data = torch.randn(33, 48)
 
 
 @pytest.mark.parametrize(
@@ -389,3 +389,12 @@ def test_a_model_that_is_binary_by_the_same_options_is_returned(
     binarize_model(whole.text_model, quick())
     with pytest.raises(AlreadyBinarizedError, match=r"a part of this model \(text_model\) has binary layers already"):
         binarize_model(whole, quick())
+
+
+def test_loading_gives_no_advice(model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model.save_pretrained(tmp_path / "training")
+    pack_model(model).save_pretrained(tmp_path / "packed")
+    caplog.clear()
+    for kind in ("training", "packed"):
+        load(tmp_path / kind)
+    assert not [record for record in caplog.records if record.name.startswith("stompp_hf")]

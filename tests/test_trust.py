@@ -198,9 +198,9 @@ def test_a_model_that_is_not_to_be_binary_may_diverge(tmp_path: Path) -> None:
     load(tmp_path)
 
 
-@pytest.mark.parametrize(("index", "change"), [(3, 5), (4, -1), (5, 1)])
+@pytest.mark.parametrize(("index", "change"), [(3, 5), (4, -1), (5, 1), (0, -1)])
 def test_members_stand_at_one_step(index: int, change: int, saved: Path, tmp_path: Path) -> None:
-    """One member's total, step or fingerprint is not the others'."""
+    """One member's total, step, fingerprint or flag is not the others'."""
     folder, name = shutil.copytree(saved / "training", tmp_path / "training"), f"{KEY}.stompp_state"
     state = load_file(folder / WEIGHTS)[name]
     state[index] += change
