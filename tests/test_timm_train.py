@@ -35,6 +35,8 @@ for key in ("state_dict", "state_dict_ema"):
         model = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs)
         binarize_model(model, launch_timm.CONFIG, launch_timm.images())
         model.load_state_dict(checkpoint[key])
+        if args.channels_last:  # what stays real rounds by the layout
+            model.to(memory_format=torch.channels_last)
         assert {layer.stage_state for layer in binary_layers(model).values()} == {"frozen"}
         with torch.no_grad():
             results[key] = model.eval()(launch_timm.images())

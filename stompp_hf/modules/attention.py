@@ -17,7 +17,7 @@ from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
 from ..sharding import assign
 from .binary_matmul import Edges, Operand, binary_matmul
-from .calibration import MAX_ROWS, Observer, activation_values
+from .calibration import MAX_ROWS, NO_EDGE, Observer, activation_values
 from .member import FROZEN, PENDING, Member
 from .state import finite_edge
 
@@ -129,7 +129,7 @@ class BinaryAttention(Member, nn.Module):
         self.sizes = {"query": head_size, "key": head_size, "value": value_size}
         self._is_hf_initialized = True  # init_weights() leaves it alone
         value: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-        clip = config.activation_clip or float("inf")
+        clip = config.activation_clip or NO_EDGE
         learns, fixed = config.learn_activation_threshold, config.activation_threshold == "none"
         for site in PROJECTED:
             features = self._features(site)

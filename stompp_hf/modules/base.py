@@ -16,6 +16,7 @@ from ..errors import NotCalibratedError, ShapeError
 from ..functional import Edge, hard, mix_activation, mix_weight
 from .activations import ABSORBABLE, gate
 from .bits import SignBits
+from .calibration import NO_EDGE
 from .frozen import frozen_product
 from .kept_weight import KeptWeight
 from .member import FROZEN, PENDING
@@ -74,12 +75,11 @@ class BinaryLayer(KeptWeight, LayerState):
         channels = weight.shape[layer.product.channel_dim] if config.weight_scale == "channel" else 1
         features = layer.product.features(weight)
         value = {"dtype": weight.dtype, "device": weight.device}
-        wide = float("inf")
 
         layer._own("weight_scale", torch.ones(channels, **value), config.learn_weight_scale)
-        layer._own("weight_clip", torch.full((1,), config.weight_clip or wide, **value))
+        layer._own("weight_clip", torch.full((1,), config.weight_clip or NO_EDGE, **value))
         if config.binary_activations:
-            clip = config.activation_clip or wide
+            clip = config.activation_clip or NO_EDGE
             layer._own("activation_scale", torch.ones(1, **value), config.learn_activation_scale)
             threshold = None if config.activation_threshold == "none" else torch.zeros(features, **value)
             layer._own("activation_threshold", threshold, config.learn_activation_threshold)

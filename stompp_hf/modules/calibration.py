@@ -17,6 +17,9 @@ MAX_ROWS = 2048
 RANGE_MARGIN = 0.5
 """Room on each side of the observed range, as a share of it, before unfrozen activations are clipped."""
 
+NO_EDGE = 2.0**100
+"""A clip's edge where nothing is clipped. It is finite, for averages of models: infinity less itself is no number."""
+
 ONE_SIDED_PRODUCERS = ("relu", "gelu", "silu", "swish", "mish", "softmax", "sigmoid")
 
 
@@ -149,7 +152,7 @@ def unseen_values(weight: Tensor, features: int, levels: str, producer: str | No
     size = weight.detach().to(torch.float32).square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     scale = (math.sqrt(2.0 / (math.pi * features)) / size).reshape(1)
     scale = torch.where(scale.isfinite(), scale, torch.ones_like(scale))
-    edge = scale.new_full((1,), torch.inf)
+    edge = scale.new_full((1,), NO_EDGE)
     if levels == "auto" and one_sided(producer):
         return ActivationValues(scale, scale.expand(features).clone(), -edge, edge, 1.0)
     return ActivationValues(scale, scale.new_zeros(features), -edge, edge, 0.0)

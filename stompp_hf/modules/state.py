@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..sharding import assign, whole
-from .calibration import ActivationValues, Observer, activation_values, unseen_values
+from .calibration import NO_EDGE, ActivationValues, Observer, activation_values, unseen_values
 from .member import Member
 from .product import Product
 
@@ -28,8 +28,8 @@ WEIGHT_CLIP_MARGIN = 1.5
 
 def finite_edge(buffer: Tensor | None) -> float | None:
     """A clip's edge as a number; None where nothing is clipped."""
-    value = float("inf") if buffer is None else float(buffer)
-    return value if abs(value) < float("inf") else None
+    value = NO_EDGE if buffer is None else float(buffer)
+    return value if abs(value) < NO_EDGE else None
 
 
 class LayerState(Member):
