@@ -24,7 +24,8 @@ def test_an_average_over_everything_is_a_model(decay: float, options: dict) -> N
                     mean.lerp_(now, 1.0 - decay)
                 else:
                     mean.copy_(now)
-        assert torch.isfinite(logits(average, case.batch(50))).all()
+        with torch.inference_mode(step % 2 == 0):
+            assert torch.isfinite(logits(average, case.batch(50))).all()
     assert Progression(average, 12).is_complete()
     for layer in binary_layers(average).values():
         assert layer.stage_state == "frozen"

@@ -198,7 +198,8 @@ class Member(_Module):
             )
         self._read_edges()
         self._looked()
-        self._stand(*self._due())
+        with torch.inference_mode(False):  # masks that are made while an average is evaluated stay when it trains
+            self._stand(*self._due())
 
     def _due(self) -> tuple[str, float]:
         """State and frozen fraction that follow from the saved numbers."""
