@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, RunError, StoMPPError
+from .modules.freezing import SAVED, FreezeState
 from .plan import Plan, get_plan
 from .quantization_config import StoMPPQuantizationConfig
 from .schedules import frozen_fraction
@@ -174,7 +175,7 @@ def _saved_total(folder: Path, notes: list[str]) -> int:
     except CheckpointError as error:
         notes.append(str(error))
         return 0
-    return max(0, int(state[3])) if state is not None and state.numel() == 6 else 0
+    return max(0, FreezeState.of(state).total_steps) if state is not None and state.numel() == len(SAVED) else 0
 
 
 def read_run(folder: str | Path) -> Run:

@@ -212,10 +212,12 @@ class BinaryAttention(Member, nn.Module):
             call: the rest.
         """
         freezing, observer = self.follow(), self.observer
-        if observer is not None and self.training and observer.looks():
+        looks = observer is not None and self.training and observer.looks()
+        if looks:
             with torch.no_grad():
                 self._look(query, key, value, call)
-        if freezing.stage == PENDING or not freezing.has_frozen:
+        waits = looks and not freezing.activation_ready and freezing.stage != FROZEN  # padding alone, so far
+        if freezing.stage == PENDING or not freezing.has_frozen or waits:
             clip = self.stompp_config.activation_clip if self.stompp_config.binary_activations else None
             clipped = [u if clip is None else F.hardtanh(u, -clip, clip) for u in (query, key, value)]
             return call.plain(self.with_idle(clipped[0]), *clipped[1:])

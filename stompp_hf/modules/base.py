@@ -123,7 +123,8 @@ class BinaryLayer(KeptWeight, LayerState):
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear, for callers that pass it by name
         x, freezing, observer = input, self.follow(), self.observer
-        if observer is not None and self.training and observer.looks():
+        looks = observer is not None and self.training and observer.looks()
+        if observer is not None and looks:
             seen = self._activated(x)
             observer.see(self.product.rows(seen), self.product.places(seen))
             if not freezing.activation_ready and freezing.has_frozen and observer.rows:
@@ -132,8 +133,8 @@ class BinaryLayer(KeptWeight, LayerState):
         if freezing.stage == PENDING or not freezing.has_frozen:
             return self._unfrozen(self.with_idle(x))
         if not freezing.activation_ready and self.needs_activation_values:
-            if x.numel() == 0:
-                return self._unfrozen(x)  # an expert without a token: there is nothing to be binary
+            if x.numel() == 0 or (looks and freezing.stage != FROZEN):
+                return self._unfrozen(x)  # an expert without a token, or padding alone: the next step may bring more
             raise NotCalibratedError(
                 f"{type(self).__name__} (stage state {freezing.stage}) has no activation values yet: they are set "
                 "by the first training step of its stage. Call stompp_hf.calibrate(model, batches) to set them now."

@@ -34,6 +34,13 @@ class FreezeState:
         """The numbers of the buffer."""
         return [int(getattr(self, name)) for name in SAVED]
 
+    @classmethod
+    def of(cls, buffer: Tensor) -> "FreezeState":
+        """The state that a buffer out of a file saves, as far as it can be told without its member's place."""
+        state = cls()
+        state.load(buffer)
+        return state
+
     def load(self, buffer: Tensor) -> None:
         """Take the numbers of a buffer; what follows from them is the member's to say."""
         for name, value in zip(SAVED, buffer.tolist(), strict=True):

@@ -276,8 +276,7 @@ class Member(_Module):
                 return f"{name} holds NaN"
         if "stompp_state" not in own:
             return None
-        found = FreezeState()
-        found.load(own["stompp_state"])
+        found = FreezeState.of(own["stompp_state"])
         began = self.place.state(found.step, found.total_steps)[0] != PENDING
         if began and not found.weight_ready and self._needs_weight_values:
             return "its stage has begun, and its weight scale was never set"
@@ -311,6 +310,7 @@ class Member(_Module):
             missing_keys[:] = [key for key in missing_keys if key not in own]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.follow()
         result = super()._apply(fn, recurse)
         for name in self.mask_names:
             mask = getattr(self, name, None)
