@@ -28,6 +28,11 @@ BESIDE = frozenset(
     }
 )
 """Kinds of adapters that work on what enters a layer or leaves it, and leave the layer's weight alone."""
+VARIANTS = (
+    *("use_dora", "use_bdlora", "use_qalora", "alora_invocation_tokens"),
+    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+)
+"""Options of LoRA that change how its layers compute. PEFT marks them since 0.20; older releases have some of them."""
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of LoRA's init_lora_weights of which the same is true."""
 
@@ -89,7 +94,7 @@ def _needs_weight(config: Any) -> str | None:
     if init not in _INITS:
         return f"init_lora_weights={init!r} starts from the layer's weight"
     for option in dataclasses.fields(config):
-        if option.metadata.get("is_lora_variant") and getattr(config, option.name):
+        if (option.name in VARIANTS or option.metadata.get("is_lora_variant")) and getattr(config, option.name):
             return f"{option.name} reads or changes the layer's weight, or is not known to leave it alone"
     return None
 

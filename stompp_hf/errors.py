@@ -45,6 +45,10 @@ class NonFiniteError(StoMPPError, ArithmeticError):
     """A latent weight or an activation is NaN or infinite; sign() would have hidden it."""
 
 
+class HoldError(StoMPPError, RuntimeError):
+    """A frozen sign moved, although the gradient of frozen entries is zero."""
+
+
 class ShapeError(StoMPPError, ValueError):
     """An input has another size than the masks of `activation_mask="element"`."""
 

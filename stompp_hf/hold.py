@@ -1,67 +1,97 @@
 """Hold frozen latents against the optimizer, so that sign(latent) is the committed sign and nothing has to be saved."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
-from .modules import FROZEN, TRANSITION, BinaryLayer
+from .modules import FROZEN, PENDING, BinaryLayer
 from .sharding import local, part_for
 
 
-def hookable(optimizer: Any, option: str, instead: str) -> Any:
-    """The optimizer itself, without accelerate's wrapper; raises ConfigError if its steps cannot be hooked."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not hasattr(inner, "register_step_pre_hook") or not hasattr(inner, "register_step_post_hook"):
-        raise ConfigError(
-            f"{option} needs an optimizer whose steps can be hooked, and {type(inner).__name__} has no step hooks. Use "
-            f"a torch.optim optimizer, or {instead}."
-        )
-    return inner
+def parameters_of(optimizer: Any) -> set[int]:
+    """What an optimizer may move: the ids of its parameters."""
+    return {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
 
 
-def hold_frozen(optimizer: Any, layers: list[BinaryLayer]) -> list[Any]:
-    """Register step hooks on an optimizer: fully frozen weights are skipped, frozen entries get their latent back.
+def around_steps(
+    optimizer: Any,
+    step: Callable[[], int],
+    before: Callable[[set[int]], list[Any]],
+    after: Callable[[list[Any]], None] = lambda kept: None,
+) -> list[Any]:
+    """Register step hooks on an optimizer: `after` gets what `before` returned, which is told the optimizer's own.
+
+    A step() that calls its parent's fires its hooks twice: what counts is what stood before the outer one. A step that
+    raised is over as soon as `step` gives another number.
 
     Returns the hooks' handles.
-
-    Raises:
-        ConfigError: the optimizer has no step hooks.
     """
-    inner = hookable(optimizer, "frozen_gradient='zero'", "frozen_gradient='ste'")
-    before: list[tuple[BinaryLayer, Tensor, Tensor]] = []
+    kept: list[Any] = []
+    depth, at = 0, -1
 
-    def keep(*_: Any) -> None:
-        before.clear()
-        for layer in layers:
-            if layer.stage_state == FROZEN:
-                layer.weight.grad = None  # torch optimizers skip it: no inertia, no decay
-            elif layer.stage_state == TRANSITION and layer.weight_mask is not None:
-                before.append((layer, local(layer.weight).clone(), part_for(layer.weight_mask, layer.weight)))
+    def enter(*_: Any) -> None:
+        nonlocal depth, at
+        if step() != at:
+            depth, at = 0, step()
+        if depth == 0:
+            kept[:] = before(parameters_of(optimizer))
+        depth += 1
 
-    def put_back(*_: Any) -> None:
+    def leave(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
         with torch.no_grad():
-            for layer, weight, mask in before:
-                local(layer.weight).lerp_(weight, mask)  # exact for a mask of zeros and ones
-        before.clear()
+            after(kept)
+        if depth == 0:
+            kept.clear()
 
-    return [inner.register_step_pre_hook(keep), inner.register_step_post_hook(put_back)]
+    return [optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(leave)]
 
 
-def skip_blocked(optimizer: Any, parameters: Iterable[nn.Parameter]) -> list[Any]:
+def hold_frozen(optimizer: Any, layers: list[BinaryLayer], step: Callable[[], int]) -> list[Any]:
+    """After each step of an optimizer, frozen entries of its weights are what they were before it, to the bit.
+
+    Weights of fully frozen layers lose their gradient before, so that torch's optimizers skip them: no inertia, no
+    decay, no state. Others read a missing gradient as zero, or replace the tensor: so these are put back too.
+    Cost: for the time of the step, one copy of the weights that have frozen entries; they have no gradient then, whose
+    place it takes.
+
+    Returns the hooks' handles.
+    """
+
+    def keep(own: set[int]) -> list[Any]:
+        kept: list[tuple[BinaryLayer, Tensor, Tensor | None]] = []
+        for layer in layers:
+            if id(layer.weight) not in own or (state := layer.stage_state) == PENDING:
+                continue
+            mask = None
+            if state == FROZEN:
+                layer.weight.grad = None
+            elif layer.weight_mask is None:
+                continue
+            else:
+                mask = part_for(layer.weight_mask, layer.weight)
+            kept.append((layer, local(layer.weight).clone(), mask))
+        return kept
+
+    def put_back(kept: list[Any]) -> None:
+        for layer, value, mask in kept:
+            now = local(layer.weight.data)  # data: the same values are no new version, by which signs are packed anew
+            now.copy_(value if mask is None else torch.where(mask != 0, value, now))
+
+    return around_steps(optimizer, step, keep, put_back)
+
+
+def skip_blocked(optimizer: Any, parameters: Iterable[nn.Parameter], step: Callable[[], int]) -> list[Any]:
     """Register hooks that leave parameters alone which no gradient reached, as in one process.
 
     Those are what stands before a frozen STE-free layer, and scales of pending layers. DistributedDataParallel without
     find_unused_parameters gives them zeros, with which decay and momentum would go on, and Adam would count steps.
 
     Returns the hooks' handles.
-
-    Raises:
-        ConfigError: the optimizer has no step hooks.
     """
-    inner = hookable(optimizer, "training on several processes", "train on one")
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     reached: set[int] = set()
 
@@ -69,13 +99,14 @@ def skip_blocked(optimizer: Any, parameters: Iterable[nn.Parameter]) -> list[Any
         if parameter.grad is not None:  # what the processes add up comes later
             reached.add(id(parameter))
 
-    def skip(*_: Any) -> None:
+    def skip(own: set[int]) -> list[Any]:
         for parameter in parameters:
-            if id(parameter) not in reached:
+            if id(parameter) in own and id(parameter) not in reached:
                 parameter.grad = None
-        reached.clear()
+        reached.difference_update(own)
+        return []
 
     return [
         *(parameter.register_post_accumulate_grad_hook(mark) for parameter in parameters),
-        inner.register_step_pre_hook(skip),
+        *around_steps(optimizer, step, skip),
     ]

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .hold import hookable
+from .hold import around_steps
 
 
 def first_steps(model: nn.Module, begins: dict[str, int]) -> list[tuple[nn.Parameter, int]]:
@@ -42,22 +41,18 @@ def slow_pending(
     Source:   this library's choice.
 
     Returns the hooks' handles.
-
-    Raises:
-        ConfigError: the optimizer has no step hooks.
     """
-    inner = hookable(optimizer, f"pending_lr={factor}", "pending_lr=1.0")
     parameters = list(parameters)
-    before: list[tuple[nn.Parameter, Tensor]] = []
 
-    def keep(*_: Any) -> None:
+    def keep(own: set[int]) -> list[Any]:
         now = step()
-        before[:] = [(p, p.detach().clone()) for p, first in parameters if now < first and p.grad is not None]
+        return [(p, p.detach().clone()) for p, first in parameters if now < first and id(p) in own]
 
-    def shorten(*_: Any) -> None:
-        with torch.no_grad():
-            for parameter, value in before:
+    def shorten(kept: list[Any]) -> None:
+        for parameter, value in kept:
+            if factor == 0.0:
+                parameter.copy_(value)  # also where the optimizer made it infinite
+            else:
                 parameter.lerp_(value, 1.0 - factor)
-        before.clear()
 
-    return [inner.register_step_pre_hook(keep), inner.register_step_post_hook(shorten)]
+    return around_steps(optimizer, step, keep, shorten)

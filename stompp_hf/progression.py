@@ -9,25 +9,17 @@ import torch
 from torch import nn
 
 from . import compiling
+from .attaching import Optimizers
 from .config import StoMPPConfig
+from .console import warn_once
 from .errors import CheckpointError, ConfigError, NonFiniteError, NotCalibratedError
-from .hold import hold_frozen, skip_blocked
 from .modules import PENDING, BinaryLayer, Member
-from .modules.calibration import Observer, Watch, in_processes, padding_masks, reduced
+from .modules.calibration import Observer, Watch, padding_masks, reduced
 from .modules.member import write_states
-from .pending_lr import first_steps, slow_pending
-from .plan import driven_model, get_plan, members
+from .plan import driven_model, get_plan, members, planned_models
 from .running import run, undisturbed
-from .sharding import (
-    complete_states,
-    everywhere,
-    is_sharded,
-    local,
-    refuse_optimizer,
-    refuse_unsupported,
-    reshard,
-    write_after_forward,
-)
+from .sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
+from .unattended import attended
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +66,17 @@ class Progression:
         refuse_unsupported(model)
         self.model, self.plan = driven_model(model), get_plan(model)
         self.layers: dict[str, Member] = members(model)
+        self._roots = list(planned_models(model).values())
         if self.config.frozen_gradient == "zero" and compiling.is_compiled(model):
             compiling.refuse_untraceable(self.model)
         self.total_steps = self._settle_total(total_steps, rescale)
         self.windows = {name: layer.place.window(self.total_steps) for name, layer in self.layers.items()}
         self.current_step = next(iter(self.layers.values())).step
         self._handles: list[Any] = []
-        self._holds: list[Any] = []
+        self._optimizers = Optimizers(
+            self.model, self.layers, self.config.pending_lr, {n: w.begin for n, w in self.windows.items()},
+            lambda: self.current_step,
+        )  # fmt: skip
         self._checks: list[tuple[str, torch.Tensor]] = []
         self._check_handles: list[Any] = []
         self._compiled = compiling.Held(model, len(self.layers))
@@ -106,7 +102,8 @@ class Progression:
         if saved in (0, asked):
             return asked
         if not rescale:
-            logger.warning(
+            warn_once(
+                logger, self.model,
                 "this model's progression was fixed at %d steps when its training began; it stays so, although this "
                 "run has %d. To stretch or shrink what is left: Progression(model, %d, rescale=True), or "
                 "StoMPPTrainerCallback(rescale=True).",
@@ -126,7 +123,8 @@ class Progression:
         rate = self.config.refresh_rate
         short = {w.end - w.begin for w in self.windows.values() if 0 <= w.end - w.begin < 2 * rate}
         if short and self.config.end > self.config.start and self.config.binarize != "nothing":
-            logger.warning(
+            warn_once(
+                logger, self.model,
                 "stages freeze within %d steps, less than twice the refresh rate (%d): few entries get a second draw. "
                 "Train longer, use fewer stages (stages=...), or lower refresh_rate.",
                 min(short), rate,
@@ -172,6 +170,7 @@ class Progression:
 
         Raises:
             ConfigError: no step of this progression.
+            HoldError: STE-free, a frozen sign moved since the last step.
             NonFiniteError: an activation seen by the sampled check was NaN or infinite, or the values that a stage is
                 to start from are.
             NotCalibratedError: nothing but padding reached a layer while its stage froze.
@@ -181,7 +180,10 @@ class Progression:
                 f"Progression.step({step!r}): a step is a whole number from 0 to total_steps={self.total_steps}, the "
                 "state after so many updates. Behind the end everything is frozen, and stays so: call step no more."
             )
+        for root in self._roots:
+            attended(root)
         reshard(self.model)
+        self._optimizers.before(step)
         self._read_checks()
         self._take_observed(step)
         for layer in self.layers.values():
@@ -189,6 +191,7 @@ class Progression:
         write_states(list(self.layers.values()))
         self._keep_scales_positive()
         self.current_step = step
+        self._optimizers.after(step)
         self._observe(step)
         self._arm_checks(step)
         self._compiled.renew(looks=bool(self._handles or self._check_handles))
@@ -277,32 +280,28 @@ class Progression:
         With pending_lr below 1, what is still pending moves by that share of the optimizer's step. In several processes
         parameters that no gradient reaches are skipped, as they are in one.
 
+        Call it for each optimizer before the first step; only its own parameters are held, and attaching it again
+        changes nothing. The next `step` looks whether every frozen sign is the committed one.
+
         Args:
-            optimizer: a torch optimizer, or accelerate's wrapper of one.
+            optimizer: a torch optimizer, accelerate's wrapper of one, or transformers' layer-wise one.
 
         Raises:
-            ConfigError: the optimizer has no step hooks, and one is needed.
+            ConfigError: something has to be held, and the optimizer has no step hooks, has none of this model's
+                parameters, or moves weights where no hook can put them back (LBFGS, schedule-free ones).
             ShardingError: it is DeepSpeed's.
         """
-        refuse_optimizer(optimizer)
-        if reshard(self.model):
-            complete_states(optimizer)
-        if self.config.frozen_gradient == "zero" and self.config.binarize != "nothing":
-            self._holds += hold_frozen(optimizer, list(self._weighted().values()))
-        if in_processes() and not any(is_sharded(p) for p in self.model.parameters()):
-            self._holds += skip_blocked(optimizer, self.model.parameters())
-        if self.config.pending_lr != 1.0:
-            parameters = first_steps(self.model, {name: window.begin for name, window in self.windows.items()})
-            self._holds += slow_pending(optimizer, parameters, self.config.pending_lr, lambda: self.current_step)
+        self._optimizers.attach(optimizer)
 
     def detach(self) -> None:
         """Let go of the optimizers, remove what this object put on the model, and put torch.compile's settings back."""
         self._compiled.release()
         for layer in self.layers.values():
             layer.observer = None
-        for handle in (*self._holds, *self._handles, *self._check_handles):
+        for handle in (*self._handles, *self._check_handles):
             handle.remove()
-        self._holds, self._handles, self._check_handles = [], [], []
+        self._handles, self._check_handles = [], []
+        self._optimizers.release()
 
     # ---- looking for what sign() hides ----
 
