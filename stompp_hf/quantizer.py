@@ -28,6 +28,7 @@ from .plan import Entry, Plan, members
 from .quantization_config import StoMPPQuantizationConfig
 from .storage import narrow_tables, write_narrow
 from .surgery import binarize_model, convert
+from .unattended import watch
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class StoMPPQuantizer(HfQuantizer):
         model.config.quantization_config = StoMPPQuantizationConfig.of(plans)
         for name, plan in plans.items():
             _finish(model.get_submodule(name), plan)
+        watch(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -1,11 +1,11 @@
 """binarize_model and restore_model: convert layers in place, all of them or none."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import base_model, check_wrapped
@@ -21,6 +21,7 @@ from .plan import Plan, binary_layers, get_plan, plain_name, planned_models, sub
 from .selection import select
 from .sharding import GATHER, refuse_sharded, refuse_unsupported
 from .storage import widen
+from .unattended import attended, watch
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -74,6 +75,7 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
         raise
     _keep_from_broadcast(model)
     logger.info("%s", report(model))
+    watch(root)
     return model
 
 
@@ -86,7 +88,9 @@ def convert(model: nn.Module, plan: Plan) -> None:
             if entry.kind == "attention":
                 parent = submodule(model, entry.name.rpartition(".")[0])
                 like = next(parent.parameters(), next(model.parameters()))
-                attach(parent, BinaryAttention(plan.config, entry.shape or [], like))
+                product = BinaryAttention(plan.config, entry.shape or [], like)
+                _train_as(like, product.parameters())
+                attach(parent, product)
                 continue
             module = submodule(model, entry.name)
             begun.append(module)
@@ -94,7 +98,8 @@ def convert(model: nn.Module, plan: Plan) -> None:
             if binary_class is None:
                 raise CheckpointError(f"{entry.name} is a {type(module).__name__}, which has no binary class.")
             shape = tuple(entry.shape) if element and entry.shape else None
-            binary_class.convert(module, plan.config, entry.producer, entry.absorbed, shape)
+            layer = binary_class.convert(module, plan.config, entry.producer, entry.absorbed, shape)
+            _train_as(layer.weight, layer.own_tensors().values())
         for name in plan.bypassed:
             activation: Any = submodule(model, name)
             activation.__class__ = BYPASSED[type(activation)]
@@ -104,6 +109,7 @@ def convert(model: nn.Module, plan: Plan) -> None:
             shifted.__class__ = RPReLU
             spread = reader.product.per_feature(reader.weight.new_empty(1), reader.weight)
             shifted.begin(reader.product.features(reader.weight), spread.dim() - 1, reader.weight.detach())
+            _train_as(reader.weight, shifted.parameters())
         for name, readers in plan.paused.items():
             dropout: Any = submodule(model, name)
             dropout.readers = [submodule(model, reader) for reader in readers]
@@ -120,6 +126,13 @@ def convert(model: nn.Module, plan: Plan) -> None:
         raise
     own(model, plan)
     _keep_from_broadcast(model)
+
+
+def _train_as(weight: Tensor, added: Iterable[Tensor]) -> None:
+    """What was added to a part of the model that does not train (requires_grad=False) does not train either."""
+    if not weight.requires_grad:
+        for tensor in added:
+            tensor.requires_grad_(False)
 
 
 _NOT_BROADCAST = "_ddp_params_and_buffers_to_ignore"
@@ -158,6 +171,7 @@ def restore_model(model: Model) -> Model:
     for root in roots:
         _keep_from_broadcast(root, keep=False)
         unfuse(root)
+        attended(root)
         for layer in [module for module in root.modules() if isinstance(module, BinaryLayer)]:
             layer.restore()  # also where others of the plan were replaced or removed
         widen(root, get_plan(root))

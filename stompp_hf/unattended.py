@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .console import warn_once
 from .modules import FROZEN, BinaryLayer
-from .plan import members
+from .plan import get_plan, members, planned_models
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,12 @@ def watch(model: nn.Module) -> None:
     latest when the model is saved. A gradient that nobody steps on is none of its business.
     Cost: nothing once `attended`; until then a look at 64 numbers of one weight in each backward pass.
     """
-    attended(model)
-    found = [m for m in members(model).values() if isinstance(m, BinaryLayer) and m.stompp_config.binarize != "nothing"]
-    weights = [m.weight for m in found if m.stage_state != FROZEN and m.weight.requires_grad and not m.weight.is_meta]
-    if weights:
-        _watches[model] = _Watch(model, weights)
+    for root in planned_models(model).values():
+        attended(root)
+        found = [m for m in members(root).values() if isinstance(m, BinaryLayer) and m.stage_state != FROZEN]
+        learning = [m.weight for m in found if m.weight.requires_grad and not m.weight.is_meta]
+        if learning and get_plan(root).config.binarize != "nothing":
+            _watches[root] = _Watch(root, learning)
 
 
 def attended(model: nn.Module) -> None:
