@@ -1,6 +1,9 @@
 """StoMPP for Hugging Face Transformers: train networks with 1-bit weights and activations, stage by stage."""
 
-from . import saving  # noqa: F401  # save_pretrained and from_pretrained ask there
+from . import (
+    console,
+    saving,  # noqa: F401  # save_pretrained and from_pretrained ask there
+)
 from .callback import StoMPPTrainerCallback
 from .config import StoMPPConfig
 from .distillation import Distiller
@@ -32,6 +35,8 @@ from .resuming import last_whole_checkpoint
 from .runs import read_run, record_run
 from .summary import Summary, summary
 from .surgery import binarize_model, report, restore_model
+
+console.install()
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from .adapters import has_adapters
 from .compiling import refuse_untraceable
+from .console import say, warn_once
 from .errors import CheckpointError, NotBinarizedError, ShardingError
-from .live_metrics import LiveMetrics, check_every
+from .live_metrics import ALWAYS, LiveMetrics, check_every
 from .model_card import attach_to
 from .modules import FROZEN
 from .plan import binary_layers, driven_model, get_plan, members
@@ -50,8 +51,10 @@ class StoMPPTrainerCallback(TrainerCallback):
     Without Trainer, drive a `Progression` yourself; this class adds nothing to it.
 
     With the loss it logs the metrics of `LiveMetrics`, all of them numbers with names that begin with stompp_;
-    log_history has the name of the stage too (stompp_stage_name), which trackers would refuse. It keeps
-    `load_best_model_at_end` and early stopping from choosing a model that is not fully binary yet.
+    log_history has the name of the stage too (stompp_stage_name), which trackers would refuse. The loss line on the
+    terminal has four (frozen fraction, stage, stage fraction, flip ratio), and the sampled ones where a tracker listens
+    (`report_to`) or `metrics_every` is given. It keeps `load_best_model_at_end` and early stopping from choosing a
+    model that is not fully binary yet.
 
     Args:
         rescale: on a resume with another max_steps, rescale what is left of the progression instead of keeping it.
@@ -59,14 +62,15 @@ class StoMPPTrainerCallback(TrainerCallback):
             `eval_binary_*` (needs `attach`); layers that are still real are calibrated on the first
             `calibration_batches` training batches, for that evaluation only.
         calibration_batches: number of batches for it.
-        metrics_every: steps from one sample of the metrics that cost something to the next; 0 leaves them out.
+        metrics_every: steps from one sample of the metrics that cost something to the next; 0 leaves them out; "auto":
+            every 50 steps, and on the terminal only where a tracker listens.
 
     Raises (before the first step):
         NotBinarizedError: `binarize_model` was not called.
         ShardingError: DataParallel, FSDP1 or DeepSpeed.
         CheckpointError: the checkpoint to resume from does not fit the model, or the model was loaded in
             mid-progression and training starts from step 0.
-        ConfigError: metrics_every is no number of steps.
+        ConfigError: metrics_every is no number of steps; or the optimizer cannot be held (see `Progression.attach`).
     """
 
     def __init__(
@@ -74,15 +78,18 @@ class StoMPPTrainerCallback(TrainerCallback):
         rescale: bool = False,
         evaluate_binary: bool = False,
         calibration_batches: int = 4,
-        metrics_every: int = 50,
+        metrics_every: int | Literal["auto"] = "auto",
     ) -> None:
-        check_every(metrics_every)
+        if metrics_every != "auto":
+            check_every(metrics_every)
         self.metrics_every = metrics_every
         self.rescale = rescale
         self.evaluate_binary = evaluate_binary
         self.calibration_batches = calibration_batches
         self.progression: Progression | None = None
         self._live: LiveMetrics | None = None
+        self._metrics: dict[str, float] = {}  # of the record that is being made
+        self._shows_samples = False
         self._holds_complete = False
         self._stands = 0  # the step at which a finished base stays, whatever is trained beside it
         self._trainer: Any = None
@@ -99,7 +106,11 @@ class StoMPPTrainerCallback(TrainerCallback):
         """
         if self._trainer is trainer:  # wrapped already: a second flip ratio a record would always be 0
             return self
-        if self not in trainer.callback_handler.callbacks:
+        handler = trainer.callback_handler
+        for other in [c for c in handler.callbacks if isinstance(c, StoMPPTrainerCallback) and c is not self]:
+            handler.callbacks.remove(other)
+            logger.warning("the Trainer had a StoMPPTrainerCallback already; the one that is attached takes its place.")
+        if self not in handler.callbacks:
             trainer.add_callback(self)
         self._trainer = trainer
         attach_to(trainer)
@@ -107,7 +118,8 @@ class StoMPPTrainerCallback(TrainerCallback):
 
         def log_with_metrics(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
             if "loss" in logs and self._live is not None:
-                logs.update(self._live.record())
+                self._metrics = self._live.record()
+                logs.update(self._shown())
             log(logs, *args, **kwargs)
 
         def evaluate_twice(*args: Any, **kwargs: Any) -> dict[str, float]:
@@ -169,14 +181,16 @@ class StoMPPTrainerCallback(TrainerCallback):
             self._forget_best(state, state.global_step)
         progression.attach(kwargs["optimizer"])
         progression.step(self._place(state.global_step))
-        self._live = LiveMetrics(progression, self.metrics_every)
         trackers = [name for name in args.report_to or [] if name != "none"]
+        self._shows_samples = bool(trackers) or self.metrics_every != "auto"
+        self._live = LiveMetrics(progression, *([] if self.metrics_every == "auto" else [self.metrics_every]))
         if trackers and self._trainer is None:
-            logger.warning(
+            warn_once(
+                logger, progression.model,
                 "%s will not see StoMPP's metrics, which reach the progress bar and log_history only; add "
                 "StoMPPTrainerCallback().attach(trainer) in place of callbacks=[StoMPPTrainerCallback()].",
                 ", ".join(trackers),
-            )
+            )  # fmt: skip
 
     def _bind(self, model: Any, state: Any) -> None:
         layers, root = binary_layers(model), driven_model(model)
@@ -195,10 +209,11 @@ class StoMPPTrainerCallback(TrainerCallback):
         self._holds_complete = ahead > 0 and self.progression.is_complete(ahead)
         self._stands = ahead if adapted else 0
         if self._holds_complete and not adapted:
-            logger.warning(
+            warn_once(
+                logger, root,
                 "this model is fully binary already, and stays so: training goes on with every stage frozen. To "
-                "freeze it anew: restore_model(model), then binarize_model(model, config)."
-            )
+                "freeze it anew: restore_model(model), then binarize_model(model, config).",
+            )  # fmt: skip
         elif self._holds_complete:
             logger.info("the base is fully binary and stays as it is; the adapter trains beside it.")
         elif ahead and restarted:  # auto_find_batch_size, for one
@@ -243,8 +258,9 @@ class StoMPPTrainerCallback(TrainerCallback):
                 )
 
     def _place(self, global_step: int) -> int:
+        """The step of the progression: Trainer's, as far as it goes; behind its end everything stays frozen."""
         total = self._required().total_steps
-        return (self._stands or total) if self._holds_complete else min(global_step, total)
+        return min(global_step if not self._holds_complete else self._stands or total, total)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._required().step(self._place(state.global_step))
@@ -266,6 +282,8 @@ class StoMPPTrainerCallback(TrainerCallback):
     def _show_stage(self, progression: Progression) -> None:
         number, name, share = progression.stage_in_transition()
         text = f"stage {number}/{progression.plan.stage_count} {name} {share:.0%}"
+        if progression.config.binarize != "nothing" and progression.is_complete():
+            text = "fully binary"
         for callback in self._trainer.callback_handler.callbacks:
             bar, notebook = getattr(callback, "training_bar", None), getattr(callback, "training_tracker", None)
             if bar is not None:
@@ -288,14 +306,15 @@ class StoMPPTrainerCallback(TrainerCallback):
         if self.progression is None or self._live is None or not logs or "loss" not in logs:
             return
         self.progression.check_latents()
-        if "stompp_stage" not in logs:
-            metrics = self._live.record()
-            logs.update(metrics)
-            state.log_history[-1].update(metrics)
+        if "stompp_stage" not in logs:  # no attach: the record is made already, and only the terminal shows `logs`
+            self._metrics = self._live.record()
+            logs.update(self._shown())
         name = self.progression.stage_in_transition()[1]
-        state.log_history[-1]["stompp_stage_name"] = name
-        if self._trainer is None:  # after the record is made: only the progress bar shows it
-            logs["stompp_freezing"] = name
+        state.log_history[-1].update({**self._metrics, "stompp_stage_name": name})
+
+    def _shown(self) -> dict[str, float]:
+        """What of a record's metrics trackers get, or the terminal."""
+        return {n: value for n, value in self._metrics.items() if self._shows_samples or n in ALWAYS}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         progression = self._required()
@@ -307,6 +326,9 @@ class StoMPPTrainerCallback(TrainerCallback):
                 "stopping and a smaller max_steps on a resume cut it short.",
                 state.global_step, ", ".join(rest), progression.total_steps,
             )  # fmt: skip
+        elif state.is_world_process_zero and progression.config.binarize != "nothing":
+            count = len(binary_layers(progression.model))
+            say(logger, "fully binary: %d layers, at step %d.", count, state.global_step)
         if self._live is not None:
             self._live.end()
         progression.detach()

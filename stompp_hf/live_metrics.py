@@ -16,6 +16,9 @@ from .metrics import (
 from .modules import Member
 from .progression import Progression
 
+ALWAYS = ("stompp_frozen_fraction", "stompp_stage", "stompp_stage_fraction", "stompp_flip_ratio")
+"""The metrics that every record has; the others are sampled."""
+
 
 class LiveMetrics:
     """The metrics of a run, by the names under which they are logged.

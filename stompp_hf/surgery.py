@@ -75,7 +75,7 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
         raise
     _keep_from_broadcast(model)
     logger.info("%s", report(model))
-    watch(root)
+    watch(holder)
     return model
 
 
