@@ -37,13 +37,12 @@ class CommittedSigns:
     def moved(self, step: int) -> list[str]:
         """Before the model goes to `step`: names of the layers in which a sign that was frozen is another one now.
 
-        Only the step after the noted one is held to it: whoever jumps, or has loaded other weights, begins anew.
+        Only that step and the next are held to what was noted: whoever jumps, or has loaded other weights, begins anew.
         """
-        if step == self._at:
-            return []
-        follows = self._at is not None and step == self._at + 1
+        follows = self._at is not None and self._at <= step <= self._at + 1
         if not follows or any(layer.step != self._at for layer in self._layers.values()):
             self._kept.clear()
+            self._at = None
             return []
         suspects = self._everywhere({name: self._differs(name) for name in self._kept})
         return self._everywhere({name: self._counts_differ(name) for name in suspects})

@@ -169,16 +169,18 @@ class Progression:
         with one step changes nothing.
 
         Raises:
-            ConfigError: no step of this progression.
+            ConfigError: no step of this progression. Once it has ended, later ones are as its end.
             HoldError: STE-free, a frozen sign moved since the last step.
             NonFiniteError: an activation seen by the sampled check was NaN or infinite, or the values that a stage is
                 to start from are.
             NotCalibratedError: nothing but padding reached a layer while its stage froze.
         """
+        if type(step) is int and step > self.total_steps and self.current_step == self.total_steps:
+            step = self.total_steps  # training goes on behind the end: everything is frozen, and stays so
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= self.total_steps:
             raise ConfigError(
                 f"Progression.step({step!r}): a step is a whole number from 0 to total_steps={self.total_steps}, the "
-                "state after so many updates. Behind the end everything is frozen, and stays so: call step no more."
+                "state after so many updates. Is total_steps the number of optimizer steps of the whole run?"
             )
         for root in self._roots:
             attended(root)

@@ -14,7 +14,7 @@ from test_callback import StopAt, bert, states, trainer_of, warnings
 from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import Progression, StoMPPTrainerCallback, binarize_model, parameter_groups, restore_model
-from stompp_hf.errors import ConfigError
+from stompp_hf.errors import ConfigError, HoldError
 from stompp_hf.plan import binary_layers, members
 
 BERT = CASES["bert"]
@@ -275,3 +275,31 @@ def test_training_behind_the_end_stays_at_the_end(tmp_path: Any) -> None:
     again = StoMPPTrainerCallback()
     trainer_of(tmp_path, bert(), again, max_steps=26).train(str(tmp_path / "checkpoint-25"))
     assert again.progression.current_step == again.progression.total_steps == 20
+
+
+# ---- steps ----
+
+
+@pytest.mark.parametrize("step", [-1, 7, 1000, 2.0, True, None])
+def test_a_step_that_the_progression_does_not_have_is_refused(step: Any) -> None:
+    progression = Progression(bert(), TOTAL)
+    progression.step(2)
+    with pytest.raises(ConfigError, match=r"from 0 to total_steps=6"):
+        progression.step(step)
+    assert progression.current_step == 2
+
+
+def test_a_loop_may_go_on_behind_the_end(caplog: Any) -> None:
+    """What was walked to the end stays there; a frozen sign that moves is found there too."""
+    model = stack(3, 16, frozen_gradient="zero")
+    progression = Progression(model, TOTAL)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    progression.attach(optimizer)
+    for step in range(2 * TOTAL):
+        progression.step(step)
+        update(model, optimizer, step)
+    assert progression.current_step == TOTAL and progression.is_complete()
+    with torch.no_grad():
+        model.layers[0].weight[0, 0] *= -1
+    with pytest.raises(HoldError):
+        progression.step(2 * TOTAL)
