@@ -66,6 +66,16 @@ def test_what_it_says(packed: tuple[Path, torch.Tensor]) -> None:
     assert not (packed[0] / "README.md").exists()
 
 
+def test_the_import_comes_first_and_why(packed: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    assert code_of(str(model_card(packed[0]))).startswith("import stompp_hf")
+    assert "Without the first line transformers only logs" in str(model_card(packed[0]))
+    assert "and fills the binary layers at random." in str(model_card(packed[0]))
+    binarize_model(BERT.build(), quick()).save_pretrained(tmp_path)
+    card = str(model_card(tmp_path))
+    assert code_of(card).startswith("import stompp_hf")
+    assert "loads the latent weights as a model in full precision" in card and "worse than random" in card
+
+
 def test_its_code_runs(packed: tuple[Path, torch.Tensor]) -> None:
     names: dict[str, Any] = {}
     exec(code_of(str(model_card(packed[0], repo_id=str(packed[0])))), names)

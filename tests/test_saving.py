@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, CLIPConfig, CLIPModel
 
 from stompp_hf import BinaryLayer, Progression, binarize_model, calibrate, get_plan, pack_model, restore_model
+from stompp_hf.__main__ import main
 from stompp_hf.errors import AlreadyBinarizedError, CheckpointError, ConfigError, NotBinarizedError
 from stompp_hf.plan import planned_models
 
@@ -161,6 +162,18 @@ def test_towers_that_were_binarized_apart(towers: list[str], tmp_path: Path) -> 
         transformers.CLIPTextModel.from_pretrained(tmp_path / "training")
     restore_model(again).save_pretrained(tmp_path / "plain")
     assert is_plain(CLIPModel.from_pretrained(tmp_path / "plain"))
+
+
+def test_the_commands_know_of_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = clip()
+    for tower in ("text_model", "vision_model"):
+        binarize_model(getattr(model, tower), quick())
+    commit(model)
+    model.save_pretrained(tmp_path / "trained")
+    assert main(["pack", str(tmp_path / "trained"), str(tmp_path / "packed")]) == 0
+    assert "CLIPModel: 24 layers binary (weights_and_activations), 4 stages, packed" in capsys.readouterr().out
+    assert torch.equal(views(CLIPModel.from_pretrained(tmp_path / "packed")), views(model))
+    assert "`text_model.encoder.layers.0`" in (tmp_path / "packed" / "README.md").read_text()
 
 
 def test_a_part_alone(tmp_path: Path) -> None:
