@@ -33,6 +33,10 @@ class PackingError(StoMPPError, ValueError):
     """A model cannot be packed or unpacked in the state in which it is."""
 
 
+class DerivativeError(StoMPPError, RuntimeError):
+    """A derivative was asked for that a binary layer does not give."""
+
+
 class ExportError(StoMPPError, RuntimeError):
     """A model cannot be written in another library's format, here and now."""
 

@@ -43,7 +43,14 @@ def hard_above(u: Tensor, threshold: Tensor | None) -> Tensor:
 
 def _signs_of(fresh: Tensor) -> Tensor:
     """Overwrite a tensor, which holds no -0, with its signs."""
-    return torch.copysign(fresh.new_ones(()), fresh, out=fresh)
+    if torch.onnx.is_in_onnx_export():  # which has no copysign
+        return torch.where(fresh >= 0.0, 1.0, -1.0).to(fresh.dtype)
+    return torch.copysign(fresh.new_ones(()), fresh, **_into(fresh))
+
+
+def _into(fresh: Tensor) -> dict[str, Tensor]:
+    """Where a result goes: into a fresh tensor, but where somebody listens, as torch.vmap, which takes no `out`."""
+    return {"out": fresh} if kernels.is_eager() else {}
 
 
 def soft(u: Tensor, low: Edge, high: Edge) -> Tensor:
@@ -112,7 +119,7 @@ class _MixWeight(torch.autograd.Function):
         if mixed is not None:
             return mixed[0]
         levels = hard(weight).mul_(scale)
-        return torch.lerp(soft(weight, low, high), levels, mask, out=levels)
+        return torch.lerp(soft(weight, low, high), levels, mask, **_into(levels))
 
     @staticmethod
     @once_differentiable
@@ -166,7 +173,7 @@ def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogat
         clip: c, or None for no clip.
         surrogate: what frozen entries pass back.
     """
-    return _MixWeight.apply(weight, scale, mask, clip, surrogate)
+    return kernels.apply(_MixWeight, weight, scale, mask, clip, surrogate)
 
 
 class _MixActivation(torch.autograd.Function):
@@ -250,7 +257,7 @@ def _mixed(
     if flags & PASSING:
         found[PASSING] = _between(u, low, high) if window is None else near(u, threshold, scale, window)
     levels = levels.add_(offset).mul_(scale) if offset else levels.mul_(scale)
-    return torch.lerp(soft(unfrozen, low, high), levels, mask, out=levels), _packed(found)
+    return torch.lerp(soft(unfrozen, low, high), levels, mask, **_into(levels)), _packed(found)
 
 
 def _mixed_backward(
@@ -326,4 +333,4 @@ def mix_activation(
         real: f(u), what unfrozen features compute with, if not u itself.
         width: of the window of `windowed_ste`, in units of the scale.
     """
-    return _MixActivation.apply(u, real, scale, threshold, mask, low, high, offset, surrogate, width)
+    return kernels.apply(_MixActivation, u, real, scale, threshold, mask, low, high, offset, surrogate, width)

@@ -12,9 +12,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dataflow import plain_outputs
 from .errors import PackingError
-from .joining import join
 from .modules.embedding import BinaryEmbedding
-from .modules.folded import FOLDED, FoldedBatchNorm
+from .modules.folded import FOLDED, FoldedBatchNorm, is_folded_well
+from .modules.fused import made
 from .modules.packed import PackedLayer
 from .modules.pooling import SeparableMaxPool2d
 from .plan import binary_layers, get_plan, planned_model
@@ -24,20 +24,12 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 _GRADIENTS = "stompp_gradients"
 
-TOLERANCE = 8 * torch.finfo(torch.float32).eps
-"""By how much a folded BatchNorm may differ, in parts of the sum of the sizes of its terms."""
-VALUES_AT_ONCE = 2**22
-
 
 def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool = False) -> Model:
     """Make a packed model as fast as it gets, in place, for inference alone, and return the same model in eval mode.
 
     Forward:  every packed layer computes y = scale * product(sign(x - b), sign(w)) + shift, scale and shift made once:
-              bit for bit what it computed before. Where one packed layer alone reads another's output, as the example
-              inputs show, it gets the signs of y - b as bits, and no y is written: by a table of the whole numbers at
-              which that sign changes, so that every output stays what it is (see `modules.joined`). Hooks on the way
-              still see y, and in another dtype and in compiled and exported graphs it is written; but called by
-              itself such a layer returns NaN, so that adapters are to come before. With exact=False, also:
+              bit for bit what it computed before. With exact=False, also:
               - a BatchNorm that alone reads a layer's output goes into scale and shift. For each layer this is proven
                 by computing both for every whole number that the product can be: they differ by no more than
                 `TOLERANCE` of the sum of the sizes of the terms, or the BatchNorm stays, with a warning.
@@ -64,36 +56,33 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
         raise PackingError("fuse_for_inference: this model is fused already; stompp_hf.unfuse(model) undoes it.")
     layers = {n: m for n, m in binary_layers(root).items() if isinstance(m, PackedLayer)}
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, BinaryEmbedding)}
-    inputs = example_inputs_of(root) if example_inputs is None else example_inputs
-    followers = {} if exact else _followers(root, layers, inputs)
+    followers = {} if exact else _followers(root, layers, example_inputs)
     plans: list[tuple[Any, Tensor, Tensor | None, Any]] = []
     with torch.no_grad():
         for name, layer in layers.items():
             real = layer.activation_scale is None
             if real and exact:
                 continue  # its sums keep torch's order
-            scale, shift = layer.scale_and_shift()
             norm = None if real else followers.get(name)
-            folded = None if norm is None else _fold(layer, scale, shift, norm)
-            if norm is not None and folded is None:
+            scale, shift = made(layer, norm)
+            if norm is not None and not is_folded_well(layer, scale, shift, norm):
                 logger.warning("%s: its BatchNorm rounds too differently to be folded, and stays.", name)
-            plans.append((layer, *(folded or (scale, shift)), norm if folded else None))
+                norm = None
+                scale, shift = made(layer)
+            plans.append((layer, scale, shift, norm))
     for layer, scale, shift, norm in plans:
-        layer.fuse(scale, shift)
+        layer.fuse(scale, shift, norm)
         if norm is not None:
             norm.__class__ = FOLDED[type(norm)]
     for module in list(root.modules()):
         if not exact and SeparableMaxPool2d.fits(module):
             module.__class__ = SeparableMaxPool2d
-    wanting = [parameter for parameter in root.parameters() if parameter.requires_grad]
-    for parameter in wanting:
-        parameter.requires_grad_(False)
+    wanting = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
+    root.requires_grad_(False)
     setattr(root, _GRADIENTS, wanting)
     model.eval()
-    joined = 0 if inputs is None else join(root, {n: layer for n, layer in layers.items() if layer.is_fused}, inputs)
     count = sum(norm is not None for *_, norm in plans)
-    message = "%d packed layers fused for inference, %d BatchNorms folded into them, %d hand the next layer bits."
-    logger.info(message, len(plans), count, joined)
+    logger.info("%d packed layers fused for inference, %d BatchNorms folded into them.", len(plans), count)
     return model
 
 
@@ -109,38 +98,15 @@ def unfuse(model: Model) -> Model:
             module.unfuse()
         if isinstance(module, FoldedBatchNorm | SeparableMaxPool2d):
             module.restore()
-    for parameter in root.__dict__.pop(_GRADIENTS, ()):
-        parameter.requires_grad_(True)
+    wanting = root.__dict__.pop(_GRADIENTS, ())
+    for name, parameter in root.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name in wanting)
     return model
 
 
-def _fold(layer: PackedLayer, scale: Tensor, shift: Tensor | None, norm: Any) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift with a BatchNorm in them, or None where they do not give what it gives."""
-    own = shift if shift is not None else torch.zeros_like(scale)
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    factor = factor if norm.weight is None else factor * norm.weight.double()
-    offset = torch.zeros_like(factor) if norm.bias is None else norm.bias.double()
-    scales = (scale.double() * factor).float()
-    shifts = ((own.double() - norm.running_mean.double()) * factor + offset).float()
-    every = layer._bits().fan_in
-    z = torch.arange(-every, every + 1, dtype=torch.float32, device=scales.device)
-    step = max(1, VALUES_AT_ONCE // len(z))
-    for channels in torch.arange(len(scales)).split(step):
-        s, t = (value if value.numel() == 1 else value[channels] for value in (scale, own))
-        tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        mean, var, weight, bias = (None if value is None else value[channels].float() for value in tensors)
-        before = z[:, None] * s + t
-        after = torch.nn.functional.batch_norm(before, mean, var, weight, bias, False, 0.0, norm.eps)
-        terms = z[:, None].abs() * s.abs() + t.abs() + norm.running_mean[channels].abs()
-        sizes = terms * factor[channels].float().abs() + offset[channels].float().abs()
-        found = z[:, None] * scales[channels] + shifts[channels]
-        if not bool(((found - after).abs() <= TOLERANCE * sizes).all()):  # also where anything is NaN
-            return None
-    return scales, shifts
-
-
-def _followers(root: nn.Module, layers: Mapping[str, Any], inputs: Any) -> dict[str, nn.Module]:
+def _followers(root: nn.Module, layers: Mapping[str, Any], example_inputs: Any) -> dict[str, nn.Module]:
     """The BatchNorms that read a layer's output, every time and alone, by the layer's name."""
+    inputs = example_inputs_of(root) if example_inputs is None else example_inputs
     norms = [module for module in root.modules() if type(module) in FOLDED and module.running_mean is not None]
     if not norms or inputs is None:
         if norms:

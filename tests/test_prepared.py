@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from stompp_hf import StoMPPConfig, kernels
-from stompp_hf.derived import _kept
 from stompp_hf.errors import PackingError
+from stompp_hf.kernels.kept import _kept
 from stompp_hf.modules import binary_class_of
 from stompp_hf.packing import pack_members
 
@@ -141,19 +141,19 @@ def test_real_inputs() -> None:
 @pytest.mark.parametrize("binarize", ["weights_and_activations", "weights"])
 def test_few_rows_are_computed_in_c_altogether(binarize: str, monkeypatch: pytest.MonkeyPatch) -> None:
     native: Any = kernels.choice().native
-    if not hasattr(native, "stompp_prepared"):
+    if not hasattr(native, "stompp_whole_call"):
         pytest.skip("the compiled part was built without Python's headers")
     torch.manual_seed(0)
     layer, found = fused(binarize), []
     if binarize == "weights" and not native.stompp_has_real():
         pytest.skip("real inputs are torch's on this CPU")
-    other, quick = copy.deepcopy(layer), native.stompp_prepared
+    other, quick = copy.deepcopy(layer), native.stompp_whole_call
 
     def watched(*arguments: Any) -> Any:
         found.append(quick(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(native, "stompp_prepared", watched)
+    monkeypatch.setattr(native, "stompp_whole_call", watched)
     for rows, times in ((1, 3), (2, 2), (5, 2)):
         for _ in range(times):
             x = torch.randn(rows, 70)

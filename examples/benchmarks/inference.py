@@ -44,7 +44,6 @@ from stompp_hf.packing import pack_members
 ENOUGH = 2e-4
 """Seconds that a turn lasts at least: reading the clock takes as long as the shortest calls."""
 FLOAT32, BFLOAT16, INT8, PACKED, FUSED = "float32", "bfloat16", "int8", "packed", "packed, fused"
-APART = "fused, numbers between layers"
 BERTS: dict[str, dict[str, Any]] = {
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -84,7 +83,6 @@ class BenchmarkArguments:
     seq: int = field(default=128, metadata={"help": "Tokens a sequence."})
     size: int = field(default=224, metadata={"help": "Height and width of an image."})
     weights_only: bool = field(default=False, metadata={"help": "Binary weights and real activations (W1A32)."})
-    apart: bool = field(default=False, metadata={"help": "Also fused models whose layers hand no bits to each other."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's number."})
     repeats: int = field(default=15, metadata={"help": "Rounds a row."})
     leave_out: list[str] = field(
@@ -183,10 +181,6 @@ def contestants(name: str, args: BenchmarkArguments) -> tuple[dict[str, Any], di
     pack_model(packed).eval()
     models = {FLOAT32: plain, **half_and_int8(plain, name in BERTS), PACKED: packed}
     models[FUSED] = fuse_for_inference(copy.deepcopy(packed), inputs)
-    if args.apart:
-        models[APART] = copy.deepcopy(models[FUSED])
-        for layer in models[APART].modules():
-            layer.__dict__.pop("join", None)
     return models, inputs
 
 
@@ -275,7 +269,6 @@ def main() -> None:
     limit = "" if most is None else f", inner loop alone {most:.0f} GMAC/s"
     print(f"{'W1A32' if args.weights_only else 'W1A1'}; {machine()}{limit}\n")
     names = [FLOAT32, BFLOAT16, INT8, *(name for peer in args.peers for name in peers.COLUMNS[peer]), PACKED, FUSED]
-    names += [APART] * args.apart
     names = [name for name in names if name not in args.leave_out]
     print(
         "| | "

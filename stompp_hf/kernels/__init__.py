@@ -2,34 +2,38 @@
 
 from . import gpu
 from .calls import (
-    DTYPES,
-    EXACT,
     conv,
-    fits,
     inner_loop,
     linear,
     memory_format,
     output_size,
     real_linear,
-    sizes_fit,
     unpack,
 )
-from .handed import Cut, Signs
+from .choosing import DTYPES, EXACT, QUESTIONS, Route, apply, has_tangent, is_eager, is_watched, route
+from .kept import Seen, countable, derived, unchanged
 from .native import Choice, choice, describe, switched_off, use
+from .sizes import sizes_fit
 from .training import levels, mix, mix_backward, mix_weight_backward, pack, through_window, trains_with
 
 __all__ = [
     "DTYPES",
     "EXACT",
+    "QUESTIONS",
     "Choice",
-    "Cut",
-    "Signs",
+    "Route",
+    "Seen",
+    "apply",
     "choice",
     "conv",
+    "countable",
+    "derived",
     "describe",
-    "fits",
     "gpu",
+    "has_tangent",
     "inner_loop",
+    "is_eager",
+    "is_watched",
     "levels",
     "linear",
     "memory_format",
@@ -39,10 +43,12 @@ __all__ = [
     "output_size",
     "pack",
     "real_linear",
+    "route",
     "sizes_fit",
     "switched_off",
     "through_window",
     "trains_with",
+    "unchanged",
     "unpack",
     "use",
 ]

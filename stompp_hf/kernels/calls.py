@@ -9,33 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derived import derived
 from ..errors import KernelError, ShapeError
+from .choosing import DTYPES
+from .kept import derived
 from .native import Shape, choice
+from .sizes import check
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CODES = {**DTYPES, torch.int32: 4}
-"""With words of bits, as `kernels.handed` has them."""
 FEW_CHANNELS = 8
 """Groups with fewer channels are summed byte by byte: a word of 32 channels would hold little."""
 WORD = 32
 """Bits of a word; a group with fewer channels has narrow taps, several in a word."""
-EXACT = 2**24
-"""Sums of fewer signs are exact in float32."""
 SHORT = 2**15
 """Sums of fewer signs fit into 16 bits."""
-
-
-def fits(x: Tensor, bits: Tensor, fan_in: int) -> bool:
-    """Whether the compiled part is used, and can take this input."""
-    return (
-        choice().native is not None
-        and x.dtype in DTYPES
-        and x.is_cpu
-        and bits.is_cpu
-        and 0 < fan_in < EXACT
-        and x.numel() > 0
-    )
 
 
 def linear(
@@ -93,7 +78,7 @@ def real_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) ->
 
 def unpack(bits: Tensor, count: int) -> Tensor:
     """The signs of rows of bits as float32: (rows, count) from uint8 (rows, ceil(count / 8))."""
-    signs = torch.empty(bits.shape[0], count)
+    signs = torch.empty(bits.shape[0], count, device=bits.device)
     native: Any = choice().native
     native.stompp_unpack(bits.contiguous().data_ptr(), bits.shape[0], count, signs.data_ptr())
     return signs
@@ -182,32 +167,6 @@ def memory_format(x: Tensor, kernel: Sequence[int]) -> torch.memory_format:
     return last
 
 
-def sizes_fit(
-    features: int, fan_in: int, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> bool:
-    """Whether sizes and types are what C takes on trust. Written out: it is part of every call."""
-    outputs = bits.shape[0]
-    return not (
-        bits.dtype is not torch.uint8
-        or bits.shape[1] != (fan_in + 7) // 8
-        or (threshold is not None and (threshold.numel() != features or threshold.dtype is not torch.float32))
-        or (scale is not None and (scale.numel() not in (1, outputs) or scale.dtype is not torch.float32))
-        or (shift is not None and (shift.numel() not in (1, outputs) or shift.dtype is not torch.float32))
-    )
-
-
-def check(
-    features: int, fan_in: int, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> None:
-    """Raise ShapeError where `sizes_fit` does not hold."""
-    if not sizes_fit(features, fan_in, threshold, bits, scale, shift):
-        sizes = [None if t is None else (t.numel(), t.dtype) for t in (threshold, scale, shift)]
-        raise ShapeError(
-            f"a packed product of {features} features, {fan_in} weights an output channel: bits of shape "
-            f"{tuple(bits.shape)} and type {bits.dtype}, with {sizes} thresholds, scales and shifts, do not fit."
-        )
-
-
 def inner_loop(rounds: int) -> int:
     """Run the inner loop alone, on operands in the first cache, on one thread; how many products of signs that were.
 
@@ -232,7 +191,7 @@ def conv_weights(bits: Tensor, channels: int, taps: int) -> Tensor:
 def _tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
     outputs, wide = bits.shape[0], channels >= WORD
     words = taps * words_of(channels) if wide else words_of(channels * taps)
-    result = torch.empty(outputs * (words + (taps if wide and taps > 1 else 0)), dtype=torch.int32)
+    result = torch.empty(outputs * (words + (taps if wide and taps > 1 else 0)), dtype=torch.int32, device=bits.device)
     native: Any = choice().native
     native.stompp_tap_words(bits.contiguous().data_ptr(), outputs, channels, taps, result.data_ptr())
     return result
@@ -246,7 +205,7 @@ def call(
     threshold, scale, shift = _in_order(threshold), _in_order(scale), _in_order(shift)
     status = getattr(choice().native, name)(
         x.data_ptr(),
-        _CODES[x.dtype],
+        DTYPES[x.dtype],
         None if threshold is None else threshold.data_ptr(),
         weights.data_ptr(),
         None if scale is None else scale.data_ptr(),
@@ -254,7 +213,7 @@ def call(
         None if shift is None else shift.data_ptr(),
         shift is not None and shift.numel() > 1,
         y.data_ptr(),
-        _CODES[y.dtype],
+        DTYPES[y.dtype],
         *tail,
     )
     _succeed(status, name, x)

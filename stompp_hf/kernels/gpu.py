@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .calls import DTYPES, EXACT, check
+from .sizes import check
 
 DEVICES = ("cuda",)
 """Where Triton's kernels run; ROCm's devices are called so too."""
@@ -26,11 +26,6 @@ def _version() -> str | None:
         return str(importlib.import_module("triton").__version__)
     except ImportError:
         return None
-
-
-def fits(x: Tensor, bits: Tensor, fan_in: int) -> bool:
-    """Whether Triton is used, and can take this input."""
-    return used_on(x.device) and x.device == bits.device and x.dtype in DTYPES and 0 < fan_in < EXACT and x.numel() > 0
 
 
 def used_on(device: torch.device) -> bool:

@@ -159,7 +159,7 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _functions_of_python(path: Path) -> dict[str, Any]:
-    """Functions of the same names that spare the cost of ctypes; and stompp_prepared, which takes objects.
+    """Functions of the same names that spare the cost of ctypes; and stompp_whole_call, which takes objects.
 
     None of them if built without Python's headers.
 

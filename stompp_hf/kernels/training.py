@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
+from .choosing import Route, route
 from .native import choice
 
 ABOVE, INSIDE, PASSING = 1, 2, 4
@@ -35,16 +35,11 @@ class _Mixing(ctypes.Structure):
     )
 
 
-def trains_with(*tensors: Tensor | None) -> bool:
-    """Whether the compiled part is used, and can take these tensors: plain ones in memory, float32, on the CPU."""
+def trains_with(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled part is called with these tensors, all of float32."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-        and choice().native is not None
-        and all(
-            t is None or (type(t) in (Tensor, Parameter) and t.dtype is torch.float32 and t.is_cpu and not t.is_neg())
-            for t in tensors
-        )
+        all(t is None or t.dtype is torch.float32 for t in others)
+        and route(x, *others, dtypes=(torch.float32,)) is Route.NATIVE
     )
 
 
@@ -55,7 +50,7 @@ def pack(weight: Tensor, transposed: bool) -> Tensor:
         weight: (rows, count), contiguous; (count, rows) if transposed.
     """
     rows, count = weight.shape[::-1] if transposed else weight.shape
-    bits = torch.empty((rows, (count + 7) // 8), dtype=torch.uint8)
+    bits = torch.empty((rows, (count + 7) // 8), dtype=torch.uint8, device=weight.device)
     native: Any = choice().native
     native.stompp_pack(weight.data_ptr(), rows, count, int(transposed), bits.data_ptr(), torch.get_num_threads())
     return bits

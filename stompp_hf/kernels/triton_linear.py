@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..derived import derived
+from .kept import derived
 
 FEW_ROWS = 16
 """Tensor cores take no fewer rows."""

@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import activations as hub
 
+from ..kernels import apply
+
 ABSORBABLE: dict[str, Callable[[Tensor], Tensor]] = {"ReLU": F.relu, "ReLU6": F.relu6, "Hardswish": F.hardswish}
 """Activations that a binary layer can compute itself: real entries see f(u), and the sign is that of u."""
 
@@ -43,7 +45,7 @@ def gate(u: Tensor, kind: str) -> Tensor:
     Source:   this library's choice. The surrogate gradient of a frozen entry stands for that of f: passing it where f
               is flat doubles what goes up at every layer, and it grows with depth without bound.
     """
-    return _Gate.apply(u, kind)  # type: ignore[no-any-return]
+    return apply(_Gate, u, kind)  # type: ignore[no-any-return]
 
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import kernels
 from ..functional import Surrogate, hard_above, inside, mix_activation, near
 
 Edges = tuple[float | None, float | None]
@@ -140,4 +141,4 @@ def binary_matmul(left: Operand, right: Operand, surrogate: Surrogate, factor: T
         factor: broadcastable to `left`: 0 where an entry is excluded, else a dropout's factor; None for 1.
     """
     tensors = (left.u, right.u, left.scale, right.scale, left.threshold, right.threshold, factor)
-    return _BinaryMatmul.apply(*tensors, left.offset, (left.edges, right.edges), surrogate, left.width)
+    return kernels.apply(_BinaryMatmul, *tensors, left.offset, (left.edges, right.edges), surrogate, left.width)

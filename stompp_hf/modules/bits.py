@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import kernels
-from ..derived import derived
 
 
 def pack_signs(u: Tensor) -> Tensor:
@@ -67,17 +66,14 @@ class SignBits:
     def signs(self, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
         """sign(w) of output channels [first, last), laid out as the weight is, contiguous."""
         bits = self.bits[first:last]
-        plain = torch.compiler.is_compiling() or type(bits) is not Tensor or bits.device.type != "cpu"
-        if plain or dtype != torch.float32 or kernels.choice().native is None:
-            rows = unpack_signs(bits, self.fan_in, dtype)
-        else:
-            rows = kernels.unpack(bits, self.fan_in)
+        native = dtype == torch.float32 and kernels.route(bits, dtypes=(torch.uint8,)) is kernels.Route.NATIVE
+        rows = kernels.unpack(bits, self.fan_in) if native else unpack_signs(bits, self.fan_in, dtype)
         return rows.unflatten(1, self.row).movedim(0, self.channel_dim).contiguous()
 
     def row_sums(self, dtype: torch.dtype) -> Tensor:
         """Sum of the signs of each output channel, (channels,), exact; kept with the bits."""
         make = lambda: (2 * count_ones(self.bits) - self.fan_in).to(dtype)  # noqa: E731
-        return derived(self.bits, f"row sums {dtype}", make)
+        return kernels.derived(self.bits, f"row sums {dtype}", make)
 
     def has_stray_bits(self) -> bool:
         """Whether any bit behind the end of a row is 1: `row_sums` would count it."""

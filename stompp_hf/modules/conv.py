@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import kernels
+from ..kernels import Route
 from .base import BinaryLayer
 from .bits import SignBits
 from .product import Affine
@@ -42,16 +43,29 @@ class ConvProduct:
         x = x if native is not None else self.padded(x, pad)
         return convolution(x, weight, None, self.stride, native or 0, self.dilation, self.groups)
 
+    def route(self, x: Tensor, bits: SignBits, *others: Tensor | None) -> Route:
+        return kernels.route(x, bits.bits, *others, fan_in=bits.fan_in)
+
     def by_kernel(
-        self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, pad: float
+        self,
+        x: Tensor,
+        threshold: Tensor | None,
+        bits: SignBits,
+        affine: Affine,
+        dtype: torch.dtype,
+        pad: float,
+        way: Route | None = None,
     ) -> Tensor | None:
+        way = self.route(x, bits, threshold, *affine) if way is None else way
+        if way is not Route.NATIVE:
+            return None
         if self.mode != "zeros" and any(map(any, self.padding)):
-            return self.bare().by_kernel(self.padded(x, pad), threshold, bits, affine, dtype, 0.0)
+            return self.bare().by_kernel(self.padded(x, pad), threshold, bits, affine, dtype, 0.0, way)
         dims = len(self.stride)
         if x.dim() == dims + 1:
-            y = self.by_kernel(x.unsqueeze(0), threshold, bits, affine, dtype, pad)
+            y = self.by_kernel(x.unsqueeze(0), threshold, bits, affine, dtype, pad, way)
             return None if y is None else y.squeeze(0)
-        if x.dim() != dims + 2 or x.shape[1] != self.features_of(bits) or not kernels.fits(x, bits.bits, bits.fan_in):
+        if x.dim() != dims + 2 or x.shape[1] != self.features_of(bits):
             return None
         if min(kernels.output_size(x.shape[2:], bits.shape[2:], self.stride, self.padding, self.dilation)) < 1:
             return None  # the convolution itself says what is wrong

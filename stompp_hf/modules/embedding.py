@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .. import kernels
 from ..config import StoMPPConfig
 from ..functional import hard, inside, mix_weight
 from .base import BinaryLayer
@@ -106,7 +107,8 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
         scale = F.embedding(x, self._row_scales(), self.padding_idx)
         padding = -1 if self.padding_idx is None else self.padding_idx
         regime = self.stompp_config.frozen_gradient
-        return _FrozenRows.apply(self.weight, scale, x, padding, self.weight_edge, regime)  # type: ignore[no-any-return]
+        arguments = (self.weight, scale, x, padding, self.weight_edge, regime)
+        return kernels.apply(_FrozenRows, *arguments)  # type: ignore[no-any-return]
 
     def binary_weight(self) -> Tensor:
         return hard(self.weight.detach()) * self._row_scales().detach()

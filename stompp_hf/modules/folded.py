@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import PackingError
@@ -43,3 +44,44 @@ class FoldedBatchNorm3d(FoldedBatchNorm, nn.BatchNorm3d):
 FOLDED: dict[type[nn.Module], Any] = {
     cls.plain_class: cls for cls in (FoldedBatchNorm1d, FoldedBatchNorm2d, FoldedBatchNorm3d)
 }
+
+
+TOLERANCE = 8 * torch.finfo(torch.float32).eps
+"""By how much a folded BatchNorm may differ, in parts of the sum of the sizes of its terms."""
+VALUES_AT_ONCE = 2**22
+
+
+def fold(scale: Tensor, shift: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift with a BatchNorm in them, in the dtype of the scale."""
+    own = torch.zeros_like(scale) if shift is None else shift
+    factor, offset = _affine_of(norm)
+    shifts = (own.double() - norm.running_mean.double()) * factor + offset
+    return (scale.double() * factor).to(scale.dtype), shifts.to(scale.dtype)
+
+
+def _affine_of(norm: Any) -> tuple[Tensor, Tensor]:
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight.double()
+    return factor, torch.zeros_like(factor) if norm.bias is None else norm.bias.double()
+
+
+def is_folded_well(layer: Any, scales: Tensor, shifts: Tensor | None, norm: Any) -> bool:
+    """Whether folded scales and shifts give what the layer and its BatchNorm give, for every sum that there can be."""
+    scale, shift = layer.scale_and_shift()
+    own = torch.zeros_like(scale) if shift is None else shift
+    factor, offset = _affine_of(norm)
+    every = layer._bits().fan_in
+    z = torch.arange(-every, every + 1, dtype=torch.float32, device=scales.device)
+    step = max(1, VALUES_AT_ONCE // len(z))
+    for channels in torch.arange(len(scales)).split(step):
+        s, t = ((value if value.numel() == 1 else value[channels]).float() for value in (scale, own))
+        tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        mean, var, weight, bias = (None if value is None else value[channels].float() for value in tensors)
+        before = z[:, None] * s + t
+        after = torch.nn.functional.batch_norm(before, mean, var, weight, bias, False, 0.0, norm.eps)
+        terms = z[:, None].abs() * s.abs() + t.abs() + norm.running_mean[channels].abs()
+        sizes = terms * factor[channels].float().abs() + offset[channels].float().abs()
+        found = z[:, None] * scales[channels] + shifts[channels]  # type: ignore[index]
+        if not bool(((found - after).abs() <= TOLERANCE * sizes).all()):  # also where anything is NaN
+            return False
+    return True

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
-from ..derived import unchanged
 from ..functional import Edge, Surrogate, hard, hard_above, inside, near
 from .bits import SignBits
 from .packed_product import packed_product
@@ -66,14 +65,16 @@ class _FrozenProduct(torch.autograd.Function):
         reach = width if binary_input and surrogate == "windowed_ste" and (needs[0] or needs[4]) else None
 
         operand = y = kept_z = row_sums = None
-        signs = _for_kernel(x, threshold, weight, product) if binary_input and latents is not None else weight
+        way, signs = kernels.Route.TORCH, weight
+        if binary_input:
+            way, signs = _for_kernel(x, threshold, weight, product)
         if isinstance(signs, Tensor):
             operand, signs = _signs(x, threshold, product) if binary_input else x, hard(signs)
         if offset:
             row_sums = signs.row_sums(x.dtype) if isinstance(signs, SignBits) else signs.sum(others)
         scale, shift = affine(weight_scale, activation_scale, bias, row_sums, offset)
-        if isinstance(signs, SignBits) and binary_input and not keeps_z and not torch.compiler.is_compiling():
-            y = product.by_kernel(x.detach(), threshold, signs, (scale, shift), x.dtype, pad - offset)
+        if isinstance(signs, SignBits) and not keeps_z:
+            y = product.by_kernel(x.detach(), threshold, signs, (scale, shift), x.dtype, pad - offset, way)
         if y is None:
             if isinstance(signs, SignBits):
                 z = packed_product(x, threshold, binary_input, signs, product, pad - offset)
@@ -166,20 +167,28 @@ FEW_CHANNELS, FEW_PLACES = 8, 64
 """Convolutions of fewer channels a group, or over fewer places, are faster in plain torch."""
 
 
-def _for_kernel(x: Tensor, threshold: Tensor | None, weight: Any, product: Product) -> Tensor | SignBits:
-    """The signs of a latent weight as bits, if the compiled product is to take them; else the weight itself.
+def _for_kernel(
+    x: Tensor, threshold: Tensor | None, weight: Any, product: Product
+) -> tuple[kernels.Route, Tensor | SignBits]:
+    """The way of the product, and the weight for it: signs as bits, or a latent weight where plain torch multiplies.
 
-    They are made anew in each call: that is less than plain torch takes for signs as numbers, and nothing can be stale.
+    The bits of latents are made anew in each call: that is less than plain torch takes for signs as numbers, and
+    nothing can be stale.
     """
+    if isinstance(weight, SignBits):
+        return product.route(x, weight, threshold), weight
     shape, channel = weight.shape, product.channel_dim
     if not kernels.trains_with(x, weight, threshold) or not weight.is_contiguous():
-        return weight  # type: ignore[no-any-return]
+        return kernels.Route.TORCH, weight
     if len(shape) > 2 and (shape[1] < FEW_CHANNELS or x.numel() < FEW_PLACES * shape[1] * product.groups):
-        return weight  # type: ignore[no-any-return]
-    bits = kernels.pack(weight.detach() if channel else weight.detach().flatten(1), transposed=channel == 1)
-    if len(shape) > 2:  # the kernel makes more of them, which is not needed while they stay as they are
-        bits = unchanged(weight, "sign bits", bits)
-    return SignBits(bits, shape, channel)
+        return kernels.Route.TORCH, weight
+
+    def pack() -> Tensor:
+        return kernels.pack(weight.detach() if channel else weight.detach().flatten(1), transposed=channel == 1)
+
+    # For convolutions the kernel makes more of them, which is not needed while they stay as they are.
+    bits = SignBits(kernels.unchanged(weight, "sign bits", pack) if len(shape) > 2 else pack(), shape, channel)
+    return product.route(x, bits, threshold), bits
 
 
 def _kept_of_input(
@@ -252,7 +261,8 @@ def frozen_product(
         narrow: what the operands of the backward pass's two products are rounded to, as autocast rounds those of a
             plain layer (their sums are not); None for no rounding. The forward pass is exact always.
     """
-    return _FrozenProduct.apply(
+    return kernels.apply(  # type: ignore[no-any-return]
+        _FrozenProduct,
         x,
         weight,
         weight_scale,

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from ..errors import PackingError, WeightError
+from ..kernels import Route, has_tangent
 from .attention import BinaryAttention
 from .base import BinaryLayer, rebind_forward
 from .bits import SignBits, unpack_signs
@@ -20,10 +21,10 @@ from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding
 from .frozen import affine
-from .joined import Join, by_bits
+from .fused import Fused
 from .linear import BinaryLinear
 from .member import FROZEN, Member
-from .packed_operators import has_operator, packed_forward, packed_real_forward, packed_reference
+from .packed_operators import packed_forward, packed_real_forward, packed_reference
 from .prepared import PreparedLinear
 from .state import OWN_TENSORS
 
@@ -143,30 +144,23 @@ class PackedLayer(PackedMember, BinaryLayer):
 
     # ---- forward ----
 
-    is_fused = False
-    join: Join
+    fused: Fused | None = None
     fused_scale: Tensor
     fused_shift: Tensor | None
 
     def _frozen(self, x: Tensor) -> Tensor:
-        if self.is_fused:
-            y = by_bits(self, x)
-            return self._fused(x, self.fused_scale, self.fused_shift) if y is None else y
-        if self._is_fast(x):
-            (threshold, bits), (dtype, product, pad) = self._operands(), self._kind(x)
-            y = packed_forward(x, threshold, bits, self.scale_and_shift(), dtype, product, pad)
-            if y is not None:
-                return y
+        if self.fused is not None:
+            return self._fused(x, *self.fused.affine(self))
+        if self.activation_scale is not None and self.like.dtype == torch.float32:  # one kernel does it all
+            threshold, bits = self._operands()
+            own = (self.weight_scale, self.activation_scale, threshold, self.bias)
+            way = self.product.route(x, bits, *own)
+            if way is not Route.TORCH:
+                dtype, product, pad = self._kind(x)
+                y = packed_forward(x, threshold, bits, self.scale_and_shift(), dtype, product, pad, way)
+                if y is not None:
+                    return y
         return super()._frozen(x)
-
-    def _is_fast(self, x: Tensor) -> bool:
-        """Whether one operator can do it all: a binary input, float32 scales, and no gradient."""
-        if self.activation_scale is None or self.like.dtype != torch.float32 or not has_operator(x, self.product):
-            return False
-        if x.dtype == torch.float64 or self.output_dtype == torch.float64:
-            return False
-        own = (self.weight_scale, self.activation_scale, self.activation_threshold, self.bias)
-        return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *own))
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
         """What follows the product, y = scale * z + shift, in float32."""
@@ -185,22 +179,26 @@ class PackedLayer(PackedMember, BinaryLayer):
 
     # ---- fused for inference ----
 
-    def fuse(self, scale: Tensor, shift: Tensor | None) -> None:
-        """Compute y = scale * z + shift from now on, without a gradient; float32, one an output channel or one."""
+    def fuse(self, scale: Tensor, shift: Tensor | None, norm: Any = None) -> None:
+        """Compute y = scale * z + shift from now on, without a gradient; float32, one an output channel or one.
+
+        Made of the layer's tensors, with those of `norm`, a BatchNorm, in them: `Fused` follows these.
+        """
         for name, value in (("fused_scale", scale), ("fused_shift", shift)):
             self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
-        self.is_fused = True
+        self.fused = Fused(norm)
+        self.fused.look(self)
 
     def unfuse(self) -> None:
         """Undo `fuse`."""
-        for name in ("is_fused", "join", "prepared"):
+        for name in ("fused", "prepared"):
             self.__dict__.pop(name, None)
         for name in ("fused_scale", "fused_shift"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
 
     def _fused(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
+        if (x.requires_grad and torch.is_grad_enabled()) or has_tangent(x):
             raise PackingError(
                 f"{type(self).__name__} is fused for inference and gives no gradient: call it under torch.no_grad(), "
                 "or stompp_hf.unfuse(model) first."
@@ -215,6 +213,11 @@ class PackedLayer(PackedMember, BinaryLayer):
                 if y is not None:
                     return y
             return packed_reference(x, threshold, not real, bits, (scale, shift), dtype, product, pad)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        if self.fused is not None:
+            self.fused.seen = None
 
     def _bits(self) -> SignBits:
         return SignBits(self.weight_bits, self.weight_shape, self.product.channel_dim)
@@ -261,12 +264,16 @@ class PackedLinearLayer(PackedLayer):
     prepared: PreparedLinear | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.is_fused and self.observer is None and "join" not in self.__dict__ and not is_compiling():
-            if self.prepared is None:
-                self.prepared = PreparedLinear()
-            y = self.prepared(self, input)
+        prepared = self.prepared
+        if prepared is not None and not is_dynamo_compiling():
+            y = prepared.quick(input)
+            if y is None and self.fused is not None and self.observer is None:
+                y = prepared(self, input)
             if y is not None:
-                return y
+                return y  # type: ignore[no-any-return]
+        elif self.fused is not None and not is_dynamo_compiling():
+            self.prepared = PreparedLinear()
+            return self.forward(input)
         return super().forward(input)
 
 

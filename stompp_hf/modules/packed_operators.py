@@ -1,7 +1,8 @@
 """A packed layer's whole computation as one operator, which torch.compile and torch.export see as such.
 
-Eager calls go straight to the kernel: the operator's own way there costs more than a small layer. Where there is no
-kernel for a device, the operators compute in plain torch, so that an exported program runs anywhere.
+Eager calls go straight to the kernel: the operator's own way there costs more than a small layer (`kernels.route` says
+which it is to be). Where there is no kernel for a device, the operators compute in plain torch, so that an exported
+program runs anywhere.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels import Route
 from .bits import SignBits
 from .conv import ConvProduct
 from .packed_product import packed_product
@@ -25,6 +27,7 @@ def packed_forward(
     dtype: torch.dtype,
     product: Product,
     pad: float,
+    way: Route | None = None,
 ) -> Tensor | None:
     """y = scale * product(sign(x - b), sign(w)) + shift in the dtype given, or None where only plain torch can.
 
@@ -38,11 +41,13 @@ def packed_forward(
         dtype: of y: float32, bfloat16 or float16.
         product: the layer's product.
         pad: what stands around a padded x: -1, 0 or 1.
+        way: what `product.route` says of these tensors, if it was asked.
     """
-    if dtype is torch.float64 or not has_operator(x, product):
+    way = product.route(x, bits, threshold, *affine) if way is None else way
+    if dtype not in kernels.DTYPES:
         return None
-    if not torch.compiler.is_compiling() and type(x) is Tensor:
-        return product.by_kernel(x, threshold, bits, affine, dtype, pad)
+    if way is not Route.OPERATOR:
+        return product.by_kernel(x, threshold, bits, affine, dtype, pad, way)
     if not isinstance(product, ConvProduct):
         return torch.ops.stompp_hf.packed_linear(x, threshold, bits.bits, *affine, dtype)
     if product.mode != "zeros":
@@ -52,11 +57,6 @@ def packed_forward(
     around = [size for pair in product.padding for size in pair]
     sizes = (list(bits.shape[2:]), list(product.stride), around, list(product.dilation), product.groups, int(pad))
     return torch.ops.stompp_hf.packed_conv(x, threshold, bits.bits, *affine, dtype, *sizes)
-
-
-def has_operator(x: Tensor, product: Product) -> bool:
-    """Every product on a CPU; on a GPU that of linear layers, where Triton is used: the rest is torch's to trace."""
-    return x.is_cpu or (not isinstance(product, ConvProduct) and kernels.gpu.used_on(x.device))
 
 
 def packed_reference(
@@ -86,14 +86,15 @@ def packed_real_forward(
     """y = scale * product(x, sign(w)) + shift of a real input, whose sums may be in another order than torch's."""
     if isinstance(product, ConvProduct):
         return packed_reference(x, None, False, bits, (scale, shift), dtype, product, 0.0)
-    if not torch.compiler.is_compiling() and type(x) is Tensor:
-        return _real(x, bits.bits, scale, shift).to(dtype)
-    return torch.ops.stompp_hf.packed_real_linear(x, bits.bits, scale, shift).to(dtype)
+    if LinearProduct().route(x, bits, scale, shift) is Route.OPERATOR:
+        return torch.ops.stompp_hf.packed_real_linear(x, bits.bits, scale, shift).to(dtype)
+    return _real(x, bits.bits, scale, shift).to(dtype)
 
 
 def _real(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    signs = SignBits(bits, torch.Size((bits.shape[0], x.shape[-1])))
-    y = kernels.real_linear(x.float(), bits, scale, shift) if kernels.fits(x, bits, signs.fan_in) else None
+    signs, y = SignBits(bits, torch.Size((bits.shape[0], x.shape[-1]))), None
+    if LinearProduct().route(x, signs, scale, shift) is Route.NATIVE:
+        y = kernels.real_linear(x.float(), bits, scale, shift)
     if y is None:
         y = packed_reference(x, None, False, signs, (scale, shift), torch.float32, LinearProduct(), 0.0)
     return y
@@ -108,8 +109,9 @@ def _compute(
     product: Product,
     pad: float,
 ) -> Tensor:
-    y = product.by_kernel(x, threshold, bits, affine, dtype, pad)
-    return packed_reference(x, threshold, True, bits, affine, dtype, product, pad) if y is None else y
+    with torch.no_grad():  # a graph is run whatever its parameters want
+        y = product.by_kernel(x, threshold, bits, affine, dtype, pad)
+        return packed_reference(x, threshold, True, bits, affine, dtype, product, pad) if y is None else y
 
 
 @torch.library.custom_op("stompp_hf::packed_linear", mutates_args=())
@@ -170,7 +172,8 @@ def _(
 @torch.library.custom_op("stompp_hf::packed_real_linear", mutates_args=())
 def packed_real_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """The operator of linear layers with a real input: x (..., K), y (..., N) float32."""
-    return _real(x, bits, scale, shift)
+    with torch.no_grad():
+        return _real(x, bits, scale, shift)
 
 
 @packed_real_linear.register_fake

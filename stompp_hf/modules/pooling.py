@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import is_eager
 from .activations import Changed
 
 
@@ -30,7 +31,7 @@ class SeparableMaxPool2d(Changed, nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch
         kernel, stride, padding = (_pair(value) for value in (self.kernel_size, self.stride, self.padding))
-        if torch.compiler.is_compiling() or not _is_plain(input, kernel, padding):
+        if not is_eager() or not _is_plain(input, kernel, padding):
             return nn.MaxPool2d.forward(self, input)  # type: ignore[no-any-return]
         (above, beside), x = padding, input
         if above or beside:

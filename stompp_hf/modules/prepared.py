@@ -1,64 +1,62 @@
 """The forward of a fused linear layer whose checks were made before: with one row, Python is most of the time."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads, is_autocast_enabled
 
 from .. import kernels
-from ..kernels import DTYPES, choice
+from ..kernels import DTYPES, choice, is_watched, native
 
 FEW = 4
 """Rows up to which calls are made in C altogether: it keeps an empty output of the shape seen last."""
 SHARED = (
     Tensor, torch.empty_like, get_num_threads, is_autocast_enabled, "cpu",
-    "is_cpu", "requires_grad", "dtype", "shape", "is_contiguous", "data_ptr",
+    "is_cpu", "requires_grad", "dtype", "shape", "is_contiguous", "data_ptr", "_version", kernels.QUESTIONS,
 )  # fmt: skip
-"""What such calls need of torch, in the order of python.c."""
+"""What such calls need, in the order of python.c."""
 
 
 class PreparedLinear:
     """y = scale * (sign(x - b) @ sign(w).T) + shift of a fused layer, or of its real x, straight to compiled C.
 
     A call returns None where the layer has to go its ordinary way: plain torch, another device, a dtype that C does not
-    take, a gradient, autocast, a subclass of Tensor. Addresses are those of the layer's tensors, and are looked up anew
-    when one of these is another or lies elsewhere. A copy of this object is None: a copied layer makes one of its own.
+    take, a gradient, autocast, a subclass of Tensor, anybody who listens (`kernels.is_watched`). Addresses are those of
+    the layer's tensors, and are looked up anew when one of these is another, lies elsewhere or was changed. A copy of
+    this object is None: a copied layer makes one of its own.
     Shapes and dtypes: those of `kernels.linear` and `kernels.real_linear`.
     Source: this library's choice.
     """
 
-    __slots__ = ("addresses", "buffers", "choice", "dtype", "home", "own", "parts", "tensors")
+    __slots__ = ("choice", "dtype", "own", "parts", "quick", "tensors")
 
     def __init__(self) -> None:
         self.choice: Any = None  # nothing is looked up yet
+        self.tensors: tuple[tuple[Any, ...], ...] = ()
         self.parts: tuple[Any, ...] | None = None
         self.own: tuple[Any, ...] | None = None  # of the shape seen last
+        self.quick: Any = _not_quick
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
-        known = self.choice is choice() and self.dtype is layer.output_dtype and self.buffers is layer._buffers
-        if known and self.own is not None:
-            y = self.choice.native.stompp_prepared(SHARED, self.own, x)
-            if y is not None:
-                return y  # type: ignore[no-any-return]
-        if type(x) is not Tensor or not x.is_cpu or x.requires_grad or is_autocast_enabled("cpu"):
+        if type(x) is not Tensor or not x.is_cpu or x.requires_grad or is_autocast_enabled("cpu") or is_watched():
             return None
-        if not known or self._moved():
+        layer.fused.affine(layer)  # the values may be older than the layer's tensors
+        if self.choice is not choice() or self.dtype is not layer.output_dtype or self._moved():
             self._look_up(layer)
         taken = DTYPES.get(x.dtype)
         if self.parts is None or taken is None:
             return None
         function, real, given, features, outputs, threshold, *rest = self.parts
-        if features == 1 or not x.is_contiguous():
-            return None  # what carries bits in place of numbers (`joined`) is one number, spread out
-        if x.shape[-1:] != (features,) or x.numel() == 0:
+        if x.shape[-1:] != (features,) or x.numel() == 0 or not x.is_contiguous() or x.is_neg():
             return None
         rows = x.numel() // features
         y = x.new_empty((*x.shape[:-1], outputs), dtype=self.dtype)
         if rows <= FEW and not (real and taken):
-            self._keep(x, torch.empty_like(y), rows)
+            self._keep(layer, x, torch.empty_like(y), rows)
         threads = get_num_threads()
         if not real:
             status = function(
@@ -70,60 +68,72 @@ class PreparedLinear:
             return None
         return y if status == 0 else None  # the ordinary way says what is wrong
 
-    def _keep(self, x: Tensor, like: Tensor, rows: int) -> None:
-        """Prepare for other inputs like this one, where C can take calls from Python."""
-        if self.parts is None or not hasattr(self.choice.native, "stompp_prepared"):
+    def _keep(self, layer: Any, x: Tensor, like: Tensor, rows: int) -> None:
+        """Prepare `quick` for other inputs like this one, where C can take calls from Python.
+
+        It looks at everything itself: x, who listens, the layer's dtype, its tensors and those that its values are of.
+        """
+        if self.parts is None or not hasattr(self.choice.native, "stompp_whole_call"):
             return
-        _, real, given, features, outputs, threshold, bits, scale, step, shift, shift_step = self.parts
-        rest, sizes = (bits, scale, step, shift, shift_step, 0), (rows, features, outputs, 0)  # 0: filled in by C
-        arguments = (0, *rest, *sizes) if real else (0, DTYPES[x.dtype], threshold, *rest, given, *sizes)
-        names = ("weight_bits", "fused_scale", "fused_shift", "activation_threshold")
-        homes = (self.buffers, self.buffers, self.buffers, self.home)
-        every = zip(homes, names, self.tensors, (bits, scale, shift, threshold), strict=True)
-        tensors = [part for home, name, tensor, at in every for part in (home, name, tensor, at or 0)]
-        self.own = (x.shape, x.dtype, like, real, *tensors, *arguments)
+        _, real, given, features, outputs, threshold, *rest = self.parts
+        arguments = (*rest, 0, rows, features, outputs, 0)  # 0: filled in by C
+        arguments = (0, *arguments) if real else (0, DTYPES[x.dtype], threshold, *rest, 0, given, *arguments[-4:])
+        made_of = tuple(
+            (home, name, tensor, seen.memory.data_ptr(), seen.version) if seen else (home, name, None, 0, None)
+            for home, name, tensor, seen in layer.fused.seen
+        )
+        of = [(vars(layer), name) for name in ("fused", "observer", "output_dtype")] + [(vars(native), "_chosen")]
+        alike = tuple((home, name, home.get(name), None, None) for home, name in of)
+        self.own = (x.shape, x.dtype, like, real, (*alike, *self.tensors, *made_of), *arguments)
+        self.quick = functools.partial(self.choice.native.stompp_whole_call, SHARED, self.own)
 
     def _moved(self) -> bool:
-        """Whether a tensor of the layer is another one, or elsewhere. Written out: it is part of every call."""
-        buffers = self.buffers
-        bits, scale, shift, threshold = self.tensors
-        at = self.addresses
-        return (
-            buffers["weight_bits"] is not bits
-            or buffers["fused_scale"] is not scale
-            or buffers["fused_shift"] is not shift
-            or self.home["activation_threshold"] is not threshold
-            or bits.data_ptr() != at[0]
-            or scale.data_ptr() != at[1]
-            or (shift is not None and shift.data_ptr() != at[2])
-            or (threshold is not None and threshold.data_ptr() != at[3])
+        """Whether a tensor of the layer is another one, or elsewhere."""
+        return any(
+            home.get(name) is not tensor or (tensor is not None and tensor.data_ptr() != at)
+            for home, name, tensor, at, _ in self.tensors
         )
 
     def _look_up(self, layer: Any) -> None:
         chosen, buffers, dtype = choice(), layer._buffers, layer.output_dtype
-        self.buffers = buffers
-        self.home = layer._buffers if "activation_threshold" in layer._buffers else layer._parameters
-        bits, scale, shift = (buffers[name] for name in ("weight_bits", "fused_scale", "fused_shift"))
-        threshold = self.home["activation_threshold"]
+        home = buffers if "activation_threshold" in buffers else layer._parameters
+        names = ("weight_bits", "fused_scale", "fused_shift", "activation_threshold")
+        found = [(buffers, name) for name in names[:3]] + [(home, names[3])]
+        tensors = [place[name] for place, name in found]
+        bits, scale, shift, threshold = tensors
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        self.tensors = tuple(
+            (*where, tensor, at or 0, None) for where, tensor, at in zip(found, tensors, addresses, strict=True)
+        )
         features, outputs = layer.weight_shape[layer.product.feature_dim], bits.shape[0]
         real = layer.activation_scale is None
-        self.tensors = bits, scale, shift, threshold
-        self.addresses = [None if tensor is None else tensor.data_ptr() for tensor in self.tensors]
-        self.dtype, self.own, self.parts = dtype, None, None
-        if chosen.native is not None and self._fits(features, outputs, real, dtype):
-            steps = (int(scale.numel() > 1), self.addresses[2], int(shift is not None and shift.numel() > 1))
-            own = (self.addresses[3], self.addresses[0], self.addresses[1], *steps)
-            given = DTYPES[dtype]
+        self.dtype, self.own, self.parts, self.quick = dtype, None, None, _not_quick
+        if chosen.native is not None and _fits(bits, scale, shift, threshold, features, real, dtype):
+            steps = (int(scale.numel() > 1), addresses[2], int(shift is not None and shift.numel() > 1))
             function = chosen.native.stompp_real_linear if real else chosen.native.stompp_linear
             if not real or chosen.native.stompp_has_real():
-                self.parts = function, real, given, features, outputs, *own
+                own = (addresses[3], *addresses[:2], *steps)
+                self.parts = function, real, DTYPES[dtype], features, outputs, *own
         self.choice = chosen  # last: another thread may be calling
 
-    def _fits(self, features: int, outputs: int, real: bool, dtype: torch.dtype) -> bool:
-        bits, scale, shift, threshold = self.tensors
-        return (
-            all(tensor is None or (tensor.is_cpu and tensor.is_contiguous()) for tensor in self.tensors)
-            and 0 < features < kernels.EXACT
-            and (dtype is torch.float32 if real else dtype in DTYPES)
-            and kernels.sizes_fit(features, features, threshold, bits, scale, shift)
-        )
+
+def _not_quick(x: Tensor) -> None:
+    """In place of a call in C, where there is none."""
+
+
+def _fits(
+    bits: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    threshold: Tensor | None,
+    features: int,
+    real: bool,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether C can take a layer's tensors."""
+    return (
+        all(t is None or (t.is_cpu and t.is_contiguous()) for t in (bits, scale, shift, threshold))
+        and 0 < features < kernels.EXACT
+        and (dtype is torch.float32 if real else dtype in DTYPES)
+        and kernels.sizes_fit(features, features, threshold, bits, scale, shift)
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels import Route
 from .bits import SignBits
 
 Affine = tuple[Tensor | None, Tensor | None]
@@ -32,10 +33,21 @@ class Product(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, pad: float = 0.0) -> Tensor:
         """z, without bias; `pad` is what stands around x where the layer pads with a constant."""
 
+    def route(self, x: Tensor, bits: SignBits, *others: Tensor | None) -> Route:
+        """The way of this product (see `kernels.route`)."""
+
     def by_kernel(
-        self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: "Affine", dtype: torch.dtype, pad: float
+        self,
+        x: Tensor,
+        threshold: Tensor | None,
+        bits: SignBits,
+        affine: "Affine",
+        dtype: torch.dtype,
+        pad: float,
+        way: Route | None = None,
     ) -> Tensor | None:
-        """scale * product(sign(x - b), sign(w)) + shift by a kernel, without a gradient; None where none can."""
+        """scale * product(sign(x - b), sign(w)) + shift by a kernel, without a gradient; None where the way (None: ask
+        `route`) is another, or where torch is to say what is wrong with the shape of x."""
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         """dL/dx from dL/dz, for an x of `shape`."""
@@ -75,17 +87,24 @@ class LinearProduct:
     def __call__(self, x: Tensor, weight: Tensor, pad: float = 0.0) -> Tensor:
         return torch.nn.functional.linear(x, weight)
 
+    def route(self, x: Tensor, bits: SignBits, *others: Tensor | None) -> Route:
+        return kernels.route(x, bits.bits, *others, fan_in=bits.fan_in, triton=True)
+
     def by_kernel(
-        self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, pad: float
+        self,
+        x: Tensor,
+        threshold: Tensor | None,
+        bits: SignBits,
+        affine: Affine,
+        dtype: torch.dtype,
+        pad: float,
+        way: Route | None = None,
     ) -> Tensor | None:
-        fan_in = bits.shape[0] if bits.channel_dim else bits.shape[1]
-        if x.shape[-1] != fan_in:
+        way = self.route(x, bits, threshold, *affine) if way is None else way
+        call = {Route.NATIVE: kernels.linear, Route.TRITON: kernels.gpu.linear}.get(way)
+        if call is None or x.shape[-1:] != (bits.fan_in,):
             return None
-        if kernels.fits(x, bits.bits, fan_in):
-            return kernels.linear(x, threshold, bits.bits, *affine, dtype)
-        if kernels.gpu.fits(x, bits.bits, fan_in):
-            return kernels.gpu.linear(x, threshold, bits.bits, *affine, dtype)
-        return None
+        return call(x, threshold, bits.bits, *affine, dtype)
 
     def grad_input(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         return grad.matmul(weight)

@@ -75,11 +75,17 @@ static PyObject *real_linear(PyObject *self, PyObject *const *arguments, Py_ssiz
 
 /* ---- a whole call of a layer, prepared for inputs of one shape: with one row, Python is most of the time ---- */
 
-/* What all prepared calls need: of torch, and the names of what is asked of a tensor. */
-enum { TENSOR, EMPTY_LIKE, THREADS, AUTOCAST, CPU, IS_CPU, REQUIRES_GRAD, DTYPE, SHAPE, IS_CONTIGUOUS, DATA_PTR, SHARED };
-/* What one of them needs: shape and dtype of x, an empty output, whether x is real, the layer's tensors, each as a
- * dictionary, its key there, what it is and where it lies, then the arguments of stompp_linear or stompp_real_linear. */
-enum { X_SHAPE, X_DTYPE, LIKE, REAL, TENSORS, ARGUMENTS = TENSORS + 4 * 4 };
+/* What all such calls need: of torch, the names of what is asked of a tensor, and what nobody may have answered to. */
+enum {
+    TENSOR, EMPTY_LIKE, THREADS, AUTOCAST, CPU, IS_CPU, REQUIRES_GRAD, DTYPE, SHAPE, IS_CONTIGUOUS, DATA_PTR, VERSION,
+    QUESTIONS, SHARED
+};
+/* What one of them needs: shape and dtype of x, an empty output, whether x is real, the layer's tensors, and then the
+ * arguments of stompp_linear or stompp_real_linear. */
+enum { X_SHAPE, X_DTYPE, LIKE, REAL, TENSORS, ARGUMENTS };
+/* One of them: the dictionary that has it, its key there, itself (None: none), where it lies, and its version, or None for any; what
+ * is no tensor lies at None. */
+enum { HOME, KEY, ITSELF, PLACE, SEEN, PARTS };
 
 /* The answer of a call as a number; -1 with an error set where there is none. */
 static int64_t number(PyObject *answer) {
@@ -98,7 +104,34 @@ static int is(PyObject *answer, PyObject *wanted) {
     return answer == wanted;
 }
 
-/* Whether x is as the call was prepared for it, and the layer's tensors are where they were; an error may be set. */
+/* Whether every question (a function, or an object and an attribute of it, and one answer) has that answer. */
+static int is_quiet(PyObject *questions) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(questions); i++) {
+        PyObject *const *question = PySequence_Fast_ITEMS(PyTuple_GET_ITEM(questions, i));
+        if (!is(question[1] == Py_None ? PyObject_CallNoArgs(question[0]) : PyObject_GetAttr(question[0], question[1]),
+                question[2]))
+            return 0;
+    }
+    return 1;
+}
+
+/* Whether the layer's tensors are those that they were, where they were and what they were; an error may be set. */
+static int are_there(PyObject *const *shared, PyObject *tensors) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); i++) {
+        PyObject *const *one = PySequence_Fast_ITEMS(PyTuple_GET_ITEM(tensors, i));
+        PyObject *found = PyDict_GetItemWithError(one[HOME], one[KEY]);
+        if ((found ? found : Py_None) != one[ITSELF])
+            return 0;
+        if (one[PLACE] != Py_None && address(one[ITSELF], shared) != PyLong_AsLongLong(one[PLACE]))
+            return 0;
+        if (one[SEEN] != Py_None &&
+            number(PyObject_GetAttr(one[ITSELF], shared[VERSION])) != PyLong_AsLongLong(one[SEEN]))
+            return 0;
+    }
+    return 1;
+}
+
+/* Whether x is as the call was prepared for it, nobody listens, and the layer is as it was; an error may be set. */
 static int fits(PyObject *const *shared, PyObject *const *own, PyObject *x) {
     if ((PyObject *)Py_TYPE(x) != shared[TENSOR] || !is(PyObject_GetAttr(x, shared[IS_CPU]), Py_True) ||
         !is(PyObject_GetAttr(x, shared[REQUIRES_GRAD]), Py_False) ||
@@ -107,20 +140,26 @@ static int fits(PyObject *const *shared, PyObject *const *own, PyObject *x) {
     PyObject *shape = PyObject_GetAttr(x, shared[SHAPE]);
     int same = shape && PyObject_RichCompareBool(shape, own[X_SHAPE], Py_EQ) == 1;
     Py_XDECREF(shape);
-    if (!same || !is(PyObject_CallMethodNoArgs(x, shared[IS_CONTIGUOUS]), Py_True) ||
-        !is(PyObject_CallOneArg(shared[AUTOCAST], shared[CPU]), Py_False))
-        return 0;
-    for (PyObject *const *of = own + TENSORS; of < own + ARGUMENTS; of += 4)
-        if (PyDict_GetItemWithError(of[0], of[1]) != of[2] || address(of[2], shared) != PyLong_AsLongLong(of[3]))
-            return 0;
-    return 1;
+    return same && is(PyObject_CallMethodNoArgs(x, shared[IS_CONTIGUOUS]), Py_True) &&
+           is(PyObject_CallOneArg(shared[AUTOCAST], shared[CPU]), Py_False) && is_quiet(shared[QUESTIONS]) &&
+           are_there(shared, own[TENSORS]);
 }
 
-/* stompp_prepared(shared, own, x): the output, or None where the call has to go another way. */
-static PyObject *prepared(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+/* Whether an object is a tuple of tuples of a length. */
+static int is_table(PyObject *rows, Py_ssize_t length) {
+    int right = PyTuple_CheckExact(rows);
+    for (Py_ssize_t i = 0; right && i < PyTuple_GET_SIZE(rows); i++)
+        right = PyTuple_CheckExact(PyTuple_GET_ITEM(rows, i)) && PyTuple_GET_SIZE(PyTuple_GET_ITEM(rows, i)) == length;
+    return right;
+}
+
+/* stompp_whole_call(shared, own, x): the output, or None where the call has to go another way. */
+static PyObject *whole_call(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
     (void)self;
     if (count != 3 || !PyTuple_CheckExact(arguments[0]) || !PyTuple_CheckExact(arguments[1]) ||
-        PyTuple_GET_SIZE(arguments[0]) != SHARED || PyTuple_GET_SIZE(arguments[1]) < ARGUMENTS)
+        PyTuple_GET_SIZE(arguments[0]) != SHARED || PyTuple_GET_SIZE(arguments[1]) < ARGUMENTS ||
+        !is_table(PyTuple_GET_ITEM(arguments[0], QUESTIONS), 3) ||
+        !is_table(PyTuple_GET_ITEM(arguments[1], TENSORS), PARTS))
         return PyErr_Format(PyExc_TypeError, "two tuples of their lengths and a tensor are needed");
     PyObject *const *shared = PySequence_Fast_ITEMS(arguments[0]), *const *own = PySequence_Fast_ITEMS(arguments[1]);
     PyObject *x = arguments[2], *y = NULL;
@@ -143,7 +182,7 @@ static PyObject *prepared(PyObject *self, PyObject *const *arguments, Py_ssize_t
 }
 
 static PyMethodDef methods[] = {
-    {"stompp_prepared", (PyCFunction)(void (*)(void))prepared, METH_FASTCALL, NULL},
+    {"stompp_whole_call", (PyCFunction)(void (*)(void))whole_call, METH_FASTCALL, NULL},
     {"stompp_linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL, NULL},
     {"stompp_real_linear", (PyCFunction)(void (*)(void))real_linear, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
