@@ -118,7 +118,7 @@ def route(
         kernel = Route.TRITON
     else:
         return Route.TORCH
-    if x.numel() == 0 or is_watched():
+    if is_watched() or x.numel() == 0:
         return Route.TORCH
     plain = all(t is None or (type(t) in _PLAIN and t.device == x.device and not t.is_neg()) for t in (x, *others))
     return kernel if plain else Route.TORCH
@@ -156,7 +156,8 @@ def apply(function: Any, *arguments: Any) -> Any:
         return function.apply(*arguments)
     if wanted:
         _say_that_traces_do_not_train()
-    return function.forward(_NoGradient(len(arguments)), *arguments)
+    with torch.no_grad():
+        return function.forward(_NoGradient(len(arguments)), *arguments)
 
 
 @functools.cache

@@ -227,7 +227,7 @@ class BinaryLayer(KeptWeight, LayerState):
         # Signs are summed in float32 whatever the precision around: a sum of integers must not be rounded.
         exact = torch.float64 if self.like.dtype == torch.float64 else torch.float32
         kind = x.device.type
-        mixed = torch.is_autocast_enabled(kind)
+        mixed = not x.is_meta and torch.is_autocast_enabled(kind)
         narrow = torch.get_autocast_dtype(kind) if mixed else None
         with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
             y = frozen_product(

@@ -174,7 +174,8 @@ class PackedLayer(PackedMember, BinaryLayer):
     def _kind(self, x: Tensor) -> tuple[torch.dtype, Any, float]:
         """Dtype of the output, product, and what stands around x."""
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.output_dtype
+        mixed = not x.is_meta and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if mixed else self.output_dtype
         return dtype, self._product_of(x), self._pad_level() - self.activation_offset
 
     # ---- fused for inference ----
@@ -205,7 +206,8 @@ class PackedLayer(PackedMember, BinaryLayer):
             )
         (threshold, bits), (dtype, product, pad), kind = self._operands(), self._kind(x), x.device.type
         real, wide = self.activation_scale is None, scale.dtype == torch.float64
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+        mixed = not x.is_meta and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
             if real and not wide:
                 return packed_real_forward(x, bits, scale, shift, dtype, product)
             if not wide:
