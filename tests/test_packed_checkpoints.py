@@ -4,6 +4,7 @@ That another process computes the same is the matter of test_round_trips.py.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,20 @@ def test_a_reloaded_model_goes_on_like_any_other(packed: tuple[Path, torch.Tenso
     unpack_model(model).save_pretrained(tmp_path / "unpacked")
     reload = load(tmp_path / "unpacked")
     assert not get_plan(reload).packed and torch.equal(logits(reload, BERT.batch()), logits(model, BERT.batch()))
+
+
+@pytest.mark.parametrize(
+    "move", [lambda m: m.to("cpu"), lambda m: m.float(), lambda m: m.requires_grad_(False).to("cpu")]
+)
+def test_moving_a_model_before_it_ran_loses_nothing(
+    move: Callable[[Any], Any], packed: tuple[Path, torch.Tensor]
+) -> None:
+    assert torch.equal(logits(move(load(packed[0])), BERT.batch(77)), packed[1])
+    other = load(packed[0])
+    for layer in binary_layers(other).values():
+        layer.stompp_state.zero_()
+    other.load_state_dict(load(packed[0]).state_dict(), assign=True)
+    assert torch.equal(logits(move(other), BERT.batch(77)), packed[1])
 
 
 def test_scales_and_thresholds_stay_float32_in_half_precision(packed: tuple[Path, torch.Tensor]) -> None:
