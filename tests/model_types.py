@@ -103,8 +103,8 @@ def reload(model: PreTrainedModel) -> PreTrainedModel:
         return type(model).from_pretrained(folder)
 
 
-def plain_model(model_type: str) -> tuple[PreTrainedModel, Inputs, bool]:
-    """A small model that evaluates, repeats itself, trains and reloads; its inputs; whether it trains in train mode."""
+def plain_model(model_type: str) -> tuple[PreTrainedModel, Inputs]:
+    """A small model that evaluates, repeats itself, reloads and trains, and its inputs."""
     reasons: dict[str, None] = {}
     try:
         classes = model_classes(model_type)[:6]
@@ -123,14 +123,15 @@ def plain_model(model_type: str) -> tuple[PreTrainedModel, Inputs, bool]:
                 continue
             for inputs in input_ways(model):
                 try:
-                    return model, inputs, _fit(model, inputs)
+                    _fit(model, inputs)
+                    return model, inputs
                 except Exception as error:
                     reasons.setdefault(f"{cls.__name__}: {brief(error)}")
     raise Unjudged("; ".join(list(reasons)[-3:]) or "no class takes this config")
 
 
-def _fit(model: PreTrainedModel, inputs: Inputs) -> bool:
-    """Whether the plain model can be judged on these inputs, in training mode or (False) in evaluation mode only."""
+def _fit(model: PreTrainedModel, inputs: Inputs) -> None:
+    """Raise where the plain model cannot be judged on these inputs."""
     batch = inputs(0)
     if not batch:
         raise Unjudged("no inputs can be made")
@@ -144,14 +145,10 @@ def _fit(model: PreTrainedModel, inputs: Inputs) -> bool:
     again = reload(model)
     if difference := same(first, evaluate(again, batch)):
         raise Unjudged(f"the plain model reloads as another one: {difference}")
-    for mode in (True, False):
-        try:
-            loss_of(again.train(mode), inputs(1), 0).backward()
-            return mode
-        except Exception as error:
-            if not mode:
-                raise Unjudged(f"the plain model does not train: {brief(error)}") from error
-    raise AssertionError
+    try:
+        loss_of(again.train(), inputs(1), 0).backward()
+    except Exception as error:
+        raise Unjudged(f"the plain model does not train: {brief(error)}") from error
 
 
 def judge(model_type: str) -> dict[str, Any]:
@@ -169,11 +166,11 @@ def judge(model_type: str) -> dict[str, Any]:
             raise Wrong(difference)
 
     try:
-        model, inputs, training = plain_model(model_type)
+        model, inputs = plain_model(model_type)
         plain = evaluate(model, inputs(9))
         record |= {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
         with step("binarize_model"):
-            binarize_model(model.train(training), example_inputs=inputs(0))
+            binarize_model(model.train(), example_inputs=inputs(0))
             plan = get_plan(model)
             record |= {"layers": len(plan.entries), "stages": plan.stage_count, "left": Counter(plan.left.values())}
             expect(evaluate(model, inputs(9)), plain)

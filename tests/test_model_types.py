@@ -7,6 +7,8 @@ from transformers import CONFIG_MAPPING
 ODD = {
     "canine": "characters, hashed, and two down-sampling convolutions",
     "deberta-v2": "attention with positions apart",
+    "falcon": "a subclass of nn.Linear",
+    "inkling2_text": "checkpoints that transformers renames while loading",
     "mamba": "a state space, of which forward reads weights without calling layers",
     "mixtral": "fused experts stay real",
     "prophetnet": "an embedding that gives two tensors",

@@ -267,6 +267,18 @@ def test_a_run_that_was_interrupted_ends_as_the_other_one(name: str, trained: di
     assert all(map(torch.equal, again.outputs, whole.outputs))
 
 
+@pytest.mark.parametrize("name", ["mlm", "vit"])
+def test_its_own_output_is_a_checkpoint(name: str, trained: dict[str, Done], tmp_path: Path) -> None:
+    """As any script's is: what is binary stays so, and what is real goes on learning."""
+    _, data = begin(name, tmp_path)
+    again = run_script(name, tmp_path, trained[name].folder, data)
+    assert not all(map(torch.equal, again.outputs, trained[name].outputs))
+    reload = getattr(transformers, RUNS[name].auto).from_pretrained(again.folder).eval()
+    with torch.no_grad():
+        found = [value for value in reload(**again.batch).values() if isinstance(value, Tensor)]
+    assert all(map(torch.equal, found, again.outputs))
+
+
 def test_three_lines_are_all_that_was_added() -> None:
     scripts = list((HERE / "scripts").glob("run_*.py"))
     assert {script.stem for script in scripts} == {run.script for run in RUNS.values()}
