@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from .dataflow import plain_outputs
 from .modules.encoders import module_by_module
+from .modules.subclasses import methods_with_weight
 from .running import run, untouched
 
 
@@ -20,16 +22,20 @@ def read_elsewhere(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) 
     Without hooks, every weight is NaN while its own layer does not run. Outputs that stay what they were show that
     nobody else computes with one; otherwise halves of the layers are looked at, and halves of those. torch's fused
     encoder layers are switched off: they have a class of their own once they hold binary layers (`modules.encoders`).
+    A model that generates, and whose code names a weight, does so as well: with a cache it may go another way.
     """
-    before = _outputs(model, inputs)
+    decodes = _may_decode_otherwise(model, layers)
+    before = _outputs(model, inputs, decodes)
 
     def moved(names: list[str]) -> bool:
         after: list[Tensor] = []
         with contextlib.suppress(Exception), _hidden(layers[name] for name in names):
-            after = _outputs(model, inputs)  # a model that raises has looked at NaN
+            after = _outputs(model, inputs, decodes)  # a model that raises has looked at NaN
         if _same(before, after):
             return False
-        return _shows_more_nan(before, after) or _same(before, _outputs(model, inputs))  # or it is never the same
+        if _shows_more_nan(before, after):
+            return True
+        return _same(before, _outputs(model, inputs, decodes))  # or it is never the same
 
     def among(names: list[str]) -> set[str]:
         if not names or not moved(names):
@@ -37,10 +43,7 @@ def read_elsewhere(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) 
         half = len(names) // 2
         return {*names} if half == 0 else among(names[:half]) | among(names[half:])
 
-    found = among(list(layers))
-    if found:
-        _outputs(model, inputs)  # what a model keeps of its last run is to come from its own weights
-    return found
+    return among(list(layers))
 
 
 @contextlib.contextmanager
@@ -73,11 +76,27 @@ def _hidden(layers: Iterable[Any]) -> Iterator[None]:
                 layer.forward = replaced[layer]
 
 
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+def _may_decode_otherwise(model: Any, layers: Iterable[str]) -> bool:
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return False
+    around = {type(model.get_submodule(name.rpartition(".")[0])) for name in layers}
+    bases = {kind: PreTrainedModel if issubclass(kind, PreTrainedModel) else nn.Module for kind in around}
+    return any(name for kind, base in bases.items() for name in methods_with_weight(kind, base))
+
+
+_TWO_TOKENS = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1, "use_cache": True}
+
+
+def _outputs(model: Any, inputs: Any, decodes: bool) -> list[Tensor]:
     with contextlib.suppress(Exception):
         inputs = copy.deepcopy(inputs)  # a cache among them grows
     with untouched(model), module_by_module():
         outputs = tree_leaves(plain_outputs(run(model, inputs)))
+        with contextlib.suppress(Exception):  # not every model that says so can
+            if decodes:
+                given = {name: value for name, value in inputs.items() if name != "labels"}
+                found = model.generate(**given, **_TWO_TOKENS, return_dict_in_generate=True, output_logits=True)
+                outputs += found.logits
     return [leaf.clone() for leaf in outputs if isinstance(leaf, Tensor) and not leaf.is_nested]
 
 

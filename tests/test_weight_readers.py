@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fusion
@@ -116,6 +117,24 @@ def test_readers_are_found(kind: type, read: set[str], caplog: pytest.LogCapture
         assert type(model.get_submodule(name)) is nn.Linear
     said = [record.message for record in caplog.records if "computes with their weights" in record.message]
     assert bool(said) == bool(read) and all(name in said[0] for name in left)
+
+
+def test_what_reads_a_weight_only_with_a_cache() -> None:
+    """RecurrentGemma calls its convolution on a prompt, and computes with its weight from the second token on."""
+    config = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "lru_width": 32}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_window_size": 16}
+    torch.manual_seed(0)
+    model = hf.RecurrentGemmaForCausalLM(hf.RecurrentGemmaConfig(**config)).float()
+    binarize_model(model, StoMPPConfig())
+    read = {name: reason for name, reason in get_plan(model).left.items() if name.endswith("conv_1d")}
+    assert len(read) == 2 and all(reason.startswith("bypassed: its weight moved") for reason in read.values())
+    ids = torch.arange(3, 19).reshape(2, 8)
+    commit(model, {"input_ids": ids}).eval()
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "output_logits": True}
+    made = model.generate(ids, return_dict_in_generate=True, **options)
+    with torch.no_grad():
+        whole = model(made.sequences, use_cache=False).logits
+    torch.testing.assert_close(torch.stack(made.logits, 1), whole[:, 7:10])
 
 
 def test_inputs_that_grow_are_given_anew() -> None:
@@ -237,7 +256,7 @@ def nets() -> tuple[nn.Module, nn.Module]:
     return linear.eval(), conv.eval()
 
 
-def commit(model: nn.Module, x: Tensor) -> nn.Module:
+def commit(model: nn.Module, x: Any) -> nn.Module:
     Progression(model, 1).step(1)
     return calibrate(model, [x])
 

@@ -15,8 +15,8 @@ from .packed import PACKED_CLASSES, register_packed
 TOLERANCE = 1e-4
 """By how much the output of a subclass may differ from its base's, in parts of the largest."""
 
-_HARMLESS = ("__init__", "forward", "reset_parameters", "extra_repr", "__repr__")
-"""Methods that may name the weight: `forward` is compared, and the others compute nothing while a model runs."""
+_HARMLESS = ("__init__", "_init_weights", "reset_parameters", "extra_repr", "__repr__")
+"""Methods that compute nothing while a model runs."""
 
 
 def class_for(kind: Any, plain: type) -> Any:
@@ -54,7 +54,7 @@ def unlike_its_base(layer: nn.Module, binary: type[BinaryLayer]) -> str | None:
     if not issubclass(binary, Made):
         return None
     kind, plain = binary.made_from
-    readers = [name for name in _methods_with_weight(plain, kind.plain_class) if name not in _HARMLESS]
+    readers = [name for name in methods_with_weight(plain, kind.plain_class) if name != "forward"]
     if readers:
         return f"its {readers[0]} uses the weight, too"
     if len(inspect.signature(plain.forward).parameters) != 2:  # type: ignore[attr-defined]
@@ -66,11 +66,12 @@ def unlike_its_base(layer: nn.Module, binary: type[BinaryLayer]) -> str | None:
     return None if same else "it computes something else"
 
 
-def _methods_with_weight(plain: type, base: type) -> Iterator[str]:
+def methods_with_weight(plain: type, base: type) -> Iterator[str]:
+    """Names of the methods that a subclass of `base` adds to it and whose code names a weight, save harmless ones."""
     for cls in plain.__mro__[: plain.__mro__.index(base)]:
         for name, value in vars(cls).items():
             function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
-            if inspect.isfunction(function) and _names_weight(function.__code__):
+            if name not in _HARMLESS and inspect.isfunction(function) and _names_weight(function.__code__):
                 yield name
 
 
