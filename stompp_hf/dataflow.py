@@ -23,6 +23,9 @@ class DataFlow(TorchDispatchMode):
     """Watches every operation between modules; `watch` hooks the modules themselves.
 
     Attributes:
+        called: the candidates, in the order of their first call.
+        bypassed: those of them whose weight something else reads as well; for the probe to find.
+        producers: class name of the module whose output enters a candidate, by way of nothing but dropouts.
         parents: the candidates (and EMBEDDING) whose output reaches a candidate's input by way of no other candidate.
         siblings: the candidates that read one and the same tensor, one set a tensor.
         sums: for every addition, the candidates that reach either side.
@@ -36,6 +39,9 @@ class DataFlow(TorchDispatchMode):
 
     def __init__(self, candidates: dict[str, nn.Module]) -> None:
         super().__init__()
+        self.called: list[str] = []
+        self.bypassed: set[str] = set()
+        self.producers: dict[str, str] = {}
         self.parents: dict[str, set[str]] = {}
         self.sums: list[tuple[frozenset[str], frozenset[str]]] = []
         self.readers: dict[str, set[str]] = {}
@@ -55,6 +61,7 @@ class DataFlow(TorchDispatchMode):
         self._kinds: dict[str, type[nn.Module]] = {}
         # What an activation overwrote in place, by address; kept alive, so that no address is used twice.
         self._rewritten: dict[int, tuple[str, Tensor]] = {}
+        self._made: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}  # the same, for what leaf modules gave
         self._inside: list[str | None] = []  # the candidates, or None for a module that only passes on, now running
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,6 +89,8 @@ class DataFlow(TorchDispatchMode):
         """Hook the modules of a model; returns the handles."""
         handles: list[Any] = []
         for name, module in model.named_modules():
+            if not list(module.children()):
+                handles.append(module.register_forward_hook(self._leave_leaf))
             if id(module) in self._names:
                 handles.append(module.register_forward_pre_hook(self._enter_candidate, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leave_candidate))
@@ -95,9 +104,13 @@ class DataFlow(TorchDispatchMode):
     def _enter_candidate(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self._names[id(module)]
         self._inside.append(name)
+        if name not in self.called:
+            self.called.append(name)
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(x, Tensor):
             return
+        producer = self._maker(x)
+        self.producers[name] = self.producers.get(name, "") if producer in (None, "Dropout") else str(producer)
         self.parents.setdefault(name, set()).update(self._reach.get(x, ()))
         tags = self._tags.get(x, frozenset())
         self.feeders.setdefault(name, []).append(tags)
@@ -109,6 +122,17 @@ class DataFlow(TorchDispatchMode):
         self._read_by[x].add(name)
         self.one_sided[name] = self.one_sided.get(name, True) and bool(x.min() >= 0) if x.numel() else False
         self.shapes.setdefault(name, tuple(x.shape[1:]))
+
+    def _maker(self, x: Tensor) -> str | None:
+        return self._made.get((x.data_ptr(), x.shape), (None, x))[0]
+
+    def _leave_leaf(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            return
+        kind = type(module).__name__
+        if isinstance(module, nn.Dropout) and args and isinstance(args[0], Tensor):
+            kind = self._maker(args[0]) or kind  # in eval mode a dropout only passes its input on
+        self._made[output.data_ptr(), output.shape] = (kind, output)
 
     def _leave_candidate(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self._inside.pop()

@@ -12,12 +12,13 @@ from .adapters import adapter_reason
 from .attention_interface import CHILD
 from .beyond_layers import Beyond, find
 from .config import StoMPPConfig
+from .dataflow import DataFlow
 from .errors import ConfigError, NothingToBinarizeError, PatternError
 from .modules import BINARY_CLASSES, binary_class_of
 from .modules.registry import unlike_its_base
 from .neighbours import Neighbours, neighbours
 from .plan import Entry
-from .probe import Trace, probe
+from .probe import probe
 from .structure import WEIGHTED, block_of, real_by_place
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -151,9 +152,9 @@ def _ordered(names: list[str], config: StoMPPConfig) -> list[str]:
 
 
 def _staged(
-    model: nn.Module, names: list[str], trace: Trace | None, beyond: Beyond, config: StoMPPConfig
+    model: nn.Module, names: list[str], flow: DataFlow | None, beyond: Beyond, config: StoMPPConfig
 ) -> list[Entry]:
-    called = beyond.called or (trace.order() if trace else [name for name in names if name != beyond.embedding])
+    called = beyond.called or (flow.called if flow else [name for name in names if name != beyond.embedding])
     blocks = {name: block_of(model, name) for name in called}
     blocks[str(beyond.embedding)] = next(filter(None, blocks.values()), None)  # an embedding goes with the first block
     if config.order == "global":
@@ -181,9 +182,9 @@ def _staged(
             entry = Entry(name, stage, label, position=called.index(name) + (beyond.embedding is not None))
         if name in beyond.attention:
             entry.kind, entry.shape = "attention", beyond.attention[name]
-        elif trace is not None:
-            entry.producer = trace.producers.get(name) or None
-            entry.shape = list(trace.flow.shapes.get(name, ())) or None
+        elif flow is not None:
+            entry.producer = flow.producers.get(name) or None
+            entry.shape = list(flow.shapes.get(name, ())) or None
         entries.append(entry)
     return sorted(entries, key=lambda entry: entry.stage)
 
@@ -208,20 +209,20 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
             f"{type(model).__name__} has no layer of a type with a binary class "
             f"({', '.join(cls.__name__ for cls in BINARY_CLASSES)}). {_why_not(left)}"
         )
-    trace = probe(model, candidates, example_inputs)
+    flow = probe(model, candidates, example_inputs)
     names = list(candidates)
-    if trace is not None:
+    if flow is not None:
         for name in names:
-            if name not in trace.first_call:
+            if name not in flow.called:
                 left[name] = "bypassed: the model did not call it in the probe (its weight may be used elsewhere)"
-        bypassed = [name for name in names if name not in trace.first_call]
+        bypassed = [name for name in names if name not in flow.called]
         if bypassed:
             logger.warning("left real because the model never calls them: %s", ", ".join(bypassed))
-        left.update(dict.fromkeys(trace.bypassed, _READ_ELSEWHERE))
-        if trace.bypassed:
-            read = [name for name in names if name in trace.bypassed]
+        left.update(dict.fromkeys(flow.bypassed, _READ_ELSEWHERE))
+        if flow.bypassed:
+            read = [name for name in names if name in flow.bypassed]
             logger.warning("left real because something else computes with their weights, too: %s", ", ".join(read))
-        names = [name for name in trace.order() if name not in trace.bypassed]
+        names = [name for name in flow.called if name not in flow.bypassed]
 
     def excluded(name: str) -> str | None:
         outside = name.endswith(CHILD) and block_of(model, name) is None and any(block_of(model, n) for n in names)
@@ -235,7 +236,7 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
         if _pattern_reason(name, config):  # the user says so
             continue
         logger.warning("%s stays real, although it was asked for: %s", name, reason)
-    misplaced = real_by_place(model, names, trace, config) if names else {}
+    misplaced = real_by_place(model, names, flow, config) if names else {}
     left.update({name: reason for name, reason in misplaced.items() if name in named})
     kept = [name for name in named if name not in misplaced]
     if not kept:
@@ -247,16 +248,16 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
             advice = "Pass example_inputs that reach the layers."
         kind = type(model).__name__
         raise NothingToBinarizeError(f"No layer of {kind} is left to binarize. {_why_not(left)} {advice}")
-    near = Neighbours() if trace is None else neighbours(model, kept, trace.flow, config)
+    near = Neighbours() if flow is None else neighbours(model, kept, flow, config)
     ordered = [name for name in beyond.called if name in kept or name in beyond.attention] or kept
     ordered = [*filter(None, [beyond.embedding]), *ordered]
-    entries = _staged(model, _ordered(ordered, config), trace, beyond, config)
+    entries = _staged(model, _ordered(ordered, config), flow, beyond, config)
     for entry in entries:
         entry.absorbed = near.absorbing.get(entry.name)
         if entry.name in near.ungated:  # the ReLU that the probe saw is gone: both signs come through
             entry.producer = None
     _warn_of_dead_signs(near, entries, config)
-    if config.activation_mask == "element" and config.binary_activations and trace is None:
+    if config.activation_mask == "element" and config.binary_activations and flow is None:
         raise ConfigError(
             "StoMPPConfig: activation_mask='element' needs the sizes of the layers' inputs, and no probe could be run; "
             "pass binarize_model(model, config, example_inputs=...) one small batch."

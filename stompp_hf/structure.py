@@ -6,8 +6,7 @@ from torch import nn
 
 from .adapters import adapter_parts
 from .config import StoMPPConfig
-from .dataflow import shortcuts
-from .probe import Trace
+from .dataflow import DataFlow, shortcuts
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WEIGHTED = (nn.Linear, *CONVOLUTIONS)
@@ -46,16 +45,16 @@ def block_of(model: nn.Module, name: str) -> str | None:
     return block
 
 
-def real_by_place(model: nn.Module, names: list[str], trace: Trace | None, config: StoMPPConfig) -> dict[str, str]:
+def real_by_place(model: nn.Module, names: list[str], flow: DataFlow | None, config: StoMPPConfig) -> dict[str, str]:
     """The layers that stay real because of where they stand, with the reason: first ones, heads, down-sampling."""
-    ancestors = None if trace is None else trace.flow.ancestors()
+    ancestors = None if flow is None else flow.ancestors()
     blocks = {name for name in names if block_of(model, name) is not None}
     if ancestors is None:
         reasons = _by_registration(names, blocks, config)
     else:
         reasons = _by_flow(names, blocks, ancestors, config)
     if config.downsampling == "keep":
-        reasons |= _downsampling(model, names, trace, ancestors or {})
+        reasons |= _downsampling(model, names, flow, ancestors or {})
     return reasons
 
 
@@ -98,15 +97,15 @@ def _reason(before: bool, after: bool, blocks: bool, config: StoMPPConfig) -> st
 
 
 def _downsampling(
-    model: nn.Module, names: list[str], trace: Trace | None, ancestors: dict[str, set[str]]
+    model: nn.Module, names: list[str], flow: DataFlow | None, ancestors: dict[str, set[str]]
 ) -> dict[str, str]:
     reasons = {}
     for name in names:
         if any(part in _DOWNSAMPLING for part in name.split(".")):
             reasons[name] = "down-sampling or shortcut layer, by its name"
-    if trace is not None:
+    if flow is not None:
         pointwise = [name for name in names if _is_pointwise(model.get_submodule(name))]
-        for name in shortcuts(trace.flow, ancestors, pointwise):
+        for name in shortcuts(flow, ancestors, pointwise):
             reasons.setdefault(name, "shortcut: it leads around other layers")
     return reasons
 
