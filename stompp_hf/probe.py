@@ -35,12 +35,13 @@ def probe(model: nn.Module, candidates: dict[str, nn.Module], example_inputs: An
     handles = flow.watch(model)
     try:
         with untouched(model), flow:
-            flow.close(run(model, inputs))
+            outputs = run(model, inputs)
+            flow.close(outputs)
         for handle in handles:
             handle.remove()
         # Adapters that read the weight of the layer that they are around are refused by name (`check_wrapped`).
         alone = {name: candidates[name] for name in flow.called if not name.endswith(".base_layer")}
-        flow.bypassed = read_elsewhere(model, alone, inputs)
+        flow.bypassed = read_elsewhere(model, alone, inputs, outputs)
     except Exception as error:
         if example_inputs is not None:
             raise

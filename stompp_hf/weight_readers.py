@@ -16,21 +16,33 @@ from .modules.subclasses import methods_with_weight
 from .running import run, untouched
 
 
-def read_elsewhere(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) -> set[str]:
+def read_elsewhere(model: nn.Module, layers: dict[str, nn.Module], inputs: Any, seen: Any) -> set[str]:
     """Names of the layers whose weight moves the model's outputs by a way that does not lead through the layer.
 
     Without hooks, every weight is NaN while its own layer does not run. Outputs that stay what they were show that
     nobody else computes with one; otherwise halves of the layers are looked at, and halves of those. torch's fused
     encoder layers are switched off: they have a class of their own once they hold binary layers (`modules.encoders`).
     A model that generates, and whose code names a weight, does so as well: with a cache it may go another way.
+
+    Args:
+        model: the unconverted model.
+        layers: the layers, by name.
+        inputs: what it is called with.
+        seen: its outputs, as a run with hooks gave them: mostly they are those without.
     """
     decodes = _may_decode_otherwise(model, layers)
+
+    def hidden(names: list[str]) -> list[Tensor]:
+        with contextlib.suppress(Exception), _hidden(layers[name] for name in names):
+            return _outputs(model, inputs, decodes)
+        return []  # a model that raises has looked at NaN
+
+    if not decodes and _same(_tensors(seen), hidden(list(layers))):
+        return set()
     before = _outputs(model, inputs, decodes)
 
     def moved(names: list[str]) -> bool:
-        after: list[Tensor] = []
-        with contextlib.suppress(Exception), _hidden(layers[name] for name in names):
-            after = _outputs(model, inputs, decodes)  # a model that raises has looked at NaN
+        after = hidden(names)
         if _same(before, after):
             return False
         if _shows_more_nan(before, after):
@@ -91,13 +103,18 @@ def _outputs(model: Any, inputs: Any, decodes: bool) -> list[Tensor]:
     with contextlib.suppress(Exception):
         inputs = copy.deepcopy(inputs)  # a cache among them grows
     with untouched(model), module_by_module():
-        outputs = tree_leaves(plain_outputs(run(model, inputs)))
+        outputs = _tensors(run(model, inputs))
         with contextlib.suppress(Exception):  # not every model that says so can
             if decodes:
                 given = {name: value for name, value in inputs.items() if name != "labels"}
                 found = model.generate(**given, **_TWO_TOKENS, return_dict_in_generate=True, output_logits=True)
-                outputs += found.logits
-    return [leaf.clone() for leaf in outputs if isinstance(leaf, Tensor) and not leaf.is_nested]
+                outputs += _tensors(found.logits)
+    return outputs
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    found = (leaf for leaf in tree_leaves(plain_outputs(outputs)) if isinstance(leaf, Tensor) and not leaf.is_nested)
+    return [leaf.clone() for leaf in found]
 
 
 def _same(before: list[Tensor], after: list[Tensor]) -> bool:

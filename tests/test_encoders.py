@@ -133,6 +133,15 @@ def test_calibrate_and_committed() -> None:
         assert torch.equal(calibrate(model, [X])(X), committed)
 
 
+def test_a_finished_state_closes_it_however_it_gets_in() -> None:
+    done = frozen(binarize_model(Encoder(), StoMPPConfig(), example_inputs=X), X)
+    other = binarize_model(Encoder(), StoMPPConfig(), example_inputs=X).eval()
+    with torch.no_grad():
+        other(X)
+        other.load_state_dict(done.state_dict())
+        assert torch.equal(other(X), done(X)) and torch.equal(other(X, PADDING), done(X, PADDING))
+
+
 def test_real_layers_keep_the_fused_path() -> None:
     model = binarize_model(Encoder(), StoMPPConfig(exclude_modules=["layers.1"]), example_inputs=X)
     kinds = [type(layer) for layer in model.encoder.layers]

@@ -190,7 +190,7 @@ def test_the_probe_leaves_nothing_behind(fail: int) -> None:
     except Exception as error:
         raised.append(str(error))
     assert len(raised) == 1 and model.runs[0] >= max(1, fail)
-    assert ("in the middle" in raised[0]) == (fail in (1, 2))  # later ones count as a look at NaN
+    assert ("in the middle" in raised[0]) == (fail in (1, 3))  # the others count as a look at NaN
     for layer, weight, address, value in weights:
         assert layer.weight is weight and weight.data_ptr() == address and torch.equal(weight, value)
     for name, (buffer, value) in buffers.items():
