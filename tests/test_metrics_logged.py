@@ -124,7 +124,7 @@ def flips(model: nn.Module, before: dict[str, list[float]]) -> float:
 
 RESNET = vision.CASES["resnet"]
 RUNS: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
-    "default": (BERT, {}, NORMS),
+    "default": (BERT, {}, {"stompp_clipped_inputs", *NORMS}),
     "reverse, STE-free": (
         *(BERT, {"frozen_gradient": "zero", "order": "reverse"}),
         {"stompp_blocked_share", "stompp_grad_norm_before"},
