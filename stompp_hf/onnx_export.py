@@ -251,6 +251,10 @@ def _optimize(graph: Any) -> None:
 
     DeduplicateInitializersPass(size_limit=2**12)(graph)  # the table
     optimize_ir(graph, should_fold=should_fold)
+    for node in graph.graph:
+        if node.op_type == "Add" and any(use.node.op_type == "LayerNormalization" for use in node.outputs[0].uses()):
+            # The same sum. onnxruntime would fuse an Add with the norm, into an operator that takes longer than both.
+            node.op_type = "Sum"
     ClearMetadataAndDocStringPass()(graph)  # stack traces, the larger part of a small file
     for value in list(graph.graph.initializers.values()):
         value.name = value.name.removeprefix("model.")  # that of the wrapper: here names are the checkpoint's

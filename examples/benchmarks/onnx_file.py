@@ -2,6 +2,7 @@
 
     python examples/benchmarks/onnx_file.py                              # MiniLM's shapes, a minute or two
     python examples/benchmarks/onnx_file.py --shapes bert-base resnet18  # ten minutes
+    python examples/benchmarks/onnx_file.py --shapes bert-base --variants W1A1
     python examples/benchmarks/onnx_file.py --what layers                # layer by layer, and where it is not faster
     python examples/benchmarks/onnx_file.py --shapes tiny --profile True
 
@@ -79,6 +80,7 @@ class FileArguments:
     shapes: list[str] = field(
         default_factory=lambda: ["minilm"], metadata={"help": f"Models: {', '.join((*BERT_SHAPES, *RESNET_SHAPES))}."}
     )
+    variants: list[str] = field(default_factory=list, metadata={"help": "Only these rows, as 'W1A1'; all if none."})
     batch: int = field(default=1, metadata={"help": "Sequences or images a batch."})
     seq: int = field(default=128, metadata={"help": "Tokens a sequence."})
     size: int = field(default=224, metadata={"help": "Height and width of an image."})
@@ -151,7 +153,8 @@ def table_of_model(shapes: str, args: FileArguments, folder: Path) -> Iterator[s
     arrays = {key: value.numpy() for key, value in inputs.items()}
     files, expected = {"plain float32": folder / f"{shapes}.onnx"}, {"plain float32": plain(**inputs).logits}
     export_plain(plain, files["plain float32"], inputs)
-    for number, (name, (options, form)) in enumerate(variants.items()):
+    chosen = {name: how for name, how in variants.items() if not args.variants or name in args.variants}
+    for number, (name, (options, form)) in enumerate(chosen.items()):
         model: Any = frozen(plain, inputs, **options)
         files[name] = export_onnx(model, folder / f"{shapes}{number}.onnx", inputs, **form)
         expected[name] = model(**inputs).logits
@@ -173,7 +176,7 @@ def table_of_model(shapes: str, args: FileArguments, folder: Path) -> Iterator[s
         )
     if args.profile:
         yield ""
-        for name in ("plain float32", "W1A1"):
+        for name in [name for name in ("plain float32", "W1A1") if name in files]:
             yield f"{name}: {operators(files[name], arrays, folder, args.repeats)}"
 
 
