@@ -122,7 +122,7 @@ def conv(
         name, weights = "stompp_conv", conv_weights(bits, channels, taps)
     tail = (ctypes.byref(shape), torch.get_num_threads())
     call(name, x.contiguous(), threshold, weights, scale, shift, y, *tail)
-    return y.contiguous(memory_format=memory_format(x, kernel))
+    return y.contiguous(memory_format=memory_format(x, (*kernel, *stride, *dilation)))
 
 
 def make_shape(
@@ -159,9 +159,12 @@ def output_size(
     return [(n + sum(around) - d * (k - 1) - 1) // s + 1 for n, k, s, around, d in every]
 
 
-def memory_format(x: Tensor, kernel: Sequence[int]) -> torch.memory_format:
-    """The memory format in which torch would give a convolution's output: what comes next may sum in that order."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d if math.prod(kernel) > 1 else None}.get(x.dim())
+def memory_format(x: Tensor, steps: Sequence[int]) -> torch.memory_format:
+    """The memory format in which torch would give a convolution's output: what comes next may sum in that order.
+
+    steps: sizes, strides and dilations of the kernel; with all of them 1, torch 2.13 multiplies matrices in 3D.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d if math.prod(steps) > 1 else None}.get(x.dim())
     if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
         return torch.contiguous_format
     return last

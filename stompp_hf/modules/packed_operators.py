@@ -166,7 +166,7 @@ def _(
 ) -> Tensor:
     size = kernels.output_size(x.shape[2:], kernel, stride, _pairs(padding), dilation)
     y = x.new_empty((x.shape[0], bits.shape[0], *size), dtype=dtype)
-    return y.contiguous(memory_format=kernels.memory_format(x, kernel))
+    return y.contiguous(memory_format=kernels.memory_format(x, (*kernel, *stride, *dilation)))
 
 
 @torch.library.custom_op("stompp_hf::packed_real_linear", mutates_args=())

@@ -11,7 +11,6 @@
 #include <string.h>
 
 #define PIXELS 4096 /* of a plane, one piece of work */
-#define BIT_ROWS 96 /* rows of results that are held at a time where they become bits: whole words */
 
 typedef struct {
     int64_t lane, count, at[3]; /* neighbouring output pixels of one line, from `at` */
@@ -30,8 +29,7 @@ typedef struct {
     int64_t group_channels, group_outputs, group_words, tap_bits, taps, words, pixels, results, pieces;
     int64_t panels, row_blocks, rows_a_block;
     int direct; /* the planes are the panels */
-    const uint32_t *planes;
-    uint32_t *own_planes, *scratch;
+    uint32_t *planes, *scratch;
     int32_t *border; /* [class][output], or NULL */
     int32_t *class_of[3];
     int64_t classes[3];
@@ -47,7 +45,7 @@ static void plane(void *context, int64_t index, int slot) {
     self->backend->sign_plane(self->x + (first * self->pixels + pixel) * size_of(self->x_dtype), self->x_dtype,
                               self->pixels, self->threshold ? self->threshold + first % self->shape.channels : 0,
                               channels, smaller(PIXELS, self->pixels - pixel),
-                              self->own_planes + (group * self->group_words + word) * self->pixels + pixel);
+                              self->planes + (group * self->group_words + word) * self->pixels + pixel);
 }
 
 static int split_runs(const Conv *self, int64_t first, int64_t lanes, Run *runs) {
@@ -134,20 +132,6 @@ static void take_padding_out(const Conv *self, const Run *runs, int count, int64
     }
 }
 
-/* Sums of `rows` outputs from `output` as planes of the next layer: 1 where they are `scale` at least, or inverted. */
-static void give_bits(const Conv *self, const int32_t *z, int64_t image, int64_t output, int64_t rows, int64_t first,
-                      int64_t lanes) {
-    for (int64_t row = 0; row < rows; row += 32) {
-        int64_t word = (output + row) / 32, plane_at = image * words_of(self->shape.outputs) + word;
-        uint32_t *to = (uint32_t *)self->y + plane_at * self->results + first;
-        uint32_t flip = ((const uint32_t *)self->shift)[word];
-        self->backend->sign_plane(z + row * LANES, SUMS, LANES, self->scale + output + row, smaller(32, rows - row),
-                                  lanes, to);
-        for (int64_t lane = 0; flip && lane < lanes; lane++)
-            to[lane] ^= flip;
-    }
-}
-
 static void products(void *context, int64_t index, int slot) {
     const Conv *self = context;
     const Backend *backend = self->backend;
@@ -156,7 +140,7 @@ static void products(void *context, int64_t index, int slot) {
     int64_t lanes = smaller(LANES, self->results - first), panel_stride = LANES;
     const uint32_t *planes = self->planes + group * self->group_words * self->pixels, *panel;
     uint32_t *own = self->scratch + slot * 2 * words * LANES, *spare = own + words * LANES;
-    int32_t z[BIT_ROWS * LANES] __attribute__((aligned(64)));
+    int32_t z[ROW_BLOCK * LANES] __attribute__((aligned(64)));
     Run runs[LANES];
     int count = 0;
     if (self->direct) {
@@ -169,16 +153,13 @@ static void products(void *context, int64_t index, int slot) {
     }
     int64_t image = group / self->shape.groups, of_group = group % self->shape.groups * self->group_outputs;
     int64_t from = block * self->rows_a_block, to = smaller(from + self->rows_a_block, self->group_outputs);
-    int64_t most = self->y_dtype == BITS ? BIT_ROWS : ROW_BLOCK;
-    for (int64_t n = of_group + from; n < of_group + to; n += most) {
-        int64_t rows = smaller(most, of_group + to - n);
+    for (int64_t n = of_group + from; n < of_group + to; n += ROW_BLOCK) {
+        int64_t rows = smaller(ROW_BLOCK, of_group + to - n);
         backend->product(self->weights + n * words, words, rows, panel, panel_stride, (lanes + VECTOR - 1) / VECTOR,
                          words, (int32_t)(self->taps * self->group_channels), z, spare);
         if (self->border)
             take_padding_out(self, runs, count, n, rows, z);
-        if (self->y_dtype == BITS)
-            give_bits(self, z, image, n, rows, first, lanes);
-        for (int64_t row = 0; self->y_dtype != BITS && row < rows; row++)
+        for (int64_t row = 0; row < rows; row++)
             backend->finish(z + row * LANES, self->scale ? self->scale + (n + row) * self->scale_step : 0, 0,
                             self->shift ? self->shift + (n + row) * self->shift_step : 0, 0, lanes,
                             self->y + ((image * self->shape.outputs + n + row) * self->results + first) *
@@ -306,7 +287,7 @@ EXPORT void stompp_tap_words(const uint8_t *bits, int64_t outputs, int64_t chann
 }
 
 /* x (batch, channels, *in), y (batch, outputs, *out), contiguous; weights of stompp_tap_words; the rest as in
- * stompp_linear, also where x or y are BITS. */
+ * stompp_linear. */
 EXPORT int stompp_conv(const void *x, int x_dtype, const float *threshold, const uint32_t *weights, const float *scale,
                        int64_t scale_step, const float *shift, int64_t shift_step, void *y, int y_dtype,
                        const Shape *shape, int threads) {
@@ -334,22 +315,18 @@ EXPORT int stompp_conv(const void *x, int x_dtype, const float *threshold, const
     if (images * self.panels < 2 * threads && self.group_outputs > ROW_BLOCK) {
         self.row_blocks = smaller(2 * threads, (self.group_outputs + ROW_BLOCK - 1) / ROW_BLOCK);
         self.rows_a_block = (self.group_outputs + self.row_blocks - 1) / self.row_blocks;
-        if (y_dtype == BITS)
-            self.rows_a_block = (self.rows_a_block + 31) / 32 * 32;
         self.row_blocks = (self.group_outputs + self.rows_a_block - 1) / self.rows_a_block;
     }
     int status = NO_MEMORY;
-    int64_t planes = x_dtype == BITS ? 0 : (images * self.group_words * self.pixels + LANES + 15) / 16 * 16;
-    self.own_planes = stompp_allocate((planes + threads * 2 * self.words * LANES) * 4);
-    self.planes = x_dtype == BITS ? x : self.own_planes;
-    if (self.own_planes && (shape->pad != 0 || !reaches_out(shape) || make_border(&self) == DONE)) {
-        self.scratch = self.own_planes + planes;
-        if (x_dtype != BITS)
-            stompp_run(plane, &self, images * self.group_words * self.pieces, threads);
+    int64_t planes = (images * self.group_words * self.pixels + LANES + 15) / 16 * 16;
+    self.planes = stompp_allocate((planes + threads * 2 * self.words * LANES) * 4);
+    if (self.planes && (shape->pad != 0 || !reaches_out(shape) || make_border(&self) == DONE)) {
+        self.scratch = self.planes + planes;
+        stompp_run(plane, &self, images * self.group_words * self.pieces, threads);
         stompp_run(products, &self, images * self.panels * self.row_blocks, threads);
         status = DONE;
     }
-    stompp_release(self.own_planes);
+    stompp_release(self.planes);
     stompp_release(self.border);
     stompp_release(self.class_of[0]);
     return status;

@@ -23,10 +23,8 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-/* Numbers of an input or an output; SUMS are those of a product, int32_t. BITS are what one layer hands the next one:
- * words of signs, rows of words_of(features) in linear layers, planes of pixels [batch][word][pixel] in convolutions,
- * whose groups have whole words (or there is but one). Panels are read from them: LANES words more can be read. */
-enum { FLOAT32, BFLOAT16, FLOAT16, SUMS, BITS };
+/* Numbers of an input or an output. */
+enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { DONE = 0, NO_MEMORY = 1 };
 
 static inline int64_t words_of(int64_t bits) { return (bits + 31) / 32; }

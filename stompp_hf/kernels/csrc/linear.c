@@ -16,8 +16,7 @@ typedef struct {
     char *y;
     int64_t M, K, N, words, row_blocks, rows_a_block;
     int by_rows; /* one after another, and no panels */
-    const uint32_t *flips, *signs;
-    uint32_t *own_signs, *panels;
+    uint32_t *signs, *panels;
 } Linear;
 
 static void signs(void *context, int64_t index, int slot) {
@@ -25,7 +24,7 @@ static void signs(void *context, int64_t index, int slot) {
     (void)slot;
     for (int64_t m = index * SIGN_ROWS, last = smaller(m + SIGN_ROWS, self->M); m < last; m++)
         self->backend->sign_row(self->x + m * self->K * size_of(self->x_dtype), self->x_dtype, self->threshold,
-                                self->K, self->own_signs + m * self->words);
+                                self->K, self->signs + m * self->words);
 }
 
 /* Asks for the lines of y that a block of sums will be written to: while sums are made, there is time to wait. */
@@ -51,7 +50,7 @@ static void products(void *context, int64_t index, int slot) {
         backend->make_panel(self->bits + first * bytes, bytes, lanes, words, panel);
     for (int64_t m = from; m < to; m += ROW_BLOCK) {
         int64_t rows = smaller(ROW_BLOCK, to - m);
-        if (self->y_dtype != BITS && !by_rows)
+        if (!by_rows)
             fetch_output(self, m, rows, first, lanes);
         if (!by_rows)
             backend->product(self->signs + m * words, words, rows, panel, LANES, (lanes + VECTOR - 1) / VECTOR, words,
@@ -59,13 +58,7 @@ static void products(void *context, int64_t index, int slot) {
         for (int64_t row = 0; by_rows && row < rows; row++)
             backend->one_row(self->signs + (m + row) * words, self->bits + first * bytes, bytes, lanes,
                              (int32_t)self->K, z + row * LANES);
-        for (int64_t row = 0; self->y_dtype == BITS && row < rows; row++) {
-            uint32_t *words_of_row = (uint32_t *)self->y + (m + row) * words_of(self->N) + first / 32;
-            backend->sign_row(z + row * LANES, SUMS, self->scale + first, lanes, words_of_row);
-            for (int64_t word = 0; word < words_of(lanes); word++)
-                words_of_row[word] ^= self->flips[first / 32 + word];
-        }
-        for (int64_t row = 0; self->y_dtype != BITS && row < rows; row++)
+        for (int64_t row = 0; row < rows; row++)
             backend->finish(z + row * LANES, self->scale ? self->scale + first * self->scale_step : 0,
                             self->scale_step, self->shift ? self->shift + first * self->shift_step : 0,
                             self->shift_step, lanes,
@@ -74,13 +67,12 @@ static void products(void *context, int64_t index, int slot) {
 }
 
 /* x (M, K), y (M, N), contiguous; bits: N rows of (K + 7) / 8 bytes; threshold (K,) or NULL; scale and shift NULL, or
- * with steps of 1 (N,) or 0 (1,). x may be BITS, without a threshold. y may be BITS: 1 where the sum is `scale` at
- * least, (N,), and inverted where a bit of `shift` is 1, words of (N,). */
+ * with steps of 1 (N,) or 0 (1,). */
 EXPORT int stompp_linear(const void *x, int x_dtype, const float *threshold, const uint8_t *bits, const float *scale,
                          int64_t scale_step, const float *shift, int64_t shift_step, void *y, int y_dtype, int64_t M,
                          int64_t K, int64_t N, int threads) {
     Linear self = {stompp_backend(), x, x_dtype, y_dtype, threshold, scale, shift, scale_step, shift_step, bits, y,
-                   M, K, N, words_of(K), 1, M, 0, (const uint32_t *)shift, x, 0, 0};
+                   M, K, N, words_of(K), 1, M, 0, 0, 0};
     int64_t panels = (N + LANES - 1) / LANES;
     threads = stompp_threads_for((double)M * (double)K * (double)N, threads);
     if (panels < 2 * threads && M > ROW_BLOCK) {
@@ -89,18 +81,15 @@ EXPORT int stompp_linear(const void *x, int x_dtype, const float *threshold, con
         self.row_blocks = (M + self.rows_a_block - 1) / self.rows_a_block;
     }
     self.by_rows = M <= FEW_ROWS && self.backend->one_row;
-    int64_t signs_size = x_dtype == BITS ? 0 : (M * self.words + 15) / 16 * 16;
+    int64_t signs_size = (M * self.words + 15) / 16 * 16;
     int64_t panels_size = self.by_rows ? 0 : threads * 2 * self.words * LANES;
-    self.own_signs = stompp_allocate((signs_size + panels_size) * 4);
-    if (!self.own_signs)
+    self.signs = stompp_allocate((signs_size + panels_size) * 4);
+    if (!self.signs)
         return NO_MEMORY;
-    self.panels = self.own_signs + signs_size;
-    if (x_dtype != BITS) {
-        stompp_run(signs, &self, (M + SIGN_ROWS - 1) / SIGN_ROWS, threads);
-        self.signs = self.own_signs;
-    }
+    self.panels = self.signs + signs_size;
+    stompp_run(signs, &self, (M + SIGN_ROWS - 1) / SIGN_ROWS, threads);
     stompp_run(products, &self, panels * self.row_blocks, threads);
-    stompp_release(self.own_signs);
+    stompp_release(self.signs);
     return DONE;
 }
 
