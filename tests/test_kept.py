@@ -116,6 +116,12 @@ def test_evaluation_in_inference_mode_does_not_reach_training(kind: str, levels:
     assert not any(value.is_inference() for value in kept)
 
 
+def test_a_model_that_is_made_in_inference_mode_freezes() -> None:
+    with torch.inference_mode():
+        model, x = finished("linear", "fused")
+        assert is_true(model, x)
+
+
 def test_tensors_of_inference_mode_are_compared() -> None:
     made: list[int] = []
 

@@ -34,8 +34,14 @@ class Seen:
     def is_still(self, tensor: Tensor) -> bool:
         """Whether the tensor holds what it held."""
         if self.version is None or tensor.is_inference():
-            return self.memory.dtype is tensor.dtype and torch.equal(self.memory, tensor)
+            return self.memory.dtype is tensor.dtype and torch.equal(_wide(self.memory), _wide(tensor))
         return tensor._version == self.version and tensor.data_ptr() == self.memory.data_ptr()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A tensor's bytes as whole numbers of eight, where they are: they are compared four times as fast."""
+    whole = tensor.is_contiguous() and tensor.dim() and tensor.shape[-1] * tensor.element_size() % 8 == 0
+    return tensor.view(torch.int64) if whole and tensor.storage_offset() * tensor.element_size() % 8 == 0 else tensor
 
 
 def countable(tensor: Any) -> Any:

@@ -69,11 +69,13 @@ class Fused:
             of.append((layer, "weight_bits"))
         if self.norm is not None:
             of += [(self.norm, name) for name in ("running_mean", "running_var", "weight", "bias")]
+        for module in (layer, self.norm) if self.norm is not None else (layer,):
+            for home in (module._buffers, module._parameters):
+                home.update({name: countable(tensor) for name, tensor in home.items()})
         seen = []
         for module, name in of:
             home = module._buffers if name in module._buffers else module._parameters
-            tensor = home[name] = countable(home[name])
-            seen.append((home, name, tensor, None if tensor is None else Seen(tensor)))
+            seen.append((home, name, home[name], None if home[name] is None else Seen(home[name])))
         self.seen = tuple(seen)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import StoMPPConfig
 from ..errors import CheckpointError, NonFiniteError
+from ..kernels import countable
 from ..masks import SoftRefreshMask
 from ..windows import FROZEN, PENDING, TRANSITION, Place
 from .calibration import ActivationValues, Observer, in_processes
@@ -86,6 +87,7 @@ class Member(_Module):
             setattr(self, name, None)
 
     def _own(self, name: str, value: Tensor | None, learnable: bool = False) -> None:
+        value = countable(value)  # a state is followed by the changes of its buffers
         if learnable and value is not None:
             parameter = nn.Parameter(value, requires_grad=True)
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone

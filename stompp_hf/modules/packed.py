@@ -144,6 +144,10 @@ class PackedLayer(PackedMember, BinaryLayer):
 
     # ---- forward ----
 
+    def forward(self, input: Tensor) -> Tensor:
+        # Fused, it is in one state for good; the quickest of them are not to ask for it.
+        return super().forward(input) if self.fused is None or self.observer is not None else self._frozen(input)
+
     fused: Fused | None = None
     fused_scale: Tensor
     fused_shift: Tensor | None
