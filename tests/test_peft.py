@@ -157,7 +157,7 @@ def test_several_adapters_and_unload(bases: Path, tmp_path: Path) -> None:
     for kind in FORMATS:
         base = load(bases, f"bert {kind}")
         alone = logits(base, batch)
-        # A weak adapter moves what leaves its layer and, at times, no sign behind it: then no logit of so small a model.
+        # A weak adapter moves what leaves its layer and, at times, no sign behind it: then no logit of so small a net.
         options = {"r": 2, "init_lora_weights": False, "lora_alpha": 64}
         model = get_peft_model(base, LoraConfig(**options, target_modules=["query"]), adapter_name="one")
         model.add_adapter("two", LoraConfig(**options, target_modules=["value", "word_embeddings"]))
