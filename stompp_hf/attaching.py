@@ -15,10 +15,10 @@ from .config import StoMPPConfig
 from .console import warn_once
 from .errors import ConfigError, HoldError
 from .hold import hold_frozen, parameters_of, skip_blocked
+from .integrations.sharding import complete_states, is_sharded, refuse_optimizer, reshard
 from .modules import FROZEN, BinaryLayer, Member
 from .modules.calibration import in_processes
 from .pending_lr import first_steps, slow_pending
-from .sharding import complete_states, is_sharded, refuse_optimizer, reshard
 
 logger = logging.getLogger(__name__)
 

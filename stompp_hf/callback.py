@@ -18,13 +18,13 @@ from .adapters import has_adapters
 from .compiling import refuse_untraceable
 from .console import say, warn_once
 from .errors import CheckpointError, NotBinarizedError, ShardingError
+from .integrations.sharding import ONE_PROCESS
 from .live_metrics import ALWAYS, LiveMetrics, check_every
 from .model_card import attach_to
 from .modules import FROZEN
 from .plan import binary_layers, driven_model, get_plan, members
 from .progression import Progression
 from .resuming import last_whole_checkpoint
-from .sharding import ONE_PROCESS
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checkpoint_files import read_header
 from .errors import CheckpointError
-from .sharding import is_sharded
+from .integrations.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 KEY = "stompp"

@@ -9,12 +9,12 @@ from torch import nn
 
 from .errors import NonFiniteError, NotCalibratedError, PackingError
 from .fusing import unfuse
+from .integrations.sharding import GATHER, refuse_sharded
 from .modules import FROZEN, BinaryLayer, Member
 from .modules.member import write_states
 from .modules.packed import PACKED_CLASSES, PackedMember
 from .ownership import record
 from .plan import FLOAT32, Plan, get_plan, members, planned_models
-from .sharding import GATHER, refuse_sharded
 from .storage import check_real, store_real, widen
 from .surgery import cast_to_float32
 

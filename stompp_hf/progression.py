@@ -13,12 +13,12 @@ from .attaching import Optimizers
 from .config import StoMPPConfig
 from .console import warn_once
 from .errors import CheckpointError, ConfigError, NonFiniteError, NotCalibratedError
+from .integrations.sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
 from .modules import PENDING, BinaryLayer, Member
 from .modules.calibration import Observer, Watch, padding_masks, reduced
 from .modules.member import write_states
 from .plan import driven_model, get_plan, members, planned_models
 from .running import run, undisturbed
-from .sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
 from .unattended import attended
 
 logger = logging.getLogger(__name__)

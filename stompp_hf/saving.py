@@ -19,9 +19,9 @@ from .checkpoint_checks import OWNERS, check_written, expected_tensors, name_in
 from .checksums import as_metadata, note_of
 from .config import METHOD
 from .errors import CheckpointError
+from .integrations.sharding import is_sharded
 from .ownership import plans_of
 from .quantization_config import StoMPPQuantizationConfig
-from .sharding import is_sharded
 
 _save, _load = PreTrainedModel.save_pretrained, PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 

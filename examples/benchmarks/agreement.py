@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model
-from stompp_hf.sharding import whole
+from stompp_hf.integrations.sharding import whole
 
 RANKS, STEPS, ROWS, LENGTH, WORDS = 2, 12, 8, 6, 50
 TOLERANCE = {"float32": 1e-5, "bf16": 5e-3}

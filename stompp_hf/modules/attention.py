@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
-from ..sharding import assign
+from ..integrations.sharding import assign
 from .binary_matmul import Edges, Operand, binary_matmul
 from .calibration import MAX_ROWS, NO_EDGE, Observer, activation_values
 from .member import FROZEN, PENDING, Member

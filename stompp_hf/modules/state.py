@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..sharding import assign, whole
+from ..integrations.sharding import assign, whole
 from .calibration import NO_EDGE, ActivationValues, Observer, activation_values, unseen_values
 from .member import Member
 from .product import Product

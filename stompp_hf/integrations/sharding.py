@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ShardingError
+from ..errors import ShardingError
 
 _INSTEAD = "Use FSDP2: torch's fully_shard(...), or fsdp_version: 2 in accelerate's configuration."
 _COPIES = (
