@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import ConfigError
-from .schedules import SCHEDULES
+from .method.schedules import SCHEDULES
 
 METHOD = "stompp"
 ORDERS = ("forward", "reverse", "global")

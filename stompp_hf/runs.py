@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, RunError, StoMPPError
+from .method.schedules import frozen_fraction
+from .method.windows import Window
 from .modules.freezing import SAVED, FreezeState
 from .plan import Plan, get_plan
 from .quantization_config import StoMPPQuantizationConfig
-from .schedules import frozen_fraction
 from .tensor_files import read_tensors
-from .windows import Window
 
 RECORD = "run.json"
 STATE = "trainer_state.json"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .method.sign_bits import SignBits
 from .modules import BinaryLayer, Member
 from .modules.activations import RPRELU_TENSORS
-from .modules.bits import SignBits
 from .modules.packed import PackedLayer
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from stompp_hf import BinaryAttention, StoMPPConfig
 from stompp_hf.errors import NotCalibratedError
+from stompp_hf.method.attention_product import Operand, binary_matmul
 from stompp_hf.modules import FROZEN, PENDING, TRANSITION, attention
 from stompp_hf.modules.attention import PROJECTED, SITES, Call
-from stompp_hf.modules.binary_matmul import Operand, binary_matmul
 from stompp_hf.modules.calibration import Observer
 
 BATCH, QUERIES, KEYS, SIZE, VALUE_SIZE = 2, 3, 5, 4, 3

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stompp_hf.functional import hard
-from stompp_hf.modules.bits import SignBits, count_ones, pack_signs, unpack_signs
+from stompp_hf.method.mixing import hard
+from stompp_hf.method.sign_bits import SignBits, count_ones, pack_signs, unpack_signs
 
 sizes = st.lists(st.integers(0, 3), max_size=2).flatmap(lambda lead: st.integers(0, 40).map(lambda n: (*lead, n)))
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])

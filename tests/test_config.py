@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 
 from stompp_hf import BinaryLinear, StoMPPConfig, StoMPPError
 from stompp_hf.errors import ConfigError
-from stompp_hf.schedules import SCHEDULES
+from stompp_hf.method.schedules import SCHEDULES
 
 UNUSUAL: dict[str, Any] = {
     "binarize": "weights",

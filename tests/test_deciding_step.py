@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model
 from stompp_hf.errors import ConfigError, NonFiniteError, NotCalibratedError
-from stompp_hf.masks import SoftRefreshMask
+from stompp_hf.method.masks import SoftRefreshMask
 from stompp_hf.plan import members
 from stompp_hf.progression import SCALE_FLOOR
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stompp_hf.functional import hard, inside, mix_activation, mix_weight, soft
+from stompp_hf.method.mixing import hard, inside, mix_activation, mix_weight, soft
 
 SURROGATES = ("zero", "ste", "clipped_ste", "windowed_ste")
 WIDTH = 1.5

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from stompp_hf import kernels
 from stompp_hf.__main__ import main
 from stompp_hf.errors import KernelError, ShapeError
-from stompp_hf.functional import hard_above
 from stompp_hf.kernels import native
-from stompp_hf.modules.bits import SignBits, pack_signs
+from stompp_hf.method.layer_product import LinearProduct
+from stompp_hf.method.mixing import hard_above
+from stompp_hf.method.packed_operators import packed_forward
+from stompp_hf.method.sign_bits import SignBits, pack_signs
 from stompp_hf.modules.conv import ConvProduct
-from stompp_hf.modules.packed_operators import packed_forward
-from stompp_hf.modules.product import LinearProduct
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "stompp_hf" / "kernels" / "csrc"

@@ -13,7 +13,7 @@ from train_and_die import arguments, rows
 from transformers import Trainer
 
 from stompp_hf import Progression, StoMPPConfig, StoMPPTrainerCallback, binarize_model
-from stompp_hf.functional import hard
+from stompp_hf.method.mixing import hard
 from stompp_hf.modules import binary_class_of as type_of
 from stompp_hf.plan import binary_layers
 

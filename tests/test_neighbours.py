@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, get_plan, report, restore_model
 from stompp_hf.errors import CheckpointError
-from stompp_hf.functional import hard
+from stompp_hf.method.mixing import hard
 from stompp_hf.modules.activations import DROPPABLE, Bypassed, Changed, Paused
 from stompp_hf.plan import binary_layers
 

@@ -25,9 +25,9 @@ from stompp_hf import (
     unpack_model,
 )
 from stompp_hf.errors import NonFiniteError, NotBinarizedError, NotCalibratedError, PackingError, WeightError
+from stompp_hf.method.sign_bits import SignBits
 from stompp_hf.metrics import frozen_fraction
 from stompp_hf.modules.activations import Paused
-from stompp_hf.modules.bits import SignBits
 from stompp_hf.modules.packed import PackedAttention, PackedEmbedding, PackedLayer, PackedLinear
 from stompp_hf.plan import binary_layers, members
 

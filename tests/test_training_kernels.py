@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stompp_hf import BinaryConv1D, BinaryConv2d, BinaryLayer, BinaryLinear, StoMPPConfig, binarize_model, kernels
-from stompp_hf.functional import mix_activation, mix_weight
 from stompp_hf.kernels import native
 from stompp_hf.kernels.native import _FUNCTIONS
+from stompp_hf.method.mixing import mix_activation, mix_weight
+from stompp_hf.method.sign_bits import pack_signs
 from stompp_hf.modules import FROZEN
-from stompp_hf.modules.bits import pack_signs
 
 SURROGATES = ("zero", "ste", "clipped_ste", "windowed_ste")
 CALLS = tuple(name for name in _FUNCTIONS if name not in ("stompp_choose", "stompp_set_team"))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
 from ..integrations.sharding import assign
-from .binary_matmul import Edges, Operand, binary_matmul
+from ..method.attention_product import Edges, Operand, binary_matmul
 from .calibration import MAX_ROWS, NO_EDGE, Observer, activation_values
 from .member import FROZEN, PENDING, Member
 from .state import finite_edge

@@ -13,14 +13,14 @@ from torch.nn.functional import hardtanh
 
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError, ShapeError
-from ..functional import Edge, hard, mix_activation, mix_weight
+from ..method.frozen_product import frozen_product
+from ..method.layer_product import Product
+from ..method.mixing import Edge, hard, mix_activation, mix_weight
+from ..method.sign_bits import SignBits
 from .activations import ABSORBABLE, gate
-from .bits import SignBits
 from .calibration import NO_EDGE
-from .frozen import frozen_product
 from .kept_weight import KeptWeight
 from .member import FROZEN, PENDING
-from .product import Product
 from .state import OWN_TENSORS, LayerState
 
 _OWN_ATTRIBUTES = (

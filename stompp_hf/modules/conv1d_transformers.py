@@ -3,8 +3,8 @@
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from ..method.layer_product import TransposedLinearProduct
 from .base import BinaryLayer
-from .product import TransposedLinearProduct
 from .registry import register
 
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from .. import kernels
 from ..config import StoMPPConfig
-from ..functional import hard, inside, mix_weight
+from ..method.layer_product import LinearProduct
+from ..method.mixing import hard, inside, mix_weight
 from .base import BinaryLayer
-from .product import LinearProduct
 
 
 class _FrozenRows(torch.autograd.Function):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..method.attention_product import Operand
 from .attention import BinaryAttention
-from .binary_matmul import Operand
 from .conv import ConvProduct
 from .exported_operators import BLOCK, matmul_2_bits, matmul_integer
 from .exported_products import ExportedProduct, choice_above, exported_product, signed_codes, unsigned_codes

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..windows import PENDING
+from ..method.windows import PENDING
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 from torch import nn
 
+from ..method.layer_product import LinearProduct
 from .base import BinaryLayer
-from .product import LinearProduct
 from .registry import register
 
 

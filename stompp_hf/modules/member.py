@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..config import StoMPPConfig
 from ..errors import CheckpointError, NonFiniteError
 from ..kernels import countable
-from ..masks import SoftRefreshMask
-from ..windows import FROZEN, PENDING, TRANSITION, Place
+from ..method.masks import SoftRefreshMask
+from ..method.windows import FROZEN, PENDING, TRANSITION, Place
 from .calibration import ActivationValues, Observer, in_processes
 from .freezing import FreezeState, empty_buffer
 

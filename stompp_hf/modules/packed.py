@@ -14,17 +14,17 @@ from torch.nn import functional as F
 
 from ..errors import PackingError, WeightError
 from ..kernels import Route, has_tangent
+from ..method.frozen_product import affine
+from ..method.packed_operators import packed_forward, packed_real_forward, packed_reference
+from ..method.sign_bits import SignBits, unpack_signs
 from .attention import BinaryAttention
 from .base import BinaryLayer, rebind_forward
-from .bits import SignBits, unpack_signs
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding
-from .frozen import affine
 from .fused import Fused
 from .linear import BinaryLinear
 from .member import FROZEN, Member
-from .packed_operators import packed_forward, packed_real_forward, packed_reference
 from .prepared import PreparedLinear
 from .state import OWN_TENSORS
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..integrations.sharding import assign, whole
+from ..method.layer_product import Product
 from .calibration import NO_EDGE, ActivationValues, Observer, activation_values, unseen_values
 from .member import Member
-from .product import Product
 
 OWN_TENSORS = (
     "weight_scale",

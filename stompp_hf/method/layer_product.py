@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import Route
-from .bits import SignBits
+from .sign_bits import SignBits
 
 Affine = tuple[Tensor | None, Tensor | None]
 """scale and shift, one an output channel or a single one; None for 1 and 0."""

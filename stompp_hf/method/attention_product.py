@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
-from ..functional import Surrogate, hard_above, inside, mix_activation, near
+from .mixing import Surrogate, hard_above, inside, mix_activation, near
 
 Edges = tuple[float | None, float | None]
 

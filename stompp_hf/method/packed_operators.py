@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import Route
-from .bits import SignBits
-from .conv import ConvProduct
+from ..modules.conv import ConvProduct
+from .layer_product import Affine, LinearProduct, Product
 from .packed_product import packed_product
-from .product import Affine, LinearProduct, Product
+from .sign_bits import SignBits
 
 
 def packed_forward(

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
-from ..functional import Edge, Surrogate, hard, hard_above, inside, near
-from .bits import SignBits
+from .layer_product import Product
+from .mixing import Edge, Surrogate, hard, hard_above, inside, near
 from .packed_product import packed_product
-from .product import Product
+from .sign_bits import SignBits
 
 
 def affine(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import kernels
-from .kernels.training import ABOVE, BOTH, EVERY, FROZEN, INSIDE, PASSING, UNFROZEN
+from .. import kernels
+from ..kernels.training import ABOVE, BOTH, EVERY, FROZEN, INSIDE, PASSING, UNFROZEN
 
 Edge = float | Tensor | None
 """An edge of a clip: a number, a tensor (1,) in compiled graphs, or None for no clip."""

@@ -6,9 +6,9 @@ Plain torch is exact, and makes few float copies of a weight at a time.
 import torch
 from torch import Tensor
 
-from ..functional import hard_above
-from .bits import SignBits
-from .product import Product
+from .layer_product import Product
+from .mixing import hard_above
+from .sign_bits import SignBits
 
 TILE = 2**20
 """Weights that are unpacked at a time (4 MiB of float32)."""

@@ -7,7 +7,7 @@ finds the others about as good (Smith and Islam, 2026).
 import math
 from collections.abc import Callable
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cubic": lambda t: t**3,
