@@ -9,8 +9,8 @@ from .config import StoMPPConfig
 from .distillation import Distiller
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
-from .fusing import fuse_for_inference, unfuse
 from .gradient_recorder import GradientNormCallback
+from .inference.fusing import fuse_for_inference, unfuse
 from .live_metrics import LiveMetrics
 from .model_card import model_card, push_to_hub, write_model_card
 from .modules import (

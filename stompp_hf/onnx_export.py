@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ExportError
-from .fusing import unfuse
+from .inference.fusing import unfuse
 from .modules.exported import Form, code_table, export_form, sign_table
 from .packing import pack_model
 from .plan import get_plan, members

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .errors import NonFiniteError, NotCalibratedError, PackingError
-from .fusing import unfuse
+from .inference.fusing import unfuse
 from .integrations.sharding import GATHER, refuse_sharded
 from .modules import FROZEN, BinaryLayer, Member
 from .modules.member import write_states

@@ -12,7 +12,7 @@ from .adapters import base_model, check_wrapped
 from .attention_interface import NAMES, attach, detach_all, switch
 from .config import StoMPPConfig
 from .errors import CheckpointError, ConfigError
-from .fusing import unfuse
+from .inference.fusing import unfuse
 from .integrations.sharding import GATHER, refuse_sharded, refuse_unsupported
 from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, Member, binary_class_of
 from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU

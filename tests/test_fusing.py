@@ -25,11 +25,11 @@ from stompp_hf import (
     unpack_model,
 )
 from stompp_hf.errors import PackingError
+from stompp_hf.inference.folded_batchnorm import FoldedBatchNorm
+from stompp_hf.inference.separable_pooling import SeparableMaxPool2d
 from stompp_hf.kernels.kept import _kept
 from stompp_hf.modules import BinaryLinear, binary_class_of
-from stompp_hf.modules.folded import FoldedBatchNorm
 from stompp_hf.modules.packed import PackedLayer
-from stompp_hf.modules.pooling import SeparableMaxPool2d
 from stompp_hf.packing import pack_members
 from stompp_hf.plan import binary_layers
 

@@ -13,6 +13,8 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from ..errors import PackingError, WeightError
+from ..inference.fused import Fused
+from ..inference.prechecked_linear import PreparedLinear
 from ..kernels import Route, has_tangent
 from ..method.frozen_product import affine
 from ..method.packed_operators import packed_forward, packed_real_forward, packed_reference
@@ -22,10 +24,8 @@ from .base import BinaryLayer, rebind_forward
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding
-from .fused import Fused
 from .linear import BinaryLinear
 from .member import FROZEN, Member
-from .prepared import PreparedLinear
 from .state import OWN_TENSORS
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PackingError
-from .activations import Changed
+from ..modules.activations import Changed
 
 
 class FoldedBatchNorm(Changed):

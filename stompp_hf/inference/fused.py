@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import PackingError
 from ..kernels import Seen, countable, is_watched
-from .folded import fold, is_folded_well
+from .folded_batchnorm import fold, is_folded_well
 
 Sources = tuple[tuple[dict[str, Any], str, Tensor | None, Seen | None], ...]
 """Where each tensor is kept, its name there, the tensor, and as what it was seen."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import is_eager
-from .activations import Changed
+from ..modules.activations import Changed
 
 
 class SeparableMaxPool2d(Changed, nn.MaxPool2d):
