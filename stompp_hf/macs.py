@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from . import kernels
 from .modules import PENDING, Member
-from .modules.encoders import module_by_module
 from .modules.packed import PackedMember
+from .modules.torch_encoder import module_by_module
 from .running import example_inputs_of, run, undisturbed
 
 logger = logging.getLogger(__name__)

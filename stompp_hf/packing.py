@@ -11,8 +11,8 @@ from .errors import NonFiniteError, NotCalibratedError, PackingError
 from .inference.fusing import unfuse
 from .integrations.sharding import GATHER, refuse_sharded
 from .modules import FROZEN, BinaryLayer, Member
-from .modules.member import write_states
 from .modules.packed import PACKED_CLASSES, PackedMember
+from .modules.stage_member import write_states
 from .ownership import record
 from .plan import FLOAT32, Plan, get_plan, members, planned_models
 from .storage import check_real, store_real, widen

@@ -16,7 +16,7 @@ from .errors import CheckpointError, ConfigError, NonFiniteError, NotCalibratedE
 from .integrations.sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
 from .modules import PENDING, BinaryLayer, Member
 from .modules.calibration import Observer, Watch, padding_masks, reduced
-from .modules.member import write_states
+from .modules.stage_member import write_states
 from .plan import driven_model, get_plan, members, planned_models
 from .running import run, undisturbed
 from .unattended import attended

@@ -14,7 +14,7 @@ from typing import Any
 from .errors import CheckpointError, RunError, StoMPPError
 from .method.schedules import frozen_fraction
 from .method.windows import Window
-from .modules.freezing import SAVED, FreezeState
+from .modules.freeze_state import SAVED, FreezeState
 from .plan import Plan, get_plan
 from .quantization_config import StoMPPQuantizationConfig
 from .tensor_files import read_tensors

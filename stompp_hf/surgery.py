@@ -16,7 +16,7 @@ from .inference.fusing import unfuse
 from .integrations.sharding import GATHER, refuse_sharded, refuse_unsupported
 from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, Member, binary_class_of
 from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
-from .modules.encoders import unfuse_encoders
+from .modules.torch_encoder import unfuse_encoders
 from .ownership import already_binary, check_module, disown, inner_model, own, own_configs, owner
 from .plan import Plan, binary_layers, get_plan, plain_name, planned_models, submodule
 from .selection import select

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from .dataflow import plain_outputs
-from .modules.encoders import module_by_module
 from .modules.subclasses import methods_with_weight
+from .modules.torch_encoder import module_by_module
 from .running import run, untouched
 
 

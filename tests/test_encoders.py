@@ -18,7 +18,7 @@ from stompp_hf import (
     pack_model,
     restore_model,
 )
-from stompp_hf.modules.encoders import UnfusedTransformerEncoder, UnfusedTransformerEncoderLayer, module_by_module
+from stompp_hf.modules.torch_encoder import UnfusedTransformerEncoder, UnfusedTransformerEncoderLayer, module_by_module
 
 STEPS = 4
 

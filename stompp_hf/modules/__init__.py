@@ -1,14 +1,14 @@
 """Binary layers, by the plain class that they replace."""
 
 from .attention import BinaryAttention
-from .base import BinaryLayer
+from .binary_layer import BinaryLayer
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding
+from .layer_state import OWN_TENSORS
 from .linear import BinaryLinear
-from .member import FROZEN, PENDING, TRANSITION, Member
 from .registry import BINARY_CLASSES, binary_class_of, register
-from .state import OWN_TENSORS
+from .stage_member import FROZEN, PENDING, TRANSITION, Member
 
 __all__ = [
     "BINARY_CLASSES",

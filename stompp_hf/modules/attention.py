@@ -18,8 +18,8 @@ from ..errors import NotCalibratedError
 from ..integrations.sharding import assign
 from ..method.attention_product import Edges, Operand, binary_matmul
 from .calibration import MAX_ROWS, NO_EDGE, Observer, activation_values
-from .member import FROZEN, PENDING, Member
-from .state import finite_edge
+from .layer_state import finite_edge
+from .stage_member import FROZEN, PENDING, Member
 
 PROJECTED = ("query", "key", "value")
 SITES = (*PROJECTED, "probability")

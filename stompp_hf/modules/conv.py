@@ -11,7 +11,7 @@ from .. import kernels
 from ..kernels import Route
 from ..method.layer_product import Affine
 from ..method.sign_bits import SignBits
-from .base import BinaryLayer
+from .binary_layer import BinaryLayer
 from .registry import register
 
 _CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -4,7 +4,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..method.layer_product import TransposedLinearProduct
-from .base import BinaryLayer
+from .binary_layer import BinaryLayer
 from .registry import register
 
 

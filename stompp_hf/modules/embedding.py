@@ -12,7 +12,7 @@ from .. import kernels
 from ..config import StoMPPConfig
 from ..method.layer_product import LinearProduct
 from ..method.mixing import hard, inside, mix_weight
-from .base import BinaryLayer
+from .binary_layer import BinaryLayer
 
 
 class _FrozenRows(torch.autograd.Function):

@@ -17,8 +17,8 @@ from .attention import BinaryAttention
 from .conv import ConvProduct
 from .exported_operators import BLOCK, matmul_2_bits, matmul_integer
 from .exported_products import ExportedProduct, choice_above, exported_product, signed_codes, unsigned_codes
-from .member import Member
 from .packed import PackedAttention, PackedEmbedding, PackedLayer
+from .stage_member import Member
 
 SIGN_TABLE, CODE_TABLE = "sign_table", "code_table"
 """Names of buffers, one for all members: the 8 signs of each byte, and their 8 codes of 2 bits."""

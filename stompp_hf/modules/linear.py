@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..method.layer_product import LinearProduct
-from .base import BinaryLayer
+from .binary_layer import BinaryLayer
 from .registry import register
 
 

@@ -20,13 +20,13 @@ from ..method.frozen_product import affine
 from ..method.packed_operators import packed_forward, packed_real_forward, packed_reference
 from ..method.sign_bits import SignBits, unpack_signs
 from .attention import BinaryAttention
-from .base import BinaryLayer, rebind_forward
+from .binary_layer import BinaryLayer, rebind_forward
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding
+from .layer_state import OWN_TENSORS
 from .linear import BinaryLinear
-from .member import FROZEN, Member
-from .state import OWN_TENSORS
+from .stage_member import FROZEN, Member
 
 _HALF = (torch.float16, torch.bfloat16)
 

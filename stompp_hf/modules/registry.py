@@ -5,7 +5,7 @@ import importlib
 from torch import nn
 
 from ..errors import ConfigError
-from .base import BinaryLayer
+from .binary_layer import BinaryLayer
 
 BINARY_CLASSES: dict[type[nn.Module], type[BinaryLayer]] = {}
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import BinaryLayer
-from .made import Made, made_class
+from .binary_layer import BinaryLayer
 from .packed import PACKED_CLASSES, register_packed
+from .runtime_classes import Made, made_class
 
 TOLERANCE = 1e-4
 """By how much the output of a subclass may differ from its base's, in parts of the largest."""

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .activations import Changed
-from .base import BinaryLayer
-from .made import made_class
+from .binary_layer import BinaryLayer
+from .runtime_classes import made_class
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from ..errors import NonFiniteError
 from ..integrations.sharding import assign, whole
 from ..method.layer_product import Product
 from .calibration import NO_EDGE, ActivationValues, Observer, activation_values, unseen_values
-from .member import Member
+from .stage_member import Member
 
 OWN_TENSORS = (
     "weight_scale",

@@ -19,9 +19,9 @@ from ..method.mixing import Edge, hard, mix_activation, mix_weight
 from ..method.sign_bits import SignBits
 from .activations import ABSORBABLE, gate
 from .calibration import NO_EDGE
-from .kept_weight import KeptWeight
-from .member import FROZEN, PENDING
-from .state import OWN_TENSORS, LayerState
+from .layer_state import OWN_TENSORS, LayerState
+from .stage_member import FROZEN, PENDING
+from .weight_guard import KeptWeight
 
 _OWN_ATTRIBUTES = (
     *("stompp_config", "place", "freezing", "observer", "_draws", "_seen", "weight_mask", "activation_mask"),

@@ -18,7 +18,7 @@ from ..kernels import countable
 from ..method.masks import SoftRefreshMask
 from ..method.windows import FROZEN, PENDING, TRANSITION, Place
 from .calibration import ActivationValues, Observer, in_processes
-from .freezing import FreezeState, empty_buffer
+from .freeze_state import FreezeState, empty_buffer
 
 __all__ = ["FROZEN", "PENDING", "TRANSITION", "Member"]
 
