@@ -26,15 +26,15 @@ from .modules import (
 from .onnx_export import export_onnx
 from .optim import create_optimizer, parameter_groups
 from .packing import pack_model, unpack_model
-from .plan import get_plan
 from .progression import Progression, calibrate
-from .quantization_config import StoMPPQuantizationConfig
 from .quantizer import StoMPPQuantizer
 from .remote_code import add_remote_code
 from .resuming import last_whole_checkpoint
 from .runs import read_run, record_run
 from .summary import Summary, summary
-from .surgery import binarize_model, report, restore_model
+from .surgery.binarize import binarize_model, report, restore_model
+from .surgery.plan import get_plan
+from .surgery.quantization_config import StoMPPQuantizationConfig
 
 console.install()
 

@@ -21,9 +21,9 @@ from .inspecting import inspect
 from .model_card import write_model_card
 from .onnx_export import CHOICES, export_onnx
 from .packing import pack_model, unpack_model
-from .plan import FLOAT32, STORED
 from .remote_code import add_remote_code
 from .reporting import add_report, write_report
+from .surgery.plan import FLOAT32, STORED
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 """Endings of files that are not copied beside the new weights; training state has them too."""

@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .adapters import has_adapters
 from .committed_signs import CommittedSigns
 from .config import StoMPPConfig
 from .console import warn_once
@@ -19,6 +18,7 @@ from .integrations.sharding import complete_states, is_sharded, refuse_optimizer
 from .modules import FROZEN, BinaryLayer, Member
 from .modules.calibration import in_processes
 from .pending_lr import first_steps, slow_pending
+from .surgery.adapters import has_adapters
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .adapters import has_adapters
 from .compiling import refuse_untraceable
 from .console import say, warn_once
 from .errors import CheckpointError, NotBinarizedError, ShardingError
@@ -22,9 +21,10 @@ from .integrations.sharding import ONE_PROCESS
 from .live_metrics import ALWAYS, LiveMetrics, check_every
 from .model_card import attach_to
 from .modules import FROZEN
-from .plan import binary_layers, driven_model, get_plan, members
 from .progression import Progression
 from .resuming import last_whole_checkpoint
+from .surgery.adapters import has_adapters
+from .surgery.plan import binary_layers, driven_model, get_plan, members
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from .integrations.sharding import everywhere, local
 from .modules import BinaryLayer, Member
 from .modules.activations import RPReLU
 from .modules.int8_embedding import Int8Embedding
-from .ownership import plans_of
-from .plan import members_of
+from .surgery.ownership import plans_of
+from .surgery.plan import members_of
 
 OWNERS = {"weight_bits": Member, "stompp_state": Member, "weight_int8": Int8Embedding}
 """Tensors that no other class has."""

@@ -15,8 +15,8 @@ from torch.nn.functional import kl_div, log_softmax, logsigmoid, mse_loss
 
 from .compiling import forget_graphs
 from .errors import ConfigError, DistillationError
-from .plan import get_plan, members, planned_model
-from .structure import block_of
+from .surgery.blocks import block_of
+from .surgery.plan import get_plan, members, planned_model
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:

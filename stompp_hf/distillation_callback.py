@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from .distillation import Distiller, as_if_pending, check_weights, snapshot
 from .errors import CheckpointError, ConfigError, DistillationError
-from .plan import get_plan, members, planned_model
+from .surgery.plan import get_plan, members, planned_model
 
 logger = logging.getLogger(__name__)
 

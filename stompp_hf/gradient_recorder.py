@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 from .errors import ConfigError
 from .metrics import gradient_flow
-from .plan import get_plan
+from .surgery.plan import get_plan
 
 GRADIENT_NORM = "stompp_grad_norm/"
 

@@ -10,8 +10,8 @@ from .checkpoint_files import architecture, headers, model_class, read_config, w
 from .errors import CheckpointError
 from .modules import OWN_TENSORS
 from .modules.attention import BinaryAttention
-from .plan import FLOAT32, INT8, Plan
-from .quantization_config import StoMPPQuantizationConfig
+from .surgery.plan import FLOAT32, INT8, Plan
+from .surgery.quantization_config import StoMPPQuantizationConfig
 
 STATE = ".stompp_state"
 """Ending of the tensor that everything binary has."""

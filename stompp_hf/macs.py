@@ -15,7 +15,7 @@ from . import kernels
 from .modules import PENDING, Member
 from .modules.packed import PackedMember
 from .modules.torch_encoder import module_by_module
-from .running import example_inputs_of, run, undisturbed
+from .surgery.running import example_inputs_of, run, undisturbed
 
 logger = logging.getLogger(__name__)
 

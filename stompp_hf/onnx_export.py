@@ -22,8 +22,8 @@ from .errors import ExportError
 from .inference.fusing import unfuse
 from .modules.exported import Form, code_table, export_form, sign_table
 from .packing import pack_model
-from .plan import get_plan, members
-from .running import example_inputs_of, run
+from .surgery.plan import get_plan, members
+from .surgery.running import example_inputs_of, run
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from .modules import BinaryLayer
 from .modules.activations import RPReLU
-from .plan import members, planned_model
+from .surgery.plan import members, planned_model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:

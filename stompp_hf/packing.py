@@ -13,10 +13,10 @@ from .integrations.sharding import GATHER, refuse_sharded
 from .modules import FROZEN, BinaryLayer, Member
 from .modules.packed import PACKED_CLASSES, PackedMember
 from .modules.stage_member import write_states
-from .ownership import record
-from .plan import FLOAT32, Plan, get_plan, members, planned_models
 from .storage import check_real, store_real, widen
-from .surgery import cast_to_float32
+from .surgery.binarize import cast_to_float32
+from .surgery.ownership import record
+from .surgery.plan import FLOAT32, Plan, get_plan, members, planned_models
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -17,9 +17,9 @@ from .integrations.sharding import everywhere, local, refuse_unsupported, reshar
 from .modules import PENDING, BinaryLayer, Member
 from .modules.calibration import Observer, Watch, padding_masks, reduced
 from .modules.stage_member import write_states
-from .plan import driven_model, get_plan, members, planned_models
-from .running import run, undisturbed
-from .unattended import attended
+from .surgery.plan import driven_model, get_plan, members, planned_models
+from .surgery.running import run, undisturbed
+from .surgery.unattended import attended
 
 logger = logging.getLogger(__name__)
 

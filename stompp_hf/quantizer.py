@@ -22,13 +22,13 @@ from .checksums import check_files
 from .config import METHOD, StoMPPConfig
 from .errors import CheckpointError, StoMPPError
 from .modules import TRANSITION, BinaryEmbedding, binary_class_of
-from .ownership import own_configs, plans_of
 from .packing import pack_members
-from .plan import Entry, Plan, members
-from .quantization_config import StoMPPQuantizationConfig
 from .storage import narrow_tables, write_narrow
-from .surgery import binarize_model, convert
-from .unattended import watch
+from .surgery.binarize import binarize_model, convert
+from .surgery.ownership import own_configs, plans_of
+from .surgery.plan import Entry, Plan, members
+from .surgery.quantization_config import StoMPPQuantizationConfig
+from .surgery.unattended import watch
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from .errors import CheckpointError, RunError, StoMPPError
 from .method.schedules import frozen_fraction
 from .method.windows import Window
 from .modules.freeze_state import SAVED, FreezeState
-from .plan import Plan, get_plan
-from .quantization_config import StoMPPQuantizationConfig
+from .surgery.plan import Plan, get_plan
+from .surgery.quantization_config import StoMPPQuantizationConfig
 from .tensor_files import read_tensors
 
 RECORD = "run.json"

@@ -20,8 +20,8 @@ from .checksums import as_metadata, note_of
 from .config import METHOD
 from .errors import CheckpointError
 from .integrations.sharding import is_sharded
-from .ownership import plans_of
-from .quantization_config import StoMPPQuantizationConfig
+from .surgery.ownership import plans_of
+from .surgery.quantization_config import StoMPPQuantizationConfig
 
 _save, _load = PreTrainedModel.save_pretrained, PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 

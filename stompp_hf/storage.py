@@ -14,7 +14,7 @@ from .errors import PackingError
 from .modules import BinaryEmbedding, Member
 from .modules.activations import RPReLU
 from .modules.int8_embedding import Int8Embedding
-from .plan import FLOAT32, INT8, Plan, get_plan
+from .surgery.plan import FLOAT32, INT8, Plan, get_plan
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import numpy as np
 from .checkpoint_files import read_config
 from .drawing import DARK, new_figure, short_names
 from .errors import RunError
-from .plan import Plan
-from .quantization_config import StoMPPQuantizationConfig
+from .surgery.plan import Plan
+from .surgery.quantization_config import StoMPPQuantizationConfig
 from .tensor_files import read_tensors
 
 SAMPLE = 65_536

@@ -34,8 +34,8 @@ from stompp_hf import (
     report,
     restore_model,
 )
-from stompp_hf.attention_interface import _still_asked
-from stompp_hf.plan import members
+from stompp_hf.surgery.attention_interface import _still_asked
+from stompp_hf.surgery.plan import members
 
 # ---- the start, and the plan ----
 

@@ -16,7 +16,7 @@ from stompp_hf.errors import ConfigError
 from stompp_hf.method.masks import SoftRefreshMask
 from stompp_hf.method.schedules import SCHEDULES, frozen_fraction
 from stompp_hf.method.windows import Window
-from stompp_hf.plan import Entry, Plan
+from stompp_hf.surgery.plan import Entry, Plan
 
 NAMES = ("cubic", "cosine", "linear", "quadratic", "flipped_quadratic")
 quick = settings(max_examples=50, deadline=None, derandomize=True, database=None)

@@ -22,7 +22,7 @@ from stompp_hf.errors import ConfigError
 from stompp_hf.live_metrics import LiveMetrics
 from stompp_hf.metrics import frozen_fraction
 from stompp_hf.modules.activations import ABSORBABLE
-from stompp_hf.plan import binary_layers, get_plan
+from stompp_hf.surgery.plan import binary_layers, get_plan
 
 BERT = CASES["bert"]
 CHEAP = {"stompp_frozen_fraction", "stompp_stage", "stompp_stage_fraction", "stompp_flip_ratio"}

@@ -29,7 +29,7 @@ from stompp_hf.method.sign_bits import SignBits
 from stompp_hf.metrics import frozen_fraction
 from stompp_hf.modules.activations import Paused
 from stompp_hf.modules.packed import PackedAttention, PackedEmbedding, PackedLayer, PackedLinear
-from stompp_hf.plan import binary_layers, members
+from stompp_hf.surgery.plan import binary_layers, members
 
 STEPS = 6
 BERT = models.CASES["bert"]

@@ -17,10 +17,11 @@ from peft.tuners import lora
 from peft_kinds import KINDS, Watch
 from torch import nn
 
-from stompp_hf import adapters, binarize_model, get_plan, pack_model, restore_model
-from stompp_hf.adapters import BESIDE, is_tuner_layer
+from stompp_hf import binarize_model, get_plan, pack_model, restore_model
 from stompp_hf.errors import AdapterError
-from stompp_hf.plan import binary_layers
+from stompp_hf.surgery import adapters
+from stompp_hf.surgery.adapters import BESIDE, is_tuner_layer
+from stompp_hf.surgery.plan import binary_layers
 
 CASES = {"bert": beyond.CASES["bert"], "gpt2": models.CASES["gpt2"], "resnet": vision.CASES["resnet"]}
 TARGETS = {
@@ -216,7 +217,7 @@ def test_a_base_that_passes_no_gradient_is_warned_of(caplog: pytest.LogCaptureFi
     case = models.CASES["bert"]
     for regime in ("windowed_ste", "zero"):
         model = binarize_model(case.build(), quick(frozen_gradient=regime))
-        with caplog.at_level("WARNING", "stompp_hf.adapters"):
+        with caplog.at_level("WARNING", "stompp_hf.surgery.adapters"):
             get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
         assert ("this base is STE-free" in caplog.text) == (regime == "zero")
 

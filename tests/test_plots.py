@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from stompp_hf import GradientNormCallback, pack_model, plots, read_run
 from stompp_hf.drawing import DPI, LINES, WIDTH, save, short_names
 from stompp_hf.errors import CheckpointError, ConfigError, ExtraError, RunError
-from stompp_hf.plan import binary_layers
 from stompp_hf.runs import Run, run_of
+from stompp_hf.surgery.plan import binary_layers
 from stompp_hf.weight_plots import weights
 
 BLOCKS = ["bert.encoder.layer.0", "bert.encoder.layer.1"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from stompp_hf import Progression
-from stompp_hf.adapters import _needs_weight
 from stompp_hf.errors import ConfigError, HoldError
+from stompp_hf.surgery.adapters import _needs_weight
 
 TOTAL, WIDTH = 30, 16
 

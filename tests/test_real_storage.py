@@ -23,8 +23,8 @@ from stompp_hf.__main__ import main
 from stompp_hf.errors import CheckpointError, PackingError
 from stompp_hf.inspecting import inspect
 from stompp_hf.modules.int8_embedding import Int8Embedding
-from stompp_hf.plan import members
 from stompp_hf.storage import DTYPES, real_parameters
+from stompp_hf.surgery.plan import members
 
 STEPS = 4
 CASES = {**models.CASES, **vision.CASES}

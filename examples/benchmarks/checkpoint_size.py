@@ -27,7 +27,7 @@ from transformers.utils import logging
 from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, pack_model
 from stompp_hf.comparing import output_difference
 from stompp_hf.inspecting import inspect
-from stompp_hf.running import example_inputs_of
+from stompp_hf.surgery.running import example_inputs_of
 
 LOAD = """
 import json, sys, time

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..dataflow import plain_outputs
 from ..errors import PackingError
 from ..modules.embedding import BinaryEmbedding
 from ..modules.packed import PackedLayer
-from ..plan import binary_layers, get_plan, planned_model
-from ..running import example_inputs_of, run, undisturbed
+from ..surgery.dataflow import plain_outputs
+from ..surgery.plan import binary_layers, get_plan, planned_model
+from ..surgery.running import example_inputs_of, run, undisturbed
 from .folded_batchnorm import FOLDED, FoldedBatchNorm, is_folded_well
 from .fused import made
 from .separable_pooling import SeparableMaxPool2d

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import StoMPPConfig
+from ..errors import ConfigError, NothingToBinarizeError, PatternError
+from ..modules import BINARY_CLASSES, binary_class_of
+from ..modules.registry import unlike_its_base
 from .adapters import adapter_reason
 from .attention_interface import CHILD
-from .beyond_layers import Beyond, find
-from .config import StoMPPConfig
+from .blocks import WEIGHTED, block_of, real_by_place
 from .dataflow import DataFlow
-from .errors import ConfigError, NothingToBinarizeError, PatternError
-from .modules import BINARY_CLASSES, binary_class_of
-from .modules.registry import unlike_its_base
-from .neighbours import Neighbours, neighbours
+from .embedding_and_attention import Beyond, find
 from .plan import Entry
+from .preceding_activations import Neighbours, neighbours
 from .probe import probe
-from .structure import WEIGHTED, block_of, real_by_place
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PARAMETRIZED = nn.utils.parametrize.ParametrizationList

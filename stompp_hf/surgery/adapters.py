@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from .errors import AdapterError
-from .modules import FROZEN, BinaryConv1D, BinaryLayer, BinaryLinear, Member
+from ..errors import AdapterError
+from ..modules import FROZEN, BinaryConv1D, BinaryLayer, BinaryLinear, Member
 from .plan import plain_name
 
 logger = logging.getLogger(__name__)

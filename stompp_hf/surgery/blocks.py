@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from ..config import StoMPPConfig
 from .adapters import adapter_parts
-from .config import StoMPPConfig
 from .dataflow import DataFlow, shortcuts
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

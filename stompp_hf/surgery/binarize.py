@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..config import StoMPPConfig
+from ..errors import CheckpointError, ConfigError
+from ..inference.fusing import unfuse
+from ..integrations.sharding import GATHER, refuse_sharded, refuse_unsupported
+from ..modules import BinaryAttention, BinaryEmbedding, BinaryLayer, Member, binary_class_of
+from ..modules.activations import BYPASSED, PAUSED, Changed, RPReLU
+from ..modules.torch_encoder import unfuse_encoders
+from ..storage import widen
 from .adapters import base_model, check_wrapped
 from .attention_interface import NAMES, attach, detach_all, switch
-from .config import StoMPPConfig
-from .errors import CheckpointError, ConfigError
-from .inference.fusing import unfuse
-from .integrations.sharding import GATHER, refuse_sharded, refuse_unsupported
-from .modules import BinaryAttention, BinaryEmbedding, BinaryLayer, Member, binary_class_of
-from .modules.activations import BYPASSED, PAUSED, Changed, RPReLU
-from .modules.torch_encoder import unfuse_encoders
 from .ownership import already_binary, check_module, disown, inner_model, own, own_configs, owner
 from .plan import Plan, binary_layers, get_plan, plain_name, planned_models, submodule
 from .selection import select
-from .storage import widen
 from .unattended import attended, watch
 
 logger = logging.getLogger(__name__)

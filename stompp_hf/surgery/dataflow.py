@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .modules.activations import BYPASSED, PAUSED
+from ..modules.activations import BYPASSED, PAUSED
 
 EMBEDDING = "<embedding>"
 """Stands in `parents` for any embedding."""

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .errors import AlreadyBinarizedError, CheckpointError, ConfigError, NotBinarizedError
-from .modules import FROZEN, Member
+from ..errors import AlreadyBinarizedError, CheckpointError, ConfigError, NotBinarizedError
+from ..modules import FROZEN, Member
 from .plan import Plan, get_plan, members_of, planned_models, set_plan
 from .quantization_config import StoMPPQuantizationConfig
 

@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .errors import ConfigError
-from .modules.attention import BinaryAttention, Call
+from ..errors import ConfigError
+from ..modules.attention import BinaryAttention, Call
 
 NAMES = {"sdpa": "stompp_sdpa", "eager": "stompp_eager"}
 """Our name for each implementation that pending attention can still run."""

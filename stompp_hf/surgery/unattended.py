@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .console import warn_once
-from .modules import FROZEN, BinaryLayer
+from ..console import warn_once
+from ..modules import FROZEN, BinaryLayer
 from .plan import get_plan, members, planned_models
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .config import METHOD
-from .errors import CheckpointError
+from ..config import METHOD
+from ..errors import CheckpointError
 from .plan import OWN_NAMES, PACKED_FORMAT, TRAINING_FORMAT, Plan, digest
 
 PARTS_FORMAT = "parts"

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .config import StoMPPConfig
+from ..config import StoMPPConfig
+from ..modules.activations import ABSORBABLE, BYPASSED, PAUSED
+from .blocks import CONVOLUTIONS
 from .dataflow import DataFlow
-from .modules.activations import ABSORBABLE, BYPASSED, PAUSED
-from .structure import CONVOLUTIONS
 
 
 @dataclass

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from .config import StoMPPConfig
-from .errors import CheckpointError, ConfigError, NotBinarizedError, StoMPPError
-from .method.windows import Place, Window
-from .modules import BinaryLayer, Member
+from ..config import StoMPPConfig
+from ..errors import CheckpointError, ConfigError, NotBinarizedError, StoMPPError
+from ..method.windows import Place, Window
+from ..modules import BinaryLayer, Member
 
 FORMAT_VERSION = 1
 TRAINING_FORMAT, PACKED_FORMAT = "training", "packed"

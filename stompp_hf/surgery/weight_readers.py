@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from ..modules.subclasses import methods_with_weight
+from ..modules.torch_encoder import module_by_module
 from .dataflow import plain_outputs
-from .modules.subclasses import methods_with_weight
-from .modules.torch_encoder import module_by_module
 from .running import run, untouched
 
 

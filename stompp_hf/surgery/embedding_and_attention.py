@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..config import StoMPPConfig
+from ..errors import ConfigError
+from ..modules.attention import Call, grouped, probabilities
+from ..modules.embedding import BinaryEmbedding
 from .attention_interface import CHILD, NAMES, configs_of, implementations, watched
-from .config import StoMPPConfig
 from .dataflow import plain_outputs
-from .errors import ConfigError
-from .modules.attention import Call, grouped, probabilities
-from .modules.embedding import BinaryEmbedding
 from .running import example_inputs_of, run, undisturbed
 
 Excluded = Callable[[str], str | None]
