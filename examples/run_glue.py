@@ -40,7 +40,7 @@ from stompp_hf import (
     restore_model,
 )
 from stompp_hf.errors import NotBinarizedError
-from stompp_hf.metrics import frozen_fraction
+from stompp_hf.training.metrics import frozen_fraction
 
 
 @dataclass

@@ -6,12 +6,10 @@ from . import (
 )
 from .callback import StoMPPTrainerCallback
 from .config import StoMPPConfig
-from .distillation import Distiller
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
 from .gradient_recorder import GradientNormCallback
 from .inference.fusing import fuse_for_inference, unfuse
-from .live_metrics import LiveMetrics
 from .model_card import model_card, push_to_hub, write_model_card
 from .modules import (
     BinaryAttention,
@@ -26,7 +24,6 @@ from .modules import (
 from .onnx_export import export_onnx
 from .optim import create_optimizer, parameter_groups
 from .packing import pack_model, unpack_model
-from .progression import Progression, calibrate
 from .quantizer import StoMPPQuantizer
 from .remote_code import add_remote_code
 from .resuming import last_whole_checkpoint
@@ -35,6 +32,9 @@ from .summary import Summary, summary
 from .surgery.binarize import binarize_model, report, restore_model
 from .surgery.plan import get_plan
 from .surgery.quantization_config import StoMPPQuantizationConfig
+from .training.distillation import Distiller
+from .training.live_metrics import LiveMetrics
+from .training.progression import Progression, calibrate
 
 console.install()
 

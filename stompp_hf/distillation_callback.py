@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .distillation import Distiller, as_if_pending, check_weights, snapshot
 from .errors import CheckpointError, ConfigError, DistillationError
 from .surgery.plan import get_plan, members, planned_model
+from .training.distillation import Distiller, as_if_pending, check_weights, snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class DistillationCallback(TrainerCallback):
         if self.distiller is not None and not self.distiller.used:
             raise DistillationError(
                 "the teacher's loss got no gradient in this step: Trainer was given compute_loss_func, or a subclass "
-                "computes its loss without `outputs.loss`. Add the teacher's part there (stompp_hf.distillation has "
+                "computes its loss without `outputs.loss`. Add the teacher's part there (stompp_hf.training.distillation has "
                 "hidden_loss and logits_loss), or use the model's own loss."
             )
 

@@ -24,10 +24,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, metrics, pack_model, restore_model
-from stompp_hf.distillation import Distiller, snapshot
+from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, pack_model, restore_model
 from stompp_hf.errors import StoMPPError
 from stompp_hf.integrations.sharding import local, whole
+from stompp_hf.training import metrics
+from stompp_hf.training.distillation import Distiller, snapshot
 
 TOTAL, RANKS, ROWS = 16, 2, 8
 Batch = dict[str, Tensor]

@@ -29,9 +29,9 @@ from stompp_hf import (
     parameter_groups,
     restore_model,
 )
-from stompp_hf.distillation import snapshot
 from stompp_hf.errors import NotCalibratedError
 from stompp_hf.modules.attention import SITES, SLOTS
+from stompp_hf.training.distillation import snapshot
 
 # ---- masks, calibration, and what may not move ----
 

@@ -13,8 +13,8 @@ from train_and_die import arguments, rows
 from transformers import Trainer
 
 from stompp_hf import Progression, StoMPPConfig, StoMPPTrainerCallback, binarize_model
-from stompp_hf.distillation import Distiller, snapshot
 from stompp_hf.errors import ConfigError
+from stompp_hf.training.distillation import Distiller, snapshot
 
 TOTAL = 12
 BERT = CASES["bert"]

@@ -19,10 +19,10 @@ from transformers import TrainerCallback, set_seed
 
 from stompp_hf import Progression, StoMPPTrainerCallback, binarize_model
 from stompp_hf.errors import ConfigError
-from stompp_hf.live_metrics import LiveMetrics
-from stompp_hf.metrics import frozen_fraction
 from stompp_hf.modules.activations import ABSORBABLE
 from stompp_hf.surgery.plan import binary_layers, get_plan
+from stompp_hf.training.live_metrics import LiveMetrics
+from stompp_hf.training.metrics import frozen_fraction
 
 BERT = CASES["bert"]
 CHEAP = {"stompp_frozen_fraction", "stompp_stage", "stompp_stage_fraction", "stompp_flip_ratio"}

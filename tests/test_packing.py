@@ -26,10 +26,10 @@ from stompp_hf import (
 )
 from stompp_hf.errors import NonFiniteError, NotBinarizedError, NotCalibratedError, PackingError, WeightError
 from stompp_hf.method.sign_bits import SignBits
-from stompp_hf.metrics import frozen_fraction
 from stompp_hf.modules.activations import Paused
 from stompp_hf.modules.packed import PackedAttention, PackedEmbedding, PackedLayer, PackedLinear
 from stompp_hf.surgery.plan import binary_layers, members
+from stompp_hf.training.metrics import frozen_fraction
 
 STEPS = 6
 BERT = models.CASES["bert"]

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from stack import WIDTH, batch, random_states, stack, train
 
 from stompp_hf import BinaryLayer, Progression
-from stompp_hf import metrics as metrics_module
 from stompp_hf.errors import CheckpointError, ConfigError, NonFiniteError, NotBinarizedError
 from stompp_hf.method.masks import SoftRefreshMask
-from stompp_hf.metrics import FlipRatio, frozen_fraction
+from stompp_hf.training import metrics as metrics_module
+from stompp_hf.training.metrics import FlipRatio, frozen_fraction
 
 # ---- states ----
 

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, kernels, pack_model, restore_model, summary
 from stompp_hf.errors import ConfigError
-from stompp_hf.metrics import frozen_fraction
 from stompp_hf.modules import BinaryLayer, Member
 from stompp_hf.sizes import sizes
+from stompp_hf.training.metrics import frozen_fraction
 
 BERT = CASES["bert"]
 HIDDEN, INNER, BLOCKS, LENGTH = 32, 48, 2, 8

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 import stompp_hf
 from stompp_hf import Progression, binarize_model
 from stompp_hf.errors import NonFiniteError
-from stompp_hf.metrics import blocked_unfrozen, blocked_upstream, frozen_fraction, gradient_flow
 from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.training.metrics import blocked_unfrozen, blocked_upstream, frozen_fraction, gradient_flow
 
 CURVE_POINTS = 1000
 """Points of the training curves, at most; each is the mean over a few steps."""

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import StoMPPConfig
+from ..console import warn_once
+from ..errors import CheckpointError, ConfigError, NonFiniteError, NotCalibratedError
+from ..integrations.sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
+from ..modules import PENDING, BinaryLayer, Member
+from ..modules.calibration import Observer, Watch, padding_masks, reduced
+from ..modules.stage_member import write_states
+from ..surgery.plan import driven_model, get_plan, members, planned_models
+from ..surgery.running import run, undisturbed
+from ..surgery.unattended import attended
 from . import compiling
-from .attaching import Optimizers
-from .config import StoMPPConfig
-from .console import warn_once
-from .errors import CheckpointError, ConfigError, NonFiniteError, NotCalibratedError
-from .integrations.sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
-from .modules import PENDING, BinaryLayer, Member
-from .modules.calibration import Observer, Watch, padding_masks, reduced
-from .modules.stage_member import write_states
-from .surgery.plan import driven_model, get_plan, members, planned_models
-from .surgery.running import run, undisturbed
-from .surgery.unattended import attended
+from .optimizers import Optimizers
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .integrations.sharding import local, part_for, summed
-from .modules import FROZEN, BinaryLayer
+from ..integrations.sharding import local, part_for, summed
+from ..modules import FROZEN, BinaryLayer
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .integrations.sharding import local, part_for
-from .modules import FROZEN, PENDING, BinaryLayer
+from ..integrations.sharding import local, part_for
+from ..modules import FROZEN, PENDING, BinaryLayer
 
 
 def parameters_of(optimizer: Any) -> set[int]:

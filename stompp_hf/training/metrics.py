@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .integrations.sharding import local, summed, whole
-from .modules import FROZEN, TRANSITION, BinaryLayer, Member
-from .surgery.plan import binary_layers, get_plan, members
+from ..integrations.sharding import local, summed, whole
+from ..modules import FROZEN, TRANSITION, BinaryLayer, Member
+from ..surgery.plan import binary_layers, get_plan, members
 
 SAMPLE = 65_536
 """Entries of one weight that the flip ratio looks at; larger weights are sampled evenly."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigError
-from .surgery.attention_interface import configs_of
+from ..errors import ConfigError
+from ..surgery.attention_interface import configs_of
 
 GRAPHS_A_MEMBER = 4
 """Pending, in transition, frozen, and one to spare."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .hold import around_steps
+from .hold_frozen import around_steps
 
 
 def first_steps(model: nn.Module, begins: dict[str, int]) -> list[tuple[nn.Parameter, int]]:

@@ -9,16 +9,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ..config import StoMPPConfig
+from ..console import warn_once
+from ..errors import ConfigError, HoldError
+from ..integrations.sharding import complete_states, is_sharded, refuse_optimizer, reshard
+from ..modules import FROZEN, BinaryLayer, Member
+from ..modules.calibration import in_processes
+from ..surgery.adapters import has_adapters
 from .committed_signs import CommittedSigns
-from .config import StoMPPConfig
-from .console import warn_once
-from .errors import ConfigError, HoldError
-from .hold import hold_frozen, parameters_of, skip_blocked
-from .integrations.sharding import complete_states, is_sharded, refuse_optimizer, reshard
-from .modules import FROZEN, BinaryLayer, Member
-from .modules.calibration import in_processes
+from .hold_frozen import hold_frozen, parameters_of, skip_blocked
 from .pending_lr import first_steps, slow_pending
-from .surgery.adapters import has_adapters
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, logsigmoid, mse_loss
 
+from ..errors import ConfigError, DistillationError
+from ..surgery.blocks import block_of
+from ..surgery.plan import get_plan, members, planned_model
 from .compiling import forget_graphs
-from .errors import ConfigError, DistillationError
-from .surgery.blocks import block_of
-from .surgery.plan import get_plan, members, planned_model
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -2,7 +2,8 @@
 
 from statistics import fmean
 
-from .errors import ConfigError
+from ..errors import ConfigError
+from ..modules import Member
 from .metrics import (
     ClippedInputs,
     FlipRatio,
@@ -13,7 +14,6 @@ from .metrics import (
     gradient_flow,
     norms_around,
 )
-from .modules import Member
 from .progression import Progression
 
 ALWAYS = ("stompp_frozen_fraction", "stompp_stage", "stompp_stage_fraction", "stompp_flip_ratio")
