@@ -34,7 +34,7 @@ from stompp_hf import (
     record_run,
     report,
 )
-from stompp_hf.inspecting import inspect
+from stompp_hf.checkpoints.inspection import inspect
 from stompp_hf.reporting import write_report
 
 parser = argparse.ArgumentParser(description="Binarize my model, from load to report.")

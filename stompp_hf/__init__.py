@@ -1,16 +1,17 @@
 """StoMPP for Hugging Face Transformers: train networks with 1-bit weights and activations, stage by stage."""
 
-from . import (
-    console,
-    saving,  # noqa: F401  # save_pretrained and from_pretrained ask there
-)
+from . import console
 from .callback import StoMPPTrainerCallback
+from .checkpoints import saving  # noqa: F401  # save_pretrained and from_pretrained ask there
+from .checkpoints.model_card import model_card, push_to_hub, write_model_card
+from .checkpoints.packing import pack_model, unpack_model
+from .checkpoints.quantizer import StoMPPQuantizer
+from .checkpoints.remote_code import add_remote_code
 from .config import StoMPPConfig
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
 from .gradient_recorder import GradientNormCallback
 from .inference.fusing import fuse_for_inference, unfuse
-from .model_card import model_card, push_to_hub, write_model_card
 from .modules import (
     BinaryAttention,
     BinaryConv1D,
@@ -23,9 +24,6 @@ from .modules import (
 )
 from .onnx_export import export_onnx
 from .optim import create_optimizer, parameter_groups
-from .packing import pack_model, unpack_model
-from .quantizer import StoMPPQuantizer
-from .remote_code import add_remote_code
 from .resuming import last_whole_checkpoint
 from .runs import read_run, record_run
 from .summary import Summary, summary

@@ -14,14 +14,14 @@ import torch
 import transformers
 
 from . import __version__, kernels
-from .checkpoint_files import architecture, model_class, read_config, weight_files
+from .checkpoints.files import architecture, model_class, read_config, weight_files
+from .checkpoints.inspection import inspect
+from .checkpoints.model_card import write_model_card
+from .checkpoints.packing import pack_model, unpack_model
+from .checkpoints.remote_code import add_remote_code
 from .comparing import output_difference
 from .errors import CheckpointError, StoMPPError
-from .inspecting import inspect
-from .model_card import write_model_card
 from .onnx_export import CHOICES, export_onnx
-from .packing import pack_model, unpack_model
-from .remote_code import add_remote_code
 from .reporting import add_report, write_report
 from .surgery.plan import FLOAT32, STORED
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from .checkpoints.model_card import attach_to
 from .console import say, warn_once
 from .errors import CheckpointError, NotBinarizedError, ShardingError
 from .integrations.sharding import ONE_PROCESS
-from .model_card import attach_to
 from .modules import FROZEN
 from .resuming import last_whole_checkpoint
 from .surgery.adapters import has_adapters

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
+from .checkpoints.inspection import Inspection, inspect
 from .config import StoMPPConfig
 from .drawing import save, to_png
 from .errors import ExtraError, RunError, StoMPPError
-from .inspecting import Inspection, inspect
 from .runs import Run, checkpoints, read_run, versions
 from .weight_plots import weights
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint_files import headers
+from .checkpoints.files import headers
 from .errors import CheckpointError
 from .modules.calibration import in_processes
 

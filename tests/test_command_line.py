@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import binarize_model, get_plan
 from stompp_hf.__main__ import main
-from stompp_hf.inspecting import inspect
+from stompp_hf.checkpoints.inspection import inspect
 from stompp_hf.surgery.plan import binary_layers
 
 BERT = CASES["bert"]

@@ -24,13 +24,13 @@ from stompp_hf import (
     unfuse,
     unpack_model,
 )
+from stompp_hf.checkpoints.packing import pack_members
 from stompp_hf.errors import PackingError
 from stompp_hf.inference.folded_batchnorm import FoldedBatchNorm
 from stompp_hf.inference.separable_pooling import SeparableMaxPool2d
 from stompp_hf.kernels.kept import _kept
 from stompp_hf.modules import BinaryLinear, binary_class_of
 from stompp_hf.modules.packed import PackedLayer
-from stompp_hf.packing import pack_members
 from stompp_hf.surgery.plan import binary_layers
 
 CASES = {**models.CASES, **vision.CASES}

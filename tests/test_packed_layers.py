@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from stompp_hf import StoMPPConfig
+from stompp_hf.checkpoints.packing import pack_members
 from stompp_hf.method import packed_product
 from stompp_hf.modules import BinaryEmbedding, binary_class_of
-from stompp_hf.packing import pack_members
 
 PLAIN = {"linear": lambda: nn.Linear(11, 7), "transposed": lambda: Conv1D(7, 11), "conv": lambda: nn.Conv2d(4, 6, 3)}
 INPUTS = {"linear": (5, 11), "transposed": (5, 11), "conv": (2, 4, 6, 6)}

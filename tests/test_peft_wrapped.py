@@ -25,8 +25,8 @@ from stompp_hf import (
     restore_model,
     unpack_model,
 )
+from stompp_hf.checkpoints.inspection import inspect
 from stompp_hf.errors import AdapterError, CheckpointError
-from stompp_hf.inspecting import inspect
 from stompp_hf.modules import BinaryLayer
 from stompp_hf.modules.packed import PackedLayer
 from stompp_hf.surgery.plan import binary_layers

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from stompp_hf import StoMPPConfig, kernels
+from stompp_hf.checkpoints.packing import pack_members
 from stompp_hf.errors import PackingError
 from stompp_hf.kernels.kept import _kept
 from stompp_hf.modules import binary_class_of
-from stompp_hf.packing import pack_members
 
 pytestmark = pytest.mark.skipif(kernels.native.library_path() is None, reason="the compiled part was not built")
 

@@ -315,7 +315,7 @@ def test_binarizing_at_load_casts_and_refuses_as_binarize_model_does(checkpoint:
 def test_half_precision_and_disk_are_warned_of(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """transformers tells the quantizer neither dtype nor device map after loading."""
     load(saved / "middle")
-    assert not [record for record in caplog.records if record.name == "stompp_hf.quantizer"]
+    assert not [record for record in caplog.records if record.name == "stompp_hf.checkpoints.quantizer"]
     load(saved / "middle", dtype=torch.bfloat16)
     assert "loaded as torch.bfloat16" in caplog.text and "disk" not in caplog.text
     device_map = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from stompp_hf import StoMPPConfig, kernels
 from stompp_hf.__main__ import main
+from stompp_hf.checkpoints.packing import pack_members
 from stompp_hf.errors import KernelError, ShapeError
 from stompp_hf.kernels import gpu, native
 from stompp_hf.method.layer_product import LinearProduct
 from stompp_hf.method.packed_operators import packed_forward, packed_reference
 from stompp_hf.method.sign_bits import SignBits, pack_signs
 from stompp_hf.modules import BinaryLinear
-from stompp_hf.packing import pack_members
 
 THERE = importlib.util.find_spec("triton") is not None
 INTERPRETED = THERE and os.environ.get("TRITON_INTERPRET") == "1"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import binarize_model, pack_model
-from stompp_hf.checkpoint_files import read_header
+from stompp_hf.checkpoints.files import read_header
 from stompp_hf.errors import CheckpointError, NonFiniteError
 
 BERT = CASES["bert"]
@@ -153,7 +153,7 @@ def test_older_checkpoints_load_with_one_warning(saved: Path, tmp_path: Path, ca
         del values["quantization_config"][key]
     (folder / "config.json").write_text(json.dumps(values))
     assert torch.equal(logits(load(folder), BERT.batch()), torch.load(saved / "logits of other.pt"))
-    ours = [record.getMessage() for record in caplog.records if record.name == "stompp_hf.checksums"]
+    ours = [record.getMessage() for record in caplog.records if record.name == "stompp_hf.checkpoints.checksums"]
     assert len(ours) == 1 and "has no checksums" in ours[0]
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from stompp_hf import read_run, restore_model
 from stompp_hf.__main__ import main
-from stompp_hf.inspecting import inspect
+from stompp_hf.checkpoints.inspection import inspect
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "walk_through.py"

@@ -25,8 +25,8 @@ from transformers import AutoModelForSequenceClassification, HfArgumentParser, s
 from transformers.utils import logging
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, pack_model
+from stompp_hf.checkpoints.inspection import inspect
 from stompp_hf.comparing import output_difference
-from stompp_hf.inspecting import inspect
 from stompp_hf.surgery.running import example_inputs_of
 
 LOAD = """

@@ -38,8 +38,8 @@ from transformers import (
 )
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, fuse_for_inference, kernels, pack_model
+from stompp_hf.checkpoints.packing import pack_members
 from stompp_hf.modules import binary_class_of
-from stompp_hf.packing import pack_members
 
 ENOUGH = 2e-4
 """Seconds that a turn lasts at least: reading the clock takes as long as the shortest calls."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..checkpoints.real_storage import widen
 from ..config import StoMPPConfig
 from ..errors import CheckpointError, ConfigError
 from ..inference.fusing import unfuse
@@ -15,7 +16,6 @@ from ..integrations.sharding import GATHER, refuse_sharded, refuse_unsupported
 from ..modules import BinaryAttention, BinaryEmbedding, BinaryLayer, Member, binary_class_of
 from ..modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from ..modules.torch_encoder import unfuse_encoders
-from ..storage import widen
 from .adapters import base_model, check_wrapped
 from .attention_interface import NAMES, attach, detach_all, switch
 from .ownership import already_binary, check_module, disown, inner_model, own, own_configs, owner

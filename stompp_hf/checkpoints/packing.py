@@ -7,16 +7,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .errors import NonFiniteError, NotCalibratedError, PackingError
-from .inference.fusing import unfuse
-from .integrations.sharding import GATHER, refuse_sharded
-from .modules import FROZEN, BinaryLayer, Member
-from .modules.packed import PACKED_CLASSES, PackedMember
-from .modules.stage_member import write_states
-from .storage import check_real, store_real, widen
-from .surgery.binarize import cast_to_float32
-from .surgery.ownership import record
-from .surgery.plan import FLOAT32, Plan, get_plan, members, planned_models
+from ..errors import NonFiniteError, NotCalibratedError, PackingError
+from ..inference.fusing import unfuse
+from ..integrations.sharding import GATHER, refuse_sharded
+from ..modules import FROZEN, BinaryLayer, Member
+from ..modules.packed import PACKED_CLASSES, PackedMember
+from ..modules.stage_member import write_states
+from ..surgery.binarize import cast_to_float32
+from ..surgery.ownership import record
+from ..surgery.plan import FLOAT32, Plan, get_plan, members, planned_models
+from .real_storage import check_real, store_real, widen
 
 Model = TypeVar("Model", bound=nn.Module)
 

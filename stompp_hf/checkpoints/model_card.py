@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
-from .errors import CheckpointError
-from .inspecting import Inspection, inspect
+from ..errors import CheckpointError
+from .inspection import Inspection, inspect
 
 logger = logging.getLogger(__name__)
 TAGS = ("stompp", "1-bit", "binary")

@@ -10,8 +10,8 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from .config import METHOD
-from .errors import CheckpointError
+from ..config import METHOD
+from ..errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

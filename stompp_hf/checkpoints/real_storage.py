@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PackingError
-from .modules import BinaryEmbedding, Member
-from .modules.activations import RPReLU
-from .modules.int8_embedding import Int8Embedding
-from .surgery.plan import FLOAT32, INT8, Plan, get_plan
+from ..errors import PackingError
+from ..modules import BinaryEmbedding, Member
+from ..modules.activations import RPReLU
+from ..modules.int8_embedding import Int8Embedding
+from ..surgery.plan import FLOAT32, INT8, Plan, get_plan
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
-from .checkpoint_checks import OWNERS, check_written, expected_tensors, name_in
+from ..config import METHOD
+from ..errors import CheckpointError
+from ..integrations.sharding import is_sharded
+from ..surgery.ownership import plans_of
+from ..surgery.quantization_config import StoMPPQuantizationConfig
+from .checks import OWNERS, check_written, expected_tensors, name_in
 from .checksums import as_metadata, note_of
-from .config import METHOD
-from .errors import CheckpointError
-from .integrations.sharding import is_sharded
-from .surgery.ownership import plans_of
-from .surgery.quantization_config import StoMPPQuantizationConfig
 
 _save, _load = PreTrainedModel.save_pretrained, PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 

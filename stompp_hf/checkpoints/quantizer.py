@@ -16,19 +16,19 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from .checkpoint_checks import check_loaded, check_names, expected_tensors, name_in
-from .checkpoint_files import headers
+from ..config import METHOD, StoMPPConfig
+from ..errors import CheckpointError, StoMPPError
+from ..modules import TRANSITION, BinaryEmbedding, binary_class_of
+from ..surgery.binarize import binarize_model, convert
+from ..surgery.ownership import own_configs, plans_of
+from ..surgery.plan import Entry, Plan, members
+from ..surgery.quantization_config import StoMPPQuantizationConfig
+from ..surgery.unattended import watch
+from .checks import check_loaded, check_names, expected_tensors, name_in
 from .checksums import check_files
-from .config import METHOD, StoMPPConfig
-from .errors import CheckpointError, StoMPPError
-from .modules import TRANSITION, BinaryEmbedding, binary_class_of
+from .files import headers
 from .packing import pack_members
-from .storage import narrow_tables, write_narrow
-from .surgery.binarize import binarize_model, convert
-from .surgery.ownership import own_configs, plans_of
-from .surgery.plan import Entry, Plan, members
-from .surgery.quantization_config import StoMPPQuantizationConfig
-from .surgery.unattended import watch
+from .real_storage import narrow_tables, write_narrow
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import transformers
 
-from .checkpoint_files import read_config
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from .files import read_config
 
 MODULE = "modeling_stompp"
 _HEAD = '''"""Lets transformers load this checkpoint with trust_remote_code=True: stompp_hf registers its format."""

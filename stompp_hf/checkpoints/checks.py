@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint_files import Header
-from .errors import CheckpointError, NonFiniteError
-from .integrations.sharding import everywhere, local
-from .modules import BinaryLayer, Member
-from .modules.activations import RPReLU
-from .modules.int8_embedding import Int8Embedding
-from .surgery.ownership import plans_of
-from .surgery.plan import members_of
+from ..errors import CheckpointError, NonFiniteError
+from ..integrations.sharding import everywhere, local
+from ..modules import BinaryLayer, Member
+from ..modules.activations import RPReLU
+from ..modules.int8_embedding import Int8Embedding
+from ..surgery.ownership import plans_of
+from ..surgery.plan import members_of
+from .files import Header
 
 OWNERS = {"weight_bits": Member, "stompp_state": Member, "weight_int8": Int8Embedding}
 """Tensors that no other class has."""

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint_files import read_header
-from .errors import CheckpointError
-from .integrations.sharding import is_sharded
+from ..errors import CheckpointError
+from ..integrations.sharding import is_sharded
+from .files import read_header
 
 logger = logging.getLogger(__name__)
 KEY = "stompp"

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from .checkpoint_files import architecture, headers, model_class, read_config, weight_files
-from .errors import CheckpointError
-from .modules import OWN_TENSORS
-from .modules.attention import BinaryAttention
-from .surgery.plan import FLOAT32, INT8, Plan
-from .surgery.quantization_config import StoMPPQuantizationConfig
+from ..errors import CheckpointError
+from ..modules import OWN_TENSORS
+from ..modules.attention import BinaryAttention
+from ..surgery.plan import FLOAT32, INT8, Plan
+from ..surgery.quantization_config import StoMPPQuantizationConfig
+from .files import architecture, headers, model_class, read_config, weight_files
 
 STATE = ".stompp_state"
 """Ending of the tensor that everything binary has."""

@@ -1,0 +1,1 @@
+"""Saving, loading, packing and inspecting what was saved."""
