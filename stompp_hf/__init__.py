@@ -10,6 +10,7 @@ from .checkpoints.remote_code import add_remote_code
 from .config import StoMPPConfig
 from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
+from .export.onnx_export import export_onnx
 from .gradient_recorder import GradientNormCallback
 from .inference.fusing import fuse_for_inference, unfuse
 from .modules import (
@@ -22,7 +23,6 @@ from .modules import (
     BinaryLayer,
     BinaryLinear,
 )
-from .onnx_export import export_onnx
 from .optim import create_optimizer, parameter_groups
 from .resuming import last_whole_checkpoint
 from .runs import read_run, record_run

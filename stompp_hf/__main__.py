@@ -21,7 +21,7 @@ from .checkpoints.packing import pack_model, unpack_model
 from .checkpoints.remote_code import add_remote_code
 from .comparing import output_difference
 from .errors import CheckpointError, StoMPPError
-from .onnx_export import CHOICES, export_onnx
+from .export.onnx_export import CHOICES, export_onnx
 from .reporting import add_report, write_report
 from .surgery.plan import FLOAT32, STORED
 

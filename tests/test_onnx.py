@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from stompp_hf import BinaryAttention, Progression, StoMPPConfig, binarize_model, calibrate, export_onnx, pack_model
 from stompp_hf.__main__ import main
 from stompp_hf.errors import ExportError, NonFiniteError, NotBinarizedError, PackingError
-from stompp_hf.modules.exported import Form, code_table, export_form, sign_table
+from stompp_hf.export.forms import Form, code_table, export_form, sign_table
 from stompp_hf.modules.packed import PackedAttention
 from stompp_hf.surgery.plan import binary_layers
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..method.attention_product import Operand
-from .attention import BinaryAttention
-from .conv import ConvProduct
-from .exported_operators import BLOCK, matmul_2_bits, matmul_integer
-from .exported_products import ExportedProduct, choice_above, exported_product, signed_codes, unsigned_codes
-from .packed import PackedAttention, PackedEmbedding, PackedLayer
-from .stage_member import Member
+from ..modules.attention import BinaryAttention
+from ..modules.conv import ConvProduct
+from ..modules.packed import PackedAttention, PackedEmbedding, PackedLayer
+from ..modules.stage_member import Member
+from .integer_products import ExportedProduct, choice_above, exported_product, signed_codes, unsigned_codes
+from .onnx_operators import BLOCK, matmul_2_bits, matmul_integer
 
 SIGN_TABLE, CODE_TABLE = "sign_table", "code_table"
 """Names of buffers, one for all members: the 8 signs of each byte, and their 8 codes of 2 bits."""

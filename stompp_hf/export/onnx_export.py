@@ -18,12 +18,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.packing import pack_model
-from .errors import ExportError
-from .inference.fusing import unfuse
-from .modules.exported import Form, code_table, export_form, sign_table
-from .surgery.plan import get_plan, members
-from .surgery.running import example_inputs_of, run
+from ..checkpoints.packing import pack_model
+from ..errors import ExportError
+from ..inference.fusing import unfuse
+from ..surgery.plan import get_plan, members
+from ..surgery.running import example_inputs_of, run
+from .forms import Form, code_table, export_form, sign_table
 
 logger = logging.getLogger(__name__)
 

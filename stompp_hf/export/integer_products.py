@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..method.layer_product import Product
-from .conv import ConvProduct
-from .exported_operators import conv_integer, matmul_integer, times_scale
+from ..modules.conv import ConvProduct
+from .onnx_operators import conv_integer, matmul_integer, times_scale
 
 ENOUGH_CHANNELS = 64
 """With fewer, copying what lies under a kernel takes longer than the product."""

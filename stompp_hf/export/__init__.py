@@ -1,0 +1,1 @@
+"""Ways out: a frozen model in other formats."""
