@@ -1,17 +1,14 @@
 """StoMPP for Hugging Face Transformers: train networks with 1-bit weights and activations, stage by stage."""
 
 from . import console
-from .callback import StoMPPTrainerCallback
 from .checkpoints import saving  # noqa: F401  # save_pretrained and from_pretrained ask there
 from .checkpoints.model_card import model_card, push_to_hub, write_model_card
 from .checkpoints.packing import pack_model, unpack_model
 from .checkpoints.quantizer import StoMPPQuantizer
 from .checkpoints.remote_code import add_remote_code
 from .config import StoMPPConfig
-from .distillation_callback import DistillationCallback
 from .errors import StoMPPError
 from .export.onnx_export import export_onnx
-from .gradient_recorder import GradientNormCallback
 from .inference.fusing import fuse_for_inference, unfuse
 from .modules import (
     BinaryAttention,
@@ -23,13 +20,16 @@ from .modules import (
     BinaryLayer,
     BinaryLinear,
 )
-from .optim import create_optimizer, parameter_groups
-from .resuming import last_whole_checkpoint
 from .runs import read_run, record_run
 from .summary import Summary, summary
 from .surgery.binarize import binarize_model, report, restore_model
 from .surgery.plan import get_plan
 from .surgery.quantization_config import StoMPPQuantizationConfig
+from .trainer.callback import StoMPPTrainerCallback
+from .trainer.distillation_callback import DistillationCallback
+from .trainer.gradient_norms import GradientNormCallback
+from .trainer.parameter_groups import create_optimizer, parameter_groups
+from .trainer.resuming import last_whole_checkpoint
 from .training.distillation import Distiller
 from .training.live_metrics import LiveMetrics
 from .training.progression import Progression, calibrate

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from .drawing import LIGHT, draw_line, draw_map, label_ends, new_figure
-from .gradient_recorder import GRADIENT_NORM
 from .runs import Run
+from .trainer.gradient_norms import GRADIENT_NORM
 
 OWN = "stompp_"
 COLUMNS = 400

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modules import BinaryLayer
-from .modules.activations import RPReLU
-from .surgery.plan import members, planned_model
+from ..modules import BinaryLayer
+from ..modules.activations import RPReLU
+from ..surgery.plan import members, planned_model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:

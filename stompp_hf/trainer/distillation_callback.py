@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .errors import CheckpointError, ConfigError, DistillationError
-from .surgery.plan import get_plan, members, planned_model
-from .training.distillation import Distiller, as_if_pending, check_weights, snapshot
+from ..errors import CheckpointError, ConfigError, DistillationError
+from ..surgery.plan import get_plan, members, planned_model
+from ..training.distillation import Distiller, as_if_pending, check_weights, snapshot
 
 logger = logging.getLogger(__name__)
 

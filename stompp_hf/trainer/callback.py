@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from .checkpoints.model_card import attach_to
-from .console import say, warn_once
-from .errors import CheckpointError, NotBinarizedError, ShardingError
-from .integrations.sharding import ONE_PROCESS
-from .modules import FROZEN
+from ..checkpoints.model_card import attach_to
+from ..console import say, warn_once
+from ..errors import CheckpointError, NotBinarizedError, ShardingError
+from ..integrations.sharding import ONE_PROCESS
+from ..modules import FROZEN
+from ..surgery.adapters import has_adapters
+from ..surgery.plan import binary_layers, driven_model, get_plan, members
+from ..training.compiling import refuse_untraceable
+from ..training.live_metrics import ALWAYS, LiveMetrics, check_every
+from ..training.progression import Progression
 from .resuming import last_whole_checkpoint
-from .surgery.adapters import has_adapters
-from .surgery.plan import binary_layers, driven_model, get_plan, members
-from .training.compiling import refuse_untraceable
-from .training.live_metrics import ALWAYS, LiveMetrics, check_every
-from .training.progression import Progression
 
 logger = logging.getLogger(__name__)
 

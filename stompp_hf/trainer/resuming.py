@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints.files import headers
-from .errors import CheckpointError
-from .modules.calibration import in_processes
+from ..checkpoints.files import headers
+from ..errors import CheckpointError
+from ..modules.calibration import in_processes
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
