@@ -35,7 +35,7 @@ from stompp_hf import (
     report,
 )
 from stompp_hf.checkpoints.inspection import inspect
-from stompp_hf.reporting import write_report
+from stompp_hf.reports.html_report import write_report
 
 parser = argparse.ArgumentParser(description="Binarize my model, from load to report.")
 parser.add_argument("--model_name_or_path", help="checkpoint of a text classifier; without it, a small BERT")

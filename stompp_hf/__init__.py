@@ -20,8 +20,8 @@ from .modules import (
     BinaryLayer,
     BinaryLinear,
 )
-from .runs import read_run, record_run
-from .summary import Summary, summary
+from .reports.runs import read_run, record_run
+from .reports.summary import Summary, summary
 from .surgery.binarize import binarize_model, report, restore_model
 from .surgery.plan import get_plan
 from .surgery.quantization_config import StoMPPQuantizationConfig

@@ -19,10 +19,10 @@ from .checkpoints.inspection import inspect
 from .checkpoints.model_card import write_model_card
 from .checkpoints.packing import pack_model, unpack_model
 from .checkpoints.remote_code import add_remote_code
-from .comparing import output_difference
 from .errors import CheckpointError, StoMPPError
 from .export.onnx_export import CHOICES, export_onnx
-from .reporting import add_report, write_report
+from .reports.comparison import output_difference
+from .reports.html_report import add_report, write_report
 from .surgery.plan import FLOAT32, STORED
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")

@@ -14,12 +14,13 @@ from recorded_run import EVERY, STEPS, Watcher, run_trainer
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from stompp_hf import GradientNormCallback, pack_model, plots, read_run
-from stompp_hf.drawing import DPI, LINES, WIDTH, save, short_names
+from stompp_hf import GradientNormCallback, pack_model, read_run
 from stompp_hf.errors import CheckpointError, ConfigError, ExtraError, RunError
-from stompp_hf.runs import Run, run_of
+from stompp_hf.reports import run_plots as plots
+from stompp_hf.reports.drawing import DPI, LINES, WIDTH, save, short_names
+from stompp_hf.reports.runs import Run, run_of
+from stompp_hf.reports.weight_plots import weights
 from stompp_hf.surgery.plan import binary_layers
-from stompp_hf.weight_plots import weights
 
 BLOCKS = ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 GRADIENT = "stompp_grad_norm"

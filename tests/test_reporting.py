@@ -24,8 +24,8 @@ from transformers import AutoModelForSequenceClassification
 from stompp_hf import pack_model, read_run, record_run
 from stompp_hf.__main__ import main
 from stompp_hf.errors import RunError
-from stompp_hf.reporting import write_report
-from stompp_hf.runs import run_of
+from stompp_hf.reports.html_report import write_report
+from stompp_hf.reports.runs import run_of
 
 VOID = {"meta", "img", "br"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")

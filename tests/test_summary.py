@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stompp_hf import Progression, StoMPPConfig, binarize_model, kernels, pack_model, restore_model, summary
 from stompp_hf.errors import ConfigError
 from stompp_hf.modules import BinaryLayer, Member
-from stompp_hf.sizes import sizes
+from stompp_hf.reports.sizes import sizes
 from stompp_hf.training.metrics import frozen_fraction
 
 BERT = CASES["bert"]

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, pack_model
 from stompp_hf.checkpoints.inspection import inspect
-from stompp_hf.comparing import output_difference
+from stompp_hf.reports.comparison import output_difference
 from stompp_hf.surgery.running import example_inputs_of
 
 LOAD = """

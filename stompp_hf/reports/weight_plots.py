@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoints.files import read_config
-from .checkpoints.tensor_files import read_tensors
+from ..checkpoints.files import read_config
+from ..checkpoints.tensor_files import read_tensors
+from ..errors import RunError
+from ..surgery.plan import Plan
+from ..surgery.quantization_config import StoMPPQuantizationConfig
 from .drawing import DARK, new_figure, short_names
-from .errors import RunError
-from .surgery.plan import Plan
-from .surgery.quantization_config import StoMPPQuantizationConfig
 
 SAMPLE = 65_536
 """Entries of one weight that are looked at; larger weights are sampled evenly."""

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from . import kernels
-from .modules import PENDING, Member
-from .modules.packed import PackedMember
-from .modules.torch_encoder import module_by_module
-from .surgery.running import example_inputs_of, run, undisturbed
+from .. import kernels
+from ..modules import PENDING, Member
+from ..modules.packed import PackedMember
+from ..modules.torch_encoder import module_by_module
+from ..surgery.running import example_inputs_of, run, undisturbed
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..trainer.gradient_norms import GRADIENT_NORM
 from .drawing import LIGHT, draw_line, draw_map, label_ends, new_figure
 from .runs import Run
-from .trainer.gradient_norms import GRADIENT_NORM
 
 OWN = "stompp_"
 COLUMNS = 400

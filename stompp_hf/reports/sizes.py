@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .method.sign_bits import SignBits
-from .modules import BinaryLayer, Member
-from .modules.activations import RPRELU_TENSORS
-from .modules.packed import PackedLayer
+from ..method.sign_bits import SignBits
+from ..modules import BinaryLayer, Member
+from ..modules.activations import RPRELU_TENSORS
+from ..modules.packed import PackedLayer
 
 _HALF = (torch.float16, torch.bfloat16)
 

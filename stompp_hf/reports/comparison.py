@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .errors import ConfigError
-from .surgery.dataflow import plain_outputs
-from .surgery.running import example_inputs_of, run, undisturbed
+from ..errors import ConfigError
+from ..surgery.dataflow import plain_outputs
+from ..surgery.running import example_inputs_of, run, undisturbed
 
 SAMPLES = 16
 

@@ -11,13 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .checkpoints.tensor_files import read_tensors
-from .errors import CheckpointError, RunError, StoMPPError
-from .method.schedules import frozen_fraction
-from .method.windows import Window
-from .modules.freeze_state import SAVED, FreezeState
-from .surgery.plan import Plan, get_plan
-from .surgery.quantization_config import StoMPPQuantizationConfig
+from ..checkpoints.tensor_files import read_tensors
+from ..errors import CheckpointError, RunError, StoMPPError
+from ..method.schedules import frozen_fraction
+from ..method.windows import Window
+from ..modules.freeze_state import SAVED, FreezeState
+from ..surgery.plan import Plan, get_plan
+from ..surgery.quantization_config import StoMPPQuantizationConfig
 
 RECORD = "run.json"
 STATE = "trainer_state.json"

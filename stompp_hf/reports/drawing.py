@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ExtraError
+from ..errors import ExtraError
 
 WIDTH, DPI = 8.0, 100
 STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}

@@ -11,11 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from . import plots
-from .checkpoints.inspection import Inspection, inspect
-from .config import StoMPPConfig
+from ..checkpoints.inspection import Inspection, inspect
+from ..config import StoMPPConfig
+from ..errors import ExtraError, RunError, StoMPPError
+from . import run_plots as plots
 from .drawing import save, to_png
-from .errors import ExtraError, RunError, StoMPPError
 from .runs import Run, checkpoints, read_run, versions
 from .weight_plots import weights
 

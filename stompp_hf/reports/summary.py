@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .errors import ConfigError, NotBinarizedError
+from ..errors import ConfigError, NotBinarizedError
+from ..modules import FROZEN, BinaryEmbedding, BinaryLayer, Member
+from ..modules.packed import PackedMember
+from ..surgery.blocks import block_of
+from ..surgery.embedding_and_attention import word_embedding
+from ..surgery.plan import Plan, get_plan, planned_model
 from .macs import Macs, count_macs
-from .modules import FROZEN, BinaryEmbedding, BinaryLayer, Member
-from .modules.packed import PackedMember
 from .sizes import Size, sizes, weight_shape
 from .summary_table import as_markdown, as_rich, as_text
-from .surgery.blocks import block_of
-from .surgery.embedding_and_attention import word_embedding
-from .surgery.plan import Plan, get_plan, planned_model
 
 REAL, PACKED, MIXED = "real", "packed", "mixed"
 
