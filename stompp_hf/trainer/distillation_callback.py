@@ -106,8 +106,8 @@ class DistillationCallback(TrainerCallback):
         if self.distiller is not None and not self.distiller.used:
             raise DistillationError(
                 "the teacher's loss got no gradient in this step: Trainer was given compute_loss_func, or a subclass "
-                "computes its loss without `outputs.loss`. Add the teacher's part there (hidden_loss and logits_loss of "
-                "stompp_hf.training.distillation), or use the model's own loss."
+                "computes its loss without `outputs.loss`. Add the teacher's part there (hidden_loss and logits_loss "
+                "of stompp_hf.training.distillation), or use the model's own loss."
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
