@@ -277,15 +277,15 @@ def test_what_forbids_a_call_by_address() -> None:
 
 ELSEWHERE = {
     # Not which way a product goes: clips as tensors, states that a graph holds, values of a fused layer.
-    "is_compiling": {"modules/base.py", "modules/member.py", "modules/fused.py"},
+    "is_compiling": {"modules/binary_layer.py", "modules/stage_member.py", "inference/fused.py"},
     "is_dynamo_compiling": {"modules/packed.py"},  # dynamo does not follow a call in C
-    "is_in_onnx_export": {"functional.py"},  # signs by other operators
+    "is_in_onnx_export": {"method/mixing.py"},  # signs by other operators
     "is_tracing": set(),
-    "_C._functorch": {"modules/member.py"},  # whether a state can be read
+    "_C._functorch": {"modules/stage_member.py"},  # whether a state can be read
     "_dispatch_stack": set(),
 }
-COMPUTING = ("functional.py", "fusing.py", "attention_interface.py", "packing.py")
-CALLS = {"calls.py", "training.py", "triton_linear.py", "kept.py", "prepared.py"}
+COMPUTING = ("kernels/", "method/", "modules/", "inference/", "surgery/attention_interface", "checkpoints/packing")
+CALLS = {"calls.py", "training.py", "triton_linear.py", "kept.py", "prechecked_linear.py"}
 """The files that call kernels, or compare addresses, where `route` or `is_watched` was asked."""
 
 
@@ -294,7 +294,7 @@ def test_a_kernel_is_chosen_in_one_place() -> None:
     files = {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
     del files["kernels/choosing.py"]
     for name, allowed in ELSEWHERE.items():
-        computing = {path for path in files if path.startswith(("kernels/", "modules/")) or path in COMPUTING}
+        computing = {path for path in files if path.startswith(COMPUTING)}
         found = {path for path in computing if re.search(rf"{re.escape(name)}\b", files[path])}
         assert found <= allowed, name
     addresses = {path.rpartition("/")[2] for path, text in files.items() if re.search(r"data_ptr\(", text)}

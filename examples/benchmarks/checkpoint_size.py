@@ -34,7 +34,7 @@ import json, sys, time
 import torch, transformers
 from transformers import AutoModelForSequenceClassification
 import stompp_hf
-from stompp_hf.running import example_inputs_of
+from stompp_hf.surgery.running import example_inputs_of
 
 def peak():  # of this very process; what getrusage says is inherited from the parent
     with open("/proc/self/status") as file:

@@ -6,16 +6,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import PackingError
 from ..modules.embedding import BinaryEmbedding
 from ..modules.packed import PackedLayer
-from ..surgery.dataflow import plain_outputs
 from ..surgery.plan import binary_layers, get_plan, planned_model
-from ..surgery.running import example_inputs_of, run, undisturbed
+from ..surgery.recorder import Recorder, tensors_in
+from ..surgery.running import example_inputs_of
 from .folded_batchnorm import FOLDED, FoldedBatchNorm, is_folded_well
 from .fused import made
 from .separable_pooling import SeparableMaxPool2d
@@ -112,63 +110,52 @@ def _followers(root: nn.Module, layers: Mapping[str, Any], example_inputs: Any) 
         if norms:
             logger.warning("BatchNorms are not folded: pass fuse_for_inference(model, example_inputs) one small batch.")
         return {}
-    with undisturbed(root), _Readers(layers, norms) as readers:
-        readers.close(run(root, inputs))
+    readers = _Readers(layers, norms)
+    readers.record(root, inputs)
     return readers.followers()
 
 
-class _Readers(TorchDispatchMode):
-    """Watches who reads the layers' outputs."""
+class _Readers(Recorder):
+    """Notes who reads the layers' outputs."""
 
     def __init__(self, layers: Mapping[str, Any], norms: list[Any]) -> None:
-        super().__init__()
         self.layers = layers
+        self.names = {id(layer): name for name, layer in layers.items()}
         self.made_by = WeakTensorKeyDictionary()
         self.read_by: dict[str, set[Any]] = {}  # BatchNorms, and None for all else
         self.reads_of: dict[Any, set[str | None]] = {norm: set() for norm in norms}
         self.inside: Any = None
-        self.handles: list[Any] = []
-        for name, layer in layers.items():
-            if not layer._forward_hooks and not layer._forward_pre_hooks:
-                self.handles.append(layer.register_forward_hook(self._made(name)))
-        for norm in norms:
-            if not norm._forward_hooks and not norm._forward_pre_hooks:
-                self.handles.append(norm.register_forward_pre_hook(self._enter))
-                self.handles.append(norm.register_forward_hook(self._leave))
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for handle in self.handles:
-            handle.remove()
+    def watches(self, name: str, module: Any) -> bool:
+        """Hooks of others could read or replace what passes by."""
+        known = id(module) in self.names or module in self.reads_of
+        return known and not module._forward_hooks and not module._forward_pre_hooks
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._note((args, kwargs), self.inside)
-        return func(*args, **(kwargs or {}))
+    def operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        self._note(tensors_in((args, kwargs)), self.inside)
 
-    def _note(self, values: Any, reader: Any) -> None:
-        for tensor in tree_leaves(values):
-            if isinstance(tensor, Tensor) and (name := self.made_by.get(tensor)) is not None:
+    def _note(self, tensors: list[Tensor], reader: Any) -> None:
+        for tensor in tensors:
+            if (name := self.made_by.get(tensor)) is not None:
                 self.read_by.setdefault(name, set()).add(reader)
 
-    def _made(self, name: str) -> Any:
-        def made(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.made_by[output] = name
-
-        return made
-
-    def _enter(self, norm: Any, args: Any) -> None:
+    def enter(self, name: str, module: Any, args: Any, kwargs: Any) -> None:
+        if module not in self.reads_of:
+            return
         x = args[0] if args else None
-        name = self.made_by.get(x) if isinstance(x, Tensor) else None
-        last = name is not None and not hasattr(self.layers[name], "stride")  # a linear layer's channels come last
-        self.reads_of[norm].add(None if last and args[0].dim() != 2 else name)
-        self.inside = norm
+        made = self.made_by.get(x) if isinstance(x, Tensor) else None
+        last = made is not None and not hasattr(self.layers[made], "stride")  # a linear layer's channels come last
+        self.reads_of[module].add(None if last and args[0].dim() != 2 else made)
+        self.inside = module
 
-    def _leave(self, norm: Any, args: Any, output: Any) -> None:
-        self.inside = None
+    def leave(self, name: str, module: Any, args: Any, output: Any) -> None:
+        if module in self.reads_of:
+            self.inside = None
+        else:
+            self.made_by[output] = self.names[id(module)]
 
-    def close(self, outputs: Any) -> None:
-        """Note what the model returns."""
-        self._note(plain_outputs(outputs), None)
+    def outputs(self, found: list[Tensor]) -> None:
+        self._note(found, None)
 
     def followers(self) -> dict[str, nn.Module]:
         """The pairs that read and are read by nothing else."""

@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError
-from ..surgery.dataflow import plain_outputs
+from ..surgery.recorder import plain_outputs, tensors_in
 from ..surgery.running import example_inputs_of, run, undisturbed
 
 SAMPLES = 16
@@ -76,5 +75,5 @@ def _scores(outputs: Any) -> Tensor:
     found = plain_outputs(outputs)
     if isinstance(found, dict) and isinstance(found.get("logits"), Tensor):
         found = found["logits"]
-    scores: Tensor = next(t for t in tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point())
+    scores: Tensor = next(t for t in tensors_in(found) if t.is_floating_point())
     return scores

@@ -1,23 +1,19 @@
 """Multiply-accumulates of one traced forward pass, by the module that computes them."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .. import kernels
 from ..modules import PENDING, Member
 from ..modules.packed import PackedMember
 from ..modules.torch_encoder import module_by_module
-from ..surgery.running import example_inputs_of, run, undisturbed
-
-logger = logging.getLogger(__name__)
+from ..surgery.recorder import Recorder, on_inputs, tensors_in
 
 _CPU_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -55,53 +51,42 @@ def count_macs(model: nn.Module, example_inputs: Any = None) -> Macs | None:
     Raises:
         Exception: whatever the model raises on inputs that the caller gave.
     """
-    inputs = example_inputs_of(model) if example_inputs is None else example_inputs
-    if inputs is None:
-        logger.warning("no multiply-accumulates of %s: %s", type(model).__name__, _ADVICE)
-        return None
-    counts: dict[str, int] = {}
-    running = [""]
-    counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _cpu_attention})
-    seen = 0
 
-    def settle() -> None:
-        """What was counted since the last entry or exit belongs to the module that is running."""
-        nonlocal seen
-        total = counter.get_total_flops()
-        if total > seen:
-            counts[running[-1]] = counts.get(running[-1], 0) + (total - seen) // 2
-        seen = total
-
-    def entering(name: str) -> Any:
-        def enter(module: nn.Module, args: Any) -> None:
-            settle()
-            running.append(name)
-
-        return enter
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        settle()
-        running.pop()
-
-    handles: list[Any] = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(entering(name)))
-        handles.append(module.register_forward_hook(leave))
-    try:
+    def count(inputs: Any) -> Macs:
+        recorder = _MacsRecorder()
         # Compiled kernels are called past torch, which could not count them.
-        with _without_values(model), module_by_module(), kernels.switched_off(), undisturbed(model), counter:
-            run(model, inputs)
-            settle()
-    except Exception as error:
-        if example_inputs is not None:
-            raise
-        kind = type(model).__name__
-        logger.warning("no multiply-accumulates of %s (%s: %s): %s", kind, type(error).__name__, error, _ADVICE)
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Macs(counts, _shapes(inputs))
+        with _without_values(model), module_by_module(), kernels.switched_off(), recorder.counter:
+            recorder.record(model, inputs)
+        return Macs(recorder.counts, _shapes(inputs))
+
+    return on_inputs(model, example_inputs, count, "multiply-accumulates", _ADVICE)
+
+
+class _MacsRecorder(Recorder):
+    """What was counted since the last entry or exit belongs to the module that is running."""
+
+    def __init__(self) -> None:
+        self.counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _cpu_attention})
+        self.counts: dict[str, int] = {}
+        self.running = [""]
+        self.seen = 0
+
+    def settle(self) -> None:
+        total = self.counter.get_total_flops()
+        if total > self.seen:
+            self.counts[self.running[-1]] = self.counts.get(self.running[-1], 0) + (total - self.seen) // 2
+        self.seen = total
+
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.settle()
+        self.running.append(name)
+
+    def leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self.settle()
+        self.running.pop()
+
+    def outputs(self, found: Any) -> None:
+        self.settle()
 
 
 @contextlib.contextmanager
@@ -117,7 +102,7 @@ def _without_values(model: nn.Module) -> Iterator[None]:
 
 
 def _shapes(inputs: Any) -> str:
-    items = inputs.items() if hasattr(inputs, "items") else [("", leaf) for leaf in tree_leaves(inputs)]
+    items = inputs.items() if hasattr(inputs, "items") else [("", leaf) for leaf in tensors_in(inputs)]
     shapes = [(name, "x".join(map(str, value.shape))) for name, value in items if isinstance(value, torch.Tensor)]
     return ", ".join(f"{name} {shape}".strip() for name, shape in shapes)
 

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..modules.activations import BYPASSED, PAUSED
+from .recorder import Recorder, tensors_in
 
 EMBEDDING = "<embedding>"
 """Stands in `parents` for any embedding."""
@@ -19,8 +18,8 @@ _PADDING = torch.ops.aten.constant_pad_nd.default
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
-class DataFlow(TorchDispatchMode):
-    """Watches every operation between modules; `watch` hooks the modules themselves.
+class DataFlow(Recorder):
+    """Which tensors of one run reach which candidates.
 
     Attributes:
         called: the candidates, in the order of their first call.
@@ -38,7 +37,6 @@ class DataFlow(TorchDispatchMode):
     """
 
     def __init__(self, candidates: dict[str, nn.Module]) -> None:
-        super().__init__()
         self.called: list[str] = []
         self.bypassed: set[str] = set()
         self.producers: dict[str, str] = {}
@@ -64,9 +62,8 @@ class DataFlow(TorchDispatchMode):
         self._made: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}  # the same, for what leaf modules gave
         self._inside: list[str | None] = []  # the candidates, or None for a module that only passes on, now running
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    def operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        inputs = tensors_in((args, kwargs))
         reached: frozenset[str] = frozenset().union(*(self._reach.get(t, ()) for t in inputs))
         if func in _ADDITIONS and len(inputs) == 2:
             left, right = (frozenset(self._reach.get(t, ())) for t in inputs)
@@ -80,26 +77,30 @@ class DataFlow(TorchDispatchMode):
                 if self._rewritten and tensor not in self._tags and tensor.layout == torch.strided:
                     name, _ = self._rewritten.get(tensor.untyped_storage().data_ptr(), (None, None))
                     self.elsewhere |= {name} if name is not None else set()
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and reached:
+        if reached:
+            for tensor in tensors_in(result):
                 self._reach[tensor] = reached
-        return result
 
-    def watch(self, model: nn.Module) -> list[Any]:
-        """Hook the modules of a model; returns the handles."""
-        handles: list[Any] = []
-        for name, module in model.named_modules():
-            if not list(module.children()):
-                handles.append(module.register_forward_hook(self._leave_leaf))
-            if id(module) in self._names:
-                handles.append(module.register_forward_pre_hook(self._enter_candidate, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave_candidate))
-            elif isinstance(module, nn.Embedding):
-                handles.append(module.register_forward_hook(self._leave_embedding))
-            elif type(module) in (*BYPASSED, *PAUSED, *_POOLS) and "forward" not in module.__dict__:
-                handles.append(module.register_forward_pre_hook(self._enter_passing))
-                handles.append(module.register_forward_hook(self._leaver(name)))
-        return handles
+    def watches(self, name: str, module: nn.Module) -> bool:
+        leaf = not list(module.children())
+        return leaf or id(module) in self._names or isinstance(module, nn.Embedding) or _passes_on(module)
+
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if id(module) in self._names:
+            self._enter_candidate(module, args, kwargs)
+        elif _passes_on(module):
+            self._inside.append(None)
+
+    def leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not list(module.children()):
+            self._leave_leaf(module, args, output)
+        if id(module) in self._names:
+            self._leave_candidate(output)
+        elif isinstance(module, nn.Embedding):
+            for tensor in tensors_in(output):  # ProphetNet's position embeddings give their positions too
+                self._reach[tensor] = frozenset([EMBEDDING])
+        elif _passes_on(module):
+            self._leave_passing(name, module, args, output)
 
     def _enter_candidate(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self._names[id(module)]
@@ -134,43 +135,32 @@ class DataFlow(TorchDispatchMode):
             kind = self._maker(args[0]) or kind  # in eval mode a dropout only passes its input on
         self._made[output.data_ptr(), output.shape] = (kind, output)
 
-    def _leave_candidate(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave_candidate(self, output: Any) -> None:
         name = self._inside.pop()
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and name is not None:
+        for tensor in tensors_in(output):
+            if name is not None:
                 self._reach[tensor] = frozenset([name])
                 self._tags.pop(tensor, None)
 
-    def _leave_embedding(self, module: nn.Module, args: Any, output: Any) -> None:
-        for tensor in tree_leaves(output):  # ProphetNet's position embeddings give their positions too
-            if isinstance(tensor, Tensor):
-                self._reach[tensor] = frozenset([EMBEDDING])
-
-    def _enter_passing(self, module: nn.Module, args: Any) -> None:
-        self._inside.append(None)
-
-    def _leaver(self, name: str) -> Any:
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._inside.pop()
-            before: frozenset[str] = self._tags.get(args[0], frozenset()) if args else frozenset()
-            passed = frozenset(tag for tag in before if self._commutes(tag, module))
-            if not isinstance(output, Tensor):
-                passed = frozenset()
-            self.elsewhere |= before - passed
-            if not isinstance(output, Tensor):
-                return
-            if type(module) in BYPASSED:
-                passed = frozenset([name])
-                self._kinds[name] = type(module)
-                second, last = (output.shape[index] if output.dim() > 1 else 0 for index in (1, -1))
-                self.widths.setdefault(name, set()).add((output.dim(), second, last))
-                if getattr(module, "inplace", False):
-                    self._rewritten[output.untyped_storage().data_ptr()] = (name, output)
-            elif type(module) in PAUSED:  # what may not be absorbed across it is still what the next layer reads
-                passed = before | ({name} if getattr(module, "p", False) else set())
-            self._tags[output] = passed
-
-        return leave
+    def _leave_passing(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._inside.pop()
+        before: frozenset[str] = self._tags.get(args[0], frozenset()) if args else frozenset()
+        passed = frozenset(tag for tag in before if self._commutes(tag, module))
+        if not isinstance(output, Tensor):
+            passed = frozenset()
+        self.elsewhere |= before - passed
+        if not isinstance(output, Tensor):
+            return
+        if type(module) in BYPASSED:
+            passed = frozenset([name])
+            self._kinds[name] = type(module)
+            second, last = (output.shape[index] if output.dim() > 1 else 0 for index in (1, -1))
+            self.widths.setdefault(name, set()).add((output.dim(), second, last))
+            if getattr(module, "inplace", False):
+                self._rewritten[output.untyped_storage().data_ptr()] = (name, output)
+        elif type(module) in PAUSED:  # what may not be absorbed across it is still what the next layer reads
+            passed = before | ({name} if getattr(module, "p", False) else set())
+        self._tags[output] = passed
 
     def _commutes(self, tag: str, module: nn.Module) -> bool:
         """Whether an activation may come after `module` instead of before it; a dropout's tag goes with the values."""
@@ -179,11 +169,9 @@ class DataFlow(TorchDispatchMode):
             return kind in (None, nn.ReLU, nn.ReLU6)  # a maximum commutes with what never falls
         return type(module) in PAUSED and kind in (None, nn.ReLU)  # and a factor with what is homogeneous
 
-    def close(self, outputs: Any) -> None:
-        """Note which activations are among the model's own outputs."""
-        for tensor in tree_leaves(plain_outputs(outputs)):
-            if isinstance(tensor, Tensor):
-                self.elsewhere |= self._tags.get(tensor, frozenset())
+    def outputs(self, found: list[Tensor]) -> None:
+        for tensor in found:
+            self.elsewhere |= self._tags.get(tensor, frozenset())
 
     def ancestors(self) -> dict[str, set[str]]:
         """All candidates (and EMBEDDING) that reach a candidate, by any way."""
@@ -200,11 +188,9 @@ class DataFlow(TorchDispatchMode):
         return result
 
 
-def plain_outputs(outputs: Any) -> Any:
-    """A model's outputs as what tree_leaves looks into: mappings, and the attributes of any other object."""
-    if hasattr(outputs, "keys"):
-        return dict(outputs)
-    return vars(outputs) if hasattr(outputs, "__dict__") and not isinstance(outputs, Tensor) else outputs
+def _passes_on(module: nn.Module) -> bool:
+    """Whether a module gives what it was given, but for an activation, a dropout's mask or a maximum."""
+    return type(module) in (*BYPASSED, *PAUSED, *_POOLS) and "forward" not in module.__dict__
 
 
 def shortcuts(flow: DataFlow, ancestors: dict[str, set[str]], pointwise: Iterable[str]) -> set[str]:

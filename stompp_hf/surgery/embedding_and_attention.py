@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..config import StoMPPConfig
 from ..errors import ConfigError
 from ..modules.attention import Call, grouped, probabilities
 from ..modules.embedding import BinaryEmbedding
 from .attention_interface import CHILD, NAMES, configs_of, implementations, watched
-from .dataflow import plain_outputs
+from .recorder import Recorder, tensors_of
 from .running import example_inputs_of, run, undisturbed
 
 Excluded = Callable[[str], str | None]
@@ -76,6 +75,21 @@ class _Seen:
     unlike: bool = False
 
 
+class _Calls(Recorder):
+    """The layers in the order of their first call, and the modules called attention that ran."""
+
+    def __init__(self, layers: list[str]) -> None:
+        self.layers = layers
+        self.order: dict[str, None] = {}
+        self.ran: set[str] = set()
+
+    def watches(self, name: str, module: nn.Module) -> bool:
+        return name in self.layers or "attention" in type(module).__name__.lower()
+
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        (self.order.setdefault(name) if name in self.layers else self.ran.add(name))
+
+
 def find_attention(
     model: nn.Module, layers: list[str], beyond: Beyond, excluded: Excluded, example_inputs: Any = None
 ) -> None:
@@ -95,29 +109,19 @@ def find_attention(
     inputs, plain = _first_run(model, example_inputs)
     names = {id(module): name for name, module in model.named_modules()}
     seen: dict[str, _Seen] = {}
-    order: dict[str, None] = {}
-    ran: set[str] = set()
-
-    def enter(module: nn.Module, args: Any) -> None:
-        name = names[id(module)]
-        (order.setdefault(name) if name in layers else ran.add(name))
+    calls = _Calls(layers)
 
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
         name = f"{names[id(module)]}.{CHILD}"
-        order.setdefault(name)
+        calls.order.setdefault(name)
         found = seen.setdefault(name, _Seen([query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]]))
         found.unlike |= not _is_softmax_attention(query, key, value, call)
 
-    hooked = [m for name, m in model.named_modules() if name in layers or "attention" in type(m).__name__.lower()]
-    handles = [module.register_forward_pre_hook(enter) for module in hooked]
-    try:
-        with undisturbed(model), watched(model, note):
-            renamed = _tensors(run(model, inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(model, note):
+        renamed = tensors_of(calls.record(model, inputs))
 
-    others = [f"{name}.{CHILD}" for name in _otherwise(sorted(ran), [name.removesuffix(f".{CHILD}") for name in seen])]
+    dispatched = [name.removesuffix(f".{CHILD}") for name in seen]
+    others = [f"{name}.{CHILD}" for name in _otherwise(sorted(calls.ran), dispatched)]
     reasons = {name: excluded(name) for name in (*seen, *others)}
     beyond.left.update({name: reason for name, reason in reasons.items() if reason})
     wrong = {name: "it computes attention itself" for name in others if not reasons[name]}
@@ -134,7 +138,7 @@ def find_attention(
             "exclude_modules=[...] to leave these real."
         )
     beyond.attention = {name: found.shape for name, found in seen.items() if not reasons[name]}
-    beyond.called = list(order)
+    beyond.called = list(calls.order)
     if beyond.attention:
         (beyond.implementation,) = implementations(model)
 
@@ -146,7 +150,7 @@ def _first_run(model: nn.Module, example_inputs: Any) -> tuple[Any, list[Tensor]
     if inputs is not None:
         try:
             with undisturbed(model):
-                return inputs, _tensors(run(model, inputs))
+                return inputs, tensors_of(run(model, inputs))
         except Exception as error:
             if example_inputs is not None:
                 raise
@@ -199,10 +203,6 @@ def _is_softmax_attention(query: Tensor, key: Tensor, value: Tensor, call: Call)
         blind = blind.flatten(1, 2).transpose(1, 2)[..., None]
         own, theirs = own.masked_fill(blind, 0.0), theirs.masked_fill(blind, 0.0)
     return bool((own - theirs).abs().max() <= 1e-2 * theirs.abs().max())
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(plain_outputs(outputs)) if isinstance(leaf, Tensor)]
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

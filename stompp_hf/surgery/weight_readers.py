@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ..modules.subclasses import methods_with_weight
 from ..modules.torch_encoder import module_by_module
-from .dataflow import plain_outputs
+from .recorder import tensors_of
 from .running import run, untouched
 
 
@@ -113,8 +112,7 @@ def _outputs(model: Any, inputs: Any, decodes: bool) -> list[Tensor]:
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    found = (leaf for leaf in tree_leaves(plain_outputs(outputs)) if isinstance(leaf, Tensor) and not leaf.is_nested)
-    return [leaf.clone() for leaf in found]
+    return [leaf.clone() for leaf in tensors_of(outputs) if not leaf.is_nested]
 
 
 def _same(before: list[Tensor], after: list[Tensor]) -> bool:
