@@ -14,9 +14,8 @@ from huggingface_hub import ModelCard
 from models import CASES, logits, quick, train
 from transformers import AutoModelForSequenceClassification
 
-from stompp_hf import StoMPPConfig, binarize_model, pack_model, write_model_card
+from stompp_hf import StoMPPConfig, binarize_model, model_card, pack_model, write_model_card
 from stompp_hf.__main__ import main
-from stompp_hf.checkpoints import model_card
 from stompp_hf.checkpoints.inspection import inspect
 from stompp_hf.errors import CheckpointError
 

@@ -1,6 +1,5 @@
 """Model cards: how to load a checkpoint, what of it is binary, what it weighs, and what was measured."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +11,6 @@ from transformers.modelcard import TASK_MAPPING
 from ..errors import CheckpointError
 from .inspection import Inspection, inspect
 
-logger = logging.getLogger(__name__)
 TAGS = ("stompp", "1-bit", "binary")
 CARD = "README.md"
 BEGIN, END = "<!-- stompp_hf -->", "<!-- end of stompp_hf -->"
@@ -93,25 +91,6 @@ def push_to_hub(
             tokenizer.save_pretrained(folder)
         write_model_card(folder, metrics=metrics, base_model=base_model, repo_id=repo_id)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
-
-
-def attach_to(trainer: Any) -> None:
-    """Let the card that a Trainer writes (`create_model_card`, `push_to_hub`) have this library's part."""
-    plain = trainer.create_model_card
-    if getattr(plain, "has_stompp_part", False):
-        return
-
-    def create_model_card(*args: Any, **kwargs: Any) -> None:
-        plain(*args, **kwargs)
-        saved = Path(trainer.args.output_dir, "config.json").is_file()
-        if trainer.is_world_process_zero() and saved:  # a card without a checkpoint has nothing to load
-            try:
-                write_model_card(trainer.args.output_dir, repo_id=trainer.hub_model_id)
-            except CheckpointError as error:  # a card is not worth the end of a run
-                logger.warning("the model card does not say how to load the model: %s", error)
-
-    create_model_card.has_stompp_part = True  # type: ignore[attr-defined]
-    trainer.create_model_card = create_model_card
 
 
 def _existing(path: Path) -> ModelCard:

@@ -1,45 +1,26 @@
 """StoMPPTrainerCallback: a thin shell that drives a Progression from inside transformers' Trainer."""
 
-import contextlib
-import html
-import itertools
-import json
 import logging
-import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from transformers import TrainerCallback
 
-from ..checkpoints.model_card import attach_to
 from ..console import say, warn_once
 from ..errors import CheckpointError, NotBinarizedError, ShardingError
 from ..integrations.sharding import ONE_PROCESS
 from ..modules import FROZEN
 from ..surgery.adapters import has_adapters
-from ..surgery.plan import binary_layers, driven_model, get_plan, members
+from ..surgery.plan import binary_layers, driven_model, members
 from ..training.compiling import refuse_untraceable
 from ..training.live_metrics import ALWAYS, LiveMetrics, check_every
 from ..training.progression import Progression
+from .binary_evaluation import evaluate_twice
+from .hub_card import attach_to
+from .resume_checks import check_adapted, check_folder, check_resumed
 from .resuming import last_whole_checkpoint
+from .stage_display import show_stage
 
 logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Put back every global random state: loaders draw from torch's even in order, collators from any of them."""
-    python, arrays = random.getstate(), np.random.get_state()
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=cuda):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
 
 
 class StoMPPTrainerCallback(TrainerCallback):
@@ -88,17 +69,15 @@ class StoMPPTrainerCallback(TrainerCallback):
         self.calibration_batches = calibration_batches
         self.progression: Progression | None = None
         self._live: LiveMetrics | None = None
-        self._metrics: dict[str, float] = {}  # of the record that is being made
         self._shows_samples = False
         self._holds_complete = False
         self._stands = 0  # the step at which a finished base stays, whatever is trained beside it
         self._trainer: Any = None
-        self._evaluating = False
 
     # ---- attach: what needs the Trainer itself ----
 
     def attach(self, trainer: Any) -> "StoMPPTrainerCallback":
-        """Join a Trainer (adding this callback if it is not among its own), and wrap its log, evaluate and train.
+        """Join a Trainer (adding this callback if it is not among its own), and wrap its evaluate and train.
 
         From then on `resume_from_checkpoint=True` takes the last *whole* checkpoint; a save with several processes is
         over, and older checkpoints are deleted, only once all of them have written their part; and the model card gets
@@ -114,26 +93,13 @@ class StoMPPTrainerCallback(TrainerCallback):
             trainer.add_callback(self)
         self._trainer = trainer
         attach_to(trainer)
-        log, evaluate, train = trainer.log, trainer.evaluate, trainer.train
-
-        def log_with_metrics(logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs and self._live is not None:
-                self._metrics = self._live.record()
-                logs.update(self._shown())
-            log(logs, *args, **kwargs)
-
-        def evaluate_twice(*args: Any, **kwargs: Any) -> dict[str, float]:
-            metrics: dict[str, float] = evaluate(*args, **kwargs)
-            if not self.evaluate_binary or self.progression is None or self._evaluating:
-                return metrics
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            self._evaluating = True
-            try:
-                with _random_states_kept(), self.progression.committed(self._calibration_data()):
-                    metrics.update(evaluate(*args, **{**kwargs, "metric_key_prefix": f"{prefix}_binary"}))
-            finally:
-                self._evaluating = False
-            return metrics
+        # Before those that report: what on_log adds to a record, all that come later see.
+        handler.callbacks.remove(self)
+        handler.callbacks.insert(0, self)
+        trainer.evaluate = evaluate_twice(
+            trainer, lambda: self.progression if self.evaluate_binary else None, self.calibration_batches
+        )
+        train = trainer.train
 
         def train_checked(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             if resume_from_checkpoint is True:
@@ -144,10 +110,10 @@ class StoMPPTrainerCallback(TrainerCallback):
                         "without it, or name a folder."
                     )
             if resume_from_checkpoint:
-                _check_folder(trainer.model, resume_from_checkpoint)
+                check_folder(trainer.model, resume_from_checkpoint)
             return train(resume_from_checkpoint, *args, **kwargs)
 
-        trainer.log, trainer.evaluate, trainer.train = log_with_metrics, evaluate_twice, train_checked
+        trainer.train = train_checked
         save_random_state = getattr(trainer, "_save_rng_state", None)
         if trainer.args.world_size > 1 and save_random_state is not None:
 
@@ -157,11 +123,6 @@ class StoMPPTrainerCallback(TrainerCallback):
 
             trainer._save_rng_state = save_together
         return self
-
-    def _calibration_data(self) -> list[Any]:
-        trainer = self._trainer
-        batches = itertools.islice(trainer.get_train_dataloader(), self.calibration_batches)
-        return [trainer._prepare_inputs(batch) for batch in batches]
 
     # ---- Trainer's events ----
 
@@ -198,9 +159,9 @@ class StoMPPTrainerCallback(TrainerCallback):
         finished = all(member.stage_state == FROZEN for member in members(root).values())
         adapted = has_adapters(model)  # then Trainer's checkpoints hold the adapter alone, and nothing of the base
         if adapted and not finished:
-            self._check_adapted(first.step, state.global_step)
+            check_adapted(first.step, state.global_step)
         elif state.global_step > 0 and not adapted:
-            self._check_resumed(layers, state.global_step)
+            check_resumed(layers, state.global_step)
         # Where the model itself stands: ahead of Trainer's count if an earlier run, or another process, trained it.
         ahead = first.step if first.step > state.global_step or (adapted and finished) else 0
         restarted = self.progression is not None and self.progression.model is root
@@ -225,38 +186,6 @@ class StoMPPTrainerCallback(TrainerCallback):
                 "restore_model(model), then binarize_model(model, config)."
             )
 
-    def _check_adapted(self, base: int, step: int) -> None:
-        if base < step:
-            raise CheckpointError(
-                f"training resumes at step {step}, and the base stands at step {base} of its progression: checkpoints "
-                "of a model with PEFT adapters hold the adapter alone. Start without resume_from_checkpoint; or make "
-                "the base binary first, save it, and train the adapter beside it."
-            )
-        logger.warning(
-            "the base becomes binary around an adapter, and Trainer saves the adapter alone. When training has ended, "
-            "save the base too: model.unload().save_pretrained(...)."
-        )
-
-    def _check_resumed(self, layers: dict[str, Any], step: int) -> None:
-        empty = [name for name, layer in layers.items() if not layer.total_steps]
-        if empty:
-            raise CheckpointError(
-                f"the checkpoint holds no StoMPP state for {', '.join(empty[:4])}: it was saved before binarize_model, "
-                "or by another model. Resume from a checkpoint of this run, or start without resume_from_checkpoint."
-            )
-        for name, layer in layers.items():
-            if layer.fingerprint != layer.place.fingerprint:
-                raise CheckpointError(
-                    f"the checkpoint was trained with other layers, stages, order, schedule or seed than this model "
-                    f"(seen at {name}): binarize the model with the StoMPPConfig in the checkpoint's config.json, or "
-                    "load it from there with from_pretrained, which needs no binarize_model."
-                )
-            if layer.step < min(step, layer.total_steps):
-                raise CheckpointError(
-                    f"{name} was saved at step {layer.step}, and the checkpoint's trainer_state.json says {step}: its "
-                    "files do not belong together. Resume from another checkpoint."
-                )
-
     def _place(self, global_step: int) -> int:
         """The step of the progression: Trainer's, as far as it goes; behind its end everything stays frozen."""
         total = self._required().total_steps
@@ -277,19 +206,7 @@ class StoMPPTrainerCallback(TrainerCallback):
         # A metric that stands now was measured at an earlier step.
         self._forget_best(state, state.global_step - 1)
         if self._trainer is not None:
-            self._show_stage(progression)
-
-    def _show_stage(self, progression: Progression) -> None:
-        number, name, share = progression.stage_in_transition()
-        text = f"stage {number}/{progression.plan.stage_count} {name} {share:.0%}"
-        if progression.config.binarize != "nothing" and progression.is_complete():
-            text = "fully binary"
-        for callback in self._trainer.callback_handler.callbacks:
-            bar, notebook = getattr(callback, "training_bar", None), getattr(callback, "training_tracker", None)
-            if bar is not None:
-                bar.set_postfix_str(text, refresh=False)
-            if notebook is not None:  # a notebook's bar shows it when it is drawn next
-                notebook.prefix = html.escape(text)
+            show_stage(self._trainer, progression)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._forget_best(state, state.global_step, metric=False)
@@ -306,15 +223,10 @@ class StoMPPTrainerCallback(TrainerCallback):
         if self.progression is None or self._live is None or not logs or "loss" not in logs:
             return
         self.progression.check_latents()
-        if "stompp_stage" not in logs:  # no attach: the record is made already, and only the terminal shows `logs`
-            self._metrics = self._live.record()
-            logs.update(self._shown())
+        metrics = self._live.record()
+        logs.update((n, value) for n, value in metrics.items() if self._shows_samples or n in ALWAYS)
         name = self.progression.stage_in_transition()[1]
-        state.log_history[-1].update({**self._metrics, "stompp_stage_name": name})
-
-    def _shown(self) -> dict[str, float]:
-        """What of a record's metrics trackers get, or the terminal."""
-        return {n: value for n, value in self._metrics.items() if self._shows_samples or n in ALWAYS}
+        state.log_history[-1].update({**metrics, "stompp_stage_name": name})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         progression = self._required()
@@ -337,16 +249,3 @@ class StoMPPTrainerCallback(TrainerCallback):
         if self.progression is None:
             raise NotBinarizedError("StoMPPTrainerCallback: training has not begun; call trainer.train().")
         return self.progression
-
-
-def _check_folder(model: Any, checkpoint: Any) -> None:
-    """Refuse a plain checkpoint before torch does, whose error would be about the optimizer's parameter groups."""
-    get_plan(model)
-    path = Path(checkpoint, "config.json")
-    if not path.is_file():
-        return  # Trainer says that there is no checkpoint; other models keep no config.json
-    if "quantization_config" not in json.loads(path.read_text(encoding="utf-8")):
-        raise CheckpointError(
-            f"{checkpoint} was saved before binarize_model: it holds no StoMPP state. Resume from a checkpoint of this "
-            "run, or start without resume_from_checkpoint."
-        )

@@ -1,12 +1,17 @@
 """LiveMetrics: what a training loop logs of a progression, and when each of it is measured."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import fmean
+
+from torch import nn
 
 from ..errors import ConfigError
 from ..modules import Member
 from .metrics import (
     ClippedInputs,
     FlipRatio,
+    Flow,
     blocked_unfrozen,
     blocked_upstream,
     clipped_weights,
@@ -18,6 +23,34 @@ from .progression import Progression
 
 ALWAYS = ("stompp_frozen_fraction", "stompp_stage", "stompp_stage_fraction", "stompp_flip_ratio")
 """The metrics that every record has; the others are sampled."""
+
+
+@dataclass
+class Sample:
+    """What a sampled metric looks at, between backward() and the optimizer's step.
+
+    stage: number, from 0, of the stage that is freezing or next to freeze; flow: `gradient_flow(model)`;
+    clipped_inputs: the share that the forward pass had (see `ClippedInputs`).
+    """
+
+    model: nn.Module
+    stage: int
+    flow: Flow
+    clipped_inputs: float
+
+
+Metric = Callable[[Sample], float | None]
+
+SAMPLED: dict[str, Metric] = {
+    "stompp_clipped_weights": lambda sample: clipped_weights(sample.model),
+    "stompp_clipped_inputs": lambda sample: sample.clipped_inputs,
+    "stompp_blocked_share": lambda sample: blocked_unfrozen(sample.model, sample.flow),
+    "stompp_blocked_upstream": lambda sample: blocked_upstream(sample.model, sample.flow),
+    "stompp_grad_norm_before": lambda sample: norms_around(sample.model, sample.stage, sample.flow)[0],
+    "stompp_grad_norm_behind": lambda sample: norms_around(sample.model, sample.stage, sample.flow)[1],
+}
+"""The sampled metrics, by the names under which they are logged; one that gives None is left out. A metric of your own
+is a function and a row here: `SAMPLED["stompp_mine"] = mine`."""
 
 
 class LiveMetrics:
@@ -72,17 +105,9 @@ class LiveMetrics:
         if self._inputs is None:
             return
         model = self._progression.model
-        flow = gradient_flow(model)
-        found = {
-            "stompp_clipped_weights": clipped_weights(model),
-            "stompp_clipped_inputs": self._inputs.read(),
-            "stompp_blocked_share": blocked_unfrozen(model, flow),
-            "stompp_blocked_upstream": blocked_upstream(model, flow),
-        }
         stage = self._progression.stage_in_transition()[0] - 1
-        for name, norm in zip(("before", "behind"), norms_around(model, stage, flow), strict=True):
-            if norm is not None:
-                found[f"stompp_grad_norm_{name}"] = norm
+        sample = Sample(model, stage, gradient_flow(model), self._inputs.read())
+        found = {name: value for name, metric in SAMPLED.items() if (value := metric(sample)) is not None}
         self._samples.append(found)
         self._inputs = None
 

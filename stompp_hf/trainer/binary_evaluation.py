@@ -1,0 +1,60 @@
+"""A second evaluation, as if the model were fully binary already."""
+
+import contextlib
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..training.progression import Progression
+
+
+def evaluate_twice(
+    trainer: Any, progression: Callable[[], Progression | None], batches: int
+) -> Callable[..., dict[str, float]]:
+    """A stand-in for `trainer.evaluate` that evaluates the model as it is, and then as `eval_binary_*`.
+
+    Args:
+        trainer: whose evaluation it is.
+        progression: gives what drives the model, or None where there is no second evaluation.
+        batches: layers that are still real are calibrated on this many training batches, for that evaluation only.
+    """
+    evaluate = trainer.evaluate
+    inside = False
+
+    def both(*args: Any, **kwargs: Any) -> dict[str, float]:
+        nonlocal inside
+        metrics: dict[str, float] = evaluate(*args, **kwargs)
+        driving = None if inside else progression()  # several datasets are evaluated by calls from within
+        if driving is None:
+            return metrics
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        inside = True
+        try:
+            with _random_states_kept(), driving.committed(_first_batches(trainer, batches)):
+                metrics.update(evaluate(*args, **{**kwargs, "metric_key_prefix": f"{prefix}_binary"}))
+        finally:
+            inside = False
+        return metrics
+
+    return both
+
+
+def _first_batches(trainer: Any, count: int) -> list[Any]:
+    return [trainer._prepare_inputs(batch) for batch in itertools.islice(trainer.get_train_dataloader(), count)]
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Put back every global random state: loaders draw from torch's even in order, collators from any of them."""
+    python, arrays = random.getstate(), np.random.get_state()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
