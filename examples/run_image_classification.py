@@ -39,7 +39,7 @@ from stompp_hf import (
     last_whole_checkpoint,
     report,
 )
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 logger = logging.getLogger(__name__)
 

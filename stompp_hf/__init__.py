@@ -23,7 +23,7 @@ from .modules import (
 from .reports.runs import read_run, record_run
 from .reports.summary import Summary, summary
 from .surgery.binarize import binarize_model, report, restore_model
-from .surgery.plan import get_plan
+from .surgery.members import get_plan
 from .surgery.quantization_config import StoMPPQuantizationConfig
 from .trainer.callback import StoMPPTrainerCallback
 from .trainer.distillation_callback import DistillationCallback

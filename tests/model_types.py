@@ -42,7 +42,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from stompp_hf import Progression, binarize_model, pack_model
 from stompp_hf.errors import NothingToBinarizeError
-from stompp_hf.surgery.plan import binary_layers, get_plan
+from stompp_hf.surgery.members import binary_layers, get_plan
 
 STEPS = 4
 SECONDS = 120

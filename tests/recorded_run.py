@@ -11,7 +11,7 @@ from train_and_die import arguments, rows
 from transformers import Trainer, TrainerCallback
 
 from stompp_hf import GradientNormCallback, StoMPPTrainerCallback, binarize_model, get_plan, record_run
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 STEPS, EVERY = 20, 2
 WORDS = ["python", "train.py", "--hub_token", "abc123", "--api_key=abc123", "--learning_rate", "1e-3"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from stompp_hf import BinaryConv1D, BinaryLayer, Progression, binarize_model, get_plan
 from stompp_hf.errors import NothingToBinarizeError
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 STEPS, MIDDLE = 12, 5
 every_architecture = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -7,7 +7,7 @@ import torch
 from models import CASES, assert_binary, logits, quick, train
 
 from stompp_hf import Progression, binarize_model, pack_model
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9998])

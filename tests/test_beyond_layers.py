@@ -35,7 +35,7 @@ from stompp_hf import (
     restore_model,
 )
 from stompp_hf.surgery.attention_interface import _still_asked
-from stompp_hf.surgery.plan import members
+from stompp_hf.surgery.members import members
 
 # ---- the start, and the plan ----
 

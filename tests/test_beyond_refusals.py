@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stompp_hf import BinaryAttention, binarize_model, get_plan
 from stompp_hf.errors import ConfigError, PatternError
 from stompp_hf.surgery.attention_interface import _still_asked
-from stompp_hf.surgery.plan import members
+from stompp_hf.surgery.members import members
 
 # ---- what cannot be ----
 

@@ -14,7 +14,7 @@ from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate
 from stompp_hf.errors import NotCalibratedError
 from stompp_hf.modules import BinaryConv1d
 from stompp_hf.modules.calibration import Observer
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 VANILLA = {"start": 0.0, "end": 0.0}
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, EarlyStoppingCallba
 
 from stompp_hf import StoMPPConfig, StoMPPTrainerCallback, binarize_model
 from stompp_hf.errors import CheckpointError, NotBinarizedError
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 BERT = CASES["bert"]
 METRICS = {"stompp_frozen_fraction", "stompp_stage", "stompp_flip_ratio"}

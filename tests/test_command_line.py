@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from stompp_hf import binarize_model, get_plan
 from stompp_hf.__main__ import main
 from stompp_hf.checkpoints.inspection import inspect
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 BERT = CASES["bert"]
 STEPS = 6

@@ -19,7 +19,7 @@ from vision import ConvNet, conv_net, images, loss_of, train
 from stompp_hf import BinaryConv2d, Progression, StoMPPConfig, binarize_model
 from stompp_hf.errors import ConfigError, ShapeError
 from stompp_hf.method.schedules import frozen_fraction
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 from stompp_hf.training.metrics import blocked_unfrozen, blocked_upstream, gradient_flow
 
 TOTAL, WINDOW, STAGES = 24, 6, 4

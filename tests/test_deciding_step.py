@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from stompp_hf import Progression, StoMPPConfig, binarize_model
 from stompp_hf.errors import ConfigError, NonFiniteError, NotCalibratedError
 from stompp_hf.method.masks import SoftRefreshMask
-from stompp_hf.surgery.plan import members
+from stompp_hf.surgery.members import members
 from stompp_hf.training.progression import SCALE_FLOOR
 
 W = 16

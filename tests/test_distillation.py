@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from stompp_hf import DistillationCallback, Distiller, Progression, StoMPPTrainerCallback, binarize_model, get_plan
 from stompp_hf.errors import CheckpointError, ConfigError, DistillationError
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 from stompp_hf.training.distillation import blocks_of, hidden_loss, logits_loss, snapshot
 
 BERT = CASES["bert"]

@@ -41,7 +41,7 @@ run_glue.main()
 RELOAD = f"""
 import sys, torch, stompp_hf
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
 for layer in binary_layers(model).values():
     assert layer.stage_state == "frozen"

@@ -31,7 +31,7 @@ from stompp_hf.inference.separable_pooling import SeparableMaxPool2d
 from stompp_hf.kernels.kept import _kept
 from stompp_hf.modules import BinaryLinear, binary_class_of
 from stompp_hf.modules.packed import PackedLayer
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 CASES = {**models.CASES, **vision.CASES}
 FUSED = ("bert", "gpt2", "t5", "vit", "resnet", "resnet-bottleneck", "mobilenet_v2", "convnextv2", "regnet-y")

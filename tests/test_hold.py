@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from stompp_hf import Progression, StoMPPTrainerCallback, binarize_model
 from stompp_hf.errors import ConfigError
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 TOTAL, FURTHER, WIDTH = 60, 200, 16
 ADAMW = (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1})

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, set_seed
 from stompp_hf import Progression, StoMPPTrainerCallback, binarize_model
 from stompp_hf.errors import ConfigError
 from stompp_hf.modules.activations import ABSORBABLE
-from stompp_hf.surgery.plan import binary_layers, get_plan
+from stompp_hf.surgery.members import binary_layers, get_plan
 from stompp_hf.training.live_metrics import LiveMetrics
 from stompp_hf.training.metrics import frozen_fraction
 

@@ -15,7 +15,7 @@ from transformers import Trainer
 from stompp_hf import Progression, StoMPPConfig, StoMPPTrainerCallback, binarize_model
 from stompp_hf.method.mixing import hard
 from stompp_hf.modules import binary_class_of as type_of
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 BERT = CASES["bert"]
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

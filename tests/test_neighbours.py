@@ -23,7 +23,7 @@ from stompp_hf import Progression, StoMPPConfig, binarize_model, get_plan, repor
 from stompp_hf.errors import CheckpointError
 from stompp_hf.method.mixing import hard
 from stompp_hf.modules.activations import DROPPABLE, Bypassed, Changed, Paused
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 KINDS = [nn.ReLU, nn.ReLU6, nn.Hardswish]

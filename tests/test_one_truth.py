@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 import stompp_hf
 from stompp_hf import Progression, pack_model, restore_model
 from stompp_hf.errors import CheckpointError
-from stompp_hf.surgery.plan import members
+from stompp_hf.surgery.members import members
 
 TOTAL, W = 12, 16
 

@@ -26,7 +26,7 @@ from stompp_hf.__main__ import main
 from stompp_hf.errors import ExportError, NonFiniteError, NotBinarizedError, PackingError
 from stompp_hf.export.forms import Form, code_table, export_form, sign_table
 from stompp_hf.modules.packed import PackedAttention
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 TOLERANCE = {"rtol": 1e-4, "atol": 5e-6}
 STEPS = 6

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from stompp_hf import StoMPPTrainerCallback, binarize_model, create_optimizer, parameter_groups
 from stompp_hf.errors import NotBinarizedError
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 
 def names_by_decay(model: nn.Module, groups: list[dict[str, Any]]) -> dict[float, set[str]]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import Progression, StoMPPTrainerCallback, binarize_model, parameter_groups, restore_model
 from stompp_hf.errors import ConfigError, HoldError
-from stompp_hf.surgery.plan import binary_layers, members
+from stompp_hf.surgery.members import binary_layers, members
 
 BERT = CASES["bert"]
 TOTAL = 6

@@ -29,7 +29,7 @@ from stompp_hf import (
 )
 from stompp_hf.errors import CheckpointError
 from stompp_hf.modules.packed import PackedLayer
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 STEPS = 6
 CASES = {**models.CASES, **vision.CASES}

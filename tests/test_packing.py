@@ -28,7 +28,7 @@ from stompp_hf.errors import NonFiniteError, NotBinarizedError, NotCalibratedErr
 from stompp_hf.method.sign_bits import SignBits
 from stompp_hf.modules.activations import Paused
 from stompp_hf.modules.packed import PackedAttention, PackedEmbedding, PackedLayer, PackedLinear
-from stompp_hf.surgery.plan import binary_layers, members
+from stompp_hf.surgery.members import binary_layers, members
 from stompp_hf.training.metrics import frozen_fraction
 
 STEPS = 6

@@ -21,7 +21,7 @@ from stompp_hf import binarize_model, get_plan, pack_model, restore_model
 from stompp_hf.errors import AdapterError
 from stompp_hf.surgery import adapters
 from stompp_hf.surgery.adapters import BESIDE, is_tuner_layer
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 CASES = {"bert": beyond.CASES["bert"], "gpt2": models.CASES["gpt2"], "resnet": vision.CASES["resnet"]}
 TARGETS = {

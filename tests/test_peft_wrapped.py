@@ -29,7 +29,7 @@ from stompp_hf.checkpoints.inspection import inspect
 from stompp_hf.errors import AdapterError, CheckpointError
 from stompp_hf.modules import BinaryLayer
 from stompp_hf.modules.packed import PackedLayer
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 STEPS = 12
 CASES = {"bert": models.CASES["bert"], "resnet": vision.CASES["resnet"]}

@@ -7,7 +7,7 @@ from torch import nn
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model
 from stompp_hf.errors import ConfigError
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 from stompp_hf.training.pending_lr import first_steps
 
 BERT = CASES["bert"]

@@ -20,7 +20,7 @@ from stompp_hf.reports import run_plots as plots
 from stompp_hf.reports.drawing import DPI, LINES, WIDTH, save, short_names
 from stompp_hf.reports.runs import Run, run_of
 from stompp_hf.reports.weight_plots import weights
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 BLOCKS = ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 GRADIENT = "stompp_grad_norm"

@@ -21,10 +21,10 @@ from torch import nn
 from stompp_hf import binarize_model, get_plan, pack_model, restore_model, unpack_model
 from stompp_hf.__main__ import main
 from stompp_hf.checkpoints.inspection import inspect
-from stompp_hf.checkpoints.real_storage import DTYPES, real_parameters
 from stompp_hf.errors import CheckpointError, PackingError
 from stompp_hf.modules.int8_embedding import Int8Embedding
-from stompp_hf.surgery.plan import members
+from stompp_hf.surgery.members import members
+from stompp_hf.surgery.real_storage import DTYPES, real_parameters
 
 STEPS = 4
 CASES = {**models.CASES, **vision.CASES}

@@ -18,7 +18,7 @@ from load_and_run import run
 from models import quick, same_tensors, train
 
 from stompp_hf import binarize_model, get_plan, pack_model
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 STEPS, MIDDLE = 6, 3
 CASES = {**models.CASES, **vision.CASES}

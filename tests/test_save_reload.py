@@ -35,7 +35,7 @@ from stompp_hf import (
 )
 from stompp_hf.errors import CheckpointError, ConfigError, PatternError
 from stompp_hf.modules import OWN_TENSORS, BinaryLayer
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 BERT = CASES["bert"]
 STEPS = 12

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 from stompp_hf import BinaryLayer, Progression, binarize_model, calibrate, get_plan, pack_model, restore_model
 from stompp_hf.__main__ import main
 from stompp_hf.errors import AlreadyBinarizedError, CheckpointError, ConfigError, NotBinarizedError
-from stompp_hf.surgery.plan import planned_models
+from stompp_hf.surgery.members import planned_models
 
 BERT = CASES["bert"]
 STEPS = 4

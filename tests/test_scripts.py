@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerFast, Trainer, ViTImageProcessor
 
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 HERE = Path(__file__).parent
 STEPS = 12

@@ -19,7 +19,7 @@ from models import assert_binary
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 pytestmark = pytest.mark.sentence_transformers
 

@@ -34,7 +34,7 @@ from stompp_hf import (
 from stompp_hf.errors import NothingToBinarizeError
 from stompp_hf.modules import BinaryConv1D, BinaryLinear, binary_class_of
 from stompp_hf.modules.registry import unlike_its_base
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 # ---- which are the same ----
 

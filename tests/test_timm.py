@@ -27,7 +27,7 @@ from stompp_hf import (
     unpack_model,
 )
 from stompp_hf.errors import NothingToBinarizeError
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 pytestmark = pytest.mark.timm
 

@@ -26,7 +26,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 import torchvision_ops, launch_timm, timm
 from stompp_hf import binarize_model, get_plan
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 results = {}
 checkpoint = torch.load(sys.argv[2], weights_only=False)
 for key in ("state_dict", "state_dict_ema"):

@@ -12,7 +12,7 @@ from vision import CASES, Case
 
 from stompp_hf import BinaryLayer, Progression, StoMPPConfig, binarize_model, get_plan
 from stompp_hf.modules.activations import Bypassed, Paused
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 STEPS, MIDDLE = 8, 3
 RESNETS = ("resnet", "resnet-bottleneck")

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from stompp_hf import DistillationCallback, StoMPPTrainerCallback, binarize_model
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 logger = logging.getLogger(__name__)
 TOTAL, SAVE = 20, 5

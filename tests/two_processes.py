@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stompp_hf import Progression, binarize_model
-from stompp_hf.surgery.plan import members
+from stompp_hf.surgery.members import members
 
 STEPS = 30
 

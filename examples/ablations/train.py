@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import stompp_hf
 from stompp_hf import Progression, binarize_model
 from stompp_hf.errors import NonFiniteError
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 from stompp_hf.training.metrics import blocked_unfrozen, blocked_upstream, frozen_fraction, gradient_flow
 
 CURVE_POINTS = 1000

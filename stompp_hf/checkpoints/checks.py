@@ -15,14 +15,12 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, NonFiniteError
 from ..integrations.sharding import everywhere, local
-from ..modules import BinaryLayer, Member
-from ..modules.activations import RPReLU
-from ..modules.int8_embedding import Int8Embedding
+from ..modules.converted import Converted
+from ..surgery.members import members_of
 from ..surgery.ownership import plans_of
-from ..surgery.plan import members_of
 from .files import Header
 
-OWNERS = {"weight_bits": Member, "stompp_state": Member, "weight_int8": Int8Embedding}
+OWNERS = ("weight_bits", "stompp_state", "weight_int8")
 """Tensors that no other class has."""
 OPEN_ENDED = ("_clip", "_low", "_high")
 """Endings of tensors that are infinite where nothing is clipped."""
@@ -59,7 +57,7 @@ def check_names(model: PreTrainedModel, found: Iterable[Header]) -> set[str]:
         module = None if place is None else modules[place]
         if place is not None and own in OWNERS and "F" in header.dtype:  # transformers would cast it
             raise CheckpointError(f"{header.name} is {header.dtype} in the checkpoint, and must be of whole numbers.")
-        owned = (*module.own_names, *OWNERS) if isinstance(module, Member) else OWNERS
+        owned = (*module.own_names, *OWNERS) if isinstance(module, Converted) else OWNERS
         if module is not None and own in owned and own not in _tensors(module):
             raise CheckpointError(
                 f"the checkpoint holds {header.name}, which by its config.json should not be there: {BELONGS}"
@@ -85,7 +83,7 @@ def check_loaded(model: PreTrainedModel, expected: Mapping[str, Tensor], names: 
     loaded = {name: tensor for name, tensor in saved.items() if _was_loaded(tensor)}
     _check_covered(expected, loaded)
     for name, module in converted.items():
-        reason = module.damage() if isinstance(module, Member) else None
+        reason = module.damage()
         if reason is not None:
             raise CheckpointError(f"{name}: {reason}: the file is damaged, or was not written by stompp_hf.")
     try:
@@ -113,27 +111,20 @@ def check_written(model: PreTrainedModel, written: Mapping[str, Tensor]) -> None
     """
     converted = _converted(model)
     for name, module in converted.items():
-        if isinstance(module, BinaryLayer):
-            _check_own_shapes(name, module)
+        _check_own_shapes(name, module)
     check_names(model, [Header(n, "F" if t.is_floating_point() else "I", list(t.shape), 0) for n, t in written.items()])
     _check_covered(expected_tensors(model), written)
     _check_values(model, converted, written)
     _check_complete(model, {*written, *(model._keys_to_ignore_on_save or [])})
 
 
-def _check_own_shapes(name: str, layer: BinaryLayer) -> None:
+def _check_own_shapes(name: str, module: Converted) -> None:
     """A weight that was resized in place has scales and thresholds of the old size."""
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        return  # packed: it has none
-    channels = weight.shape[layer.product.channel_dim] if layer.stompp_config.weight_scale == "channel" else 1
-    sizes = {"scale": (layer.weight_scale, channels)}
-    if layer.activation_threshold is not None:
-        sizes["threshold"] = layer.activation_threshold, layer.product.features(weight)
-    for what, (tensor, size) in sizes.items():
+    for what, (tensor, size) in module.expected_sizes().items():
         if tensor.numel() != size:
+            shape = None if module.latent is None else list(module.latent.shape)
             raise CheckpointError(
-                f"{name} has a weight of shape {list(weight.shape)}, and a {what} of size {tensor.numel()}: it was "
+                f"{name} has a weight of shape {shape}, and a {what} of size {tensor.numel()}: it was "
                 "resized after binarize_model (by resize_token_embeddings, say). Change the model first and binarize "
                 "last: restore_model(model), then resize, then binarize_model(model, config)."
             )
@@ -146,10 +137,9 @@ def _check_covered(expected: Mapping[str, Tensor], held: Mapping[str, Tensor]) -
         _check(name, held[name], tensor)
 
 
-def _check_values(model: PreTrainedModel, converted: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
+def _check_values(model: PreTrainedModel, converted: Mapping[str, Converted], held: Mapping[str, Tensor]) -> None:
     for name, module in converted.items():
-        real = isinstance(module, Member) and module.stompp_config.binarize == "nothing"
-        for own in () if real else _tensors(module):
+        for own in () if module.always_real else _tensors(module):
             tensor = held[f"{name}.{own}"]
             if tensor.is_floating_point() and not own.endswith(OPEN_ENDED) and not _is_finite(tensor):
                 raise NonFiniteError(
@@ -219,13 +209,13 @@ def _was_loaded(tensor: Tensor) -> bool:
     return tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
 
 
-def _converted(model: PreTrainedModel) -> dict[str, Any]:
+def _converted(model: PreTrainedModel) -> dict[str, Converted]:
     """The modules to which binarization added tensors, by name."""
-    found: dict[str, Any] = {}
+    found: dict[str, Converted] = {}
     for name, plan in plans_of(model).items():
         root, start = model.get_submodule(name), f"{name}." if name else ""
         found |= {start + own: member for own, member in members_of(root, plan).items()}
-        found |= {start + own: m for own, m in root.named_modules() if isinstance(m, (RPReLU, Int8Embedding))}
+        found |= {start + own: m for own, m in root.named_modules() if isinstance(m, Converted) and m.own_names}
     return found
 
 

@@ -10,13 +10,14 @@ from torch import nn
 from ..errors import NonFiniteError, NotCalibratedError, PackingError
 from ..inference.fusing import unfuse
 from ..integrations.sharding import GATHER, refuse_sharded
-from ..modules import FROZEN, BinaryLayer, Member
+from ..modules import FROZEN, Member
 from ..modules.packed import PACKED_CLASSES, PackedMember
 from ..modules.stage_member import write_states
 from ..surgery.binarize import cast_to_float32
+from ..surgery.members import get_plan, members, planned_models
 from ..surgery.ownership import record
-from ..surgery.plan import FLOAT32, Plan, get_plan, members, planned_models
-from .real_storage import check_real, store_real, widen
+from ..surgery.plan import FLOAT32, Plan
+from ..surgery.real_storage import check_real, store_real, widen
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -87,7 +88,7 @@ def _check(plan: Plan, found: Mapping[str, Member], commit: bool) -> None:
                 "Progression(model, total_steps); progression.step(total_steps); stompp_hf.calibrate(model, batches); "
                 "then pack_model(model)."
             )
-        if isinstance(member, BinaryLayer) and not bool(torch.isfinite(member.weight.detach()).all()):
+        if member.latent is not None and not bool(torch.isfinite(member.latent.detach()).all()):
             raise NonFiniteError(
                 f"pack_model: the latent weight of {name} is not finite, and its signs mean nothing. Load the last "
                 "checkpoint from before it became so."

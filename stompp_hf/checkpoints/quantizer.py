@@ -20,15 +20,16 @@ from ..config import METHOD, StoMPPConfig
 from ..errors import CheckpointError, StoMPPError
 from ..modules import TRANSITION, BinaryEmbedding, binary_class_of
 from ..surgery.binarize import binarize_model, convert
+from ..surgery.members import members
 from ..surgery.ownership import own_configs, plans_of
-from ..surgery.plan import Entry, Plan, members
+from ..surgery.plan import Entry, Plan
 from ..surgery.quantization_config import StoMPPQuantizationConfig
+from ..surgery.real_storage import narrow_tables, write_narrow
 from ..surgery.unattended import watch
 from .checks import check_loaded, check_names, expected_tensors, name_in
 from .checksums import check_files
 from .files import headers
 from .packing import pack_members
-from .real_storage import narrow_tables, write_narrow
 
 logger = logging.getLogger(__name__)
 

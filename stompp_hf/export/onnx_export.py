@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..checkpoints.packing import pack_model
 from ..errors import ExportError
 from ..inference.fusing import unfuse
-from ..surgery.plan import get_plan, members
+from ..surgery.members import get_plan, members
 from ..surgery.running import example_inputs_of, run
 from .forms import Form, code_table, export_form, sign_table
 

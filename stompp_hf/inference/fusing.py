@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import PackingError
 from ..modules.embedding import BinaryEmbedding
 from ..modules.packed import PackedLayer
-from ..surgery.plan import binary_layers, get_plan, planned_model
+from ..surgery.members import binary_layers, get_plan, planned_model
 from ..surgery.recorder import Recorder, tensors_in
 from ..surgery.running import example_inputs_of
 from .folded_batchnorm import FOLDED, FoldedBatchNorm, is_folded_well

@@ -4,7 +4,7 @@ A ReLU's output has one sign, so the sign of it says nothing; and a dropout's ze
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import activations as hub
 
 from ..kernels import apply
+from .converted import Converted
 
 ABSORBABLE: dict[str, Callable[[Tensor], Tensor]] = {"ReLU": F.relu, "ReLU6": F.relu6, "Hardswish": F.hardswish}
 """Activations that a binary layer can compute itself: real entries see f(u), and the sign is that of u."""
@@ -48,13 +49,7 @@ def gate(u: Tensor, kind: str) -> Tensor:
     return apply(_Gate, u, kind)  # type: ignore[no-any-return]
 
 
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
-
-
-class Changed(_Module):
+class Changed(Converted):
     """A module that was changed in place (its `__class__`), because of the binary layers behind it."""
 
     plain_class: ClassVar[type[nn.Module]]
@@ -101,6 +96,7 @@ class RPReLU(Changed, nn.ReLU):
     """
 
     plain_class = nn.ReLU
+    own_names = RPRELU_TENSORS
 
     rprelu_shift: Tensor
     rprelu_slope: Tensor
@@ -114,6 +110,9 @@ class RPReLU(Changed, nn.ReLU):
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
             self.register_parameter(name, parameter)
         self.trailing = trailing
+
+    def packed_bytes(self, name: str, tensor: Tensor) -> int | None:
+        return tensor.nbytes if name in RPRELU_TENSORS else None
 
     def restore(self) -> nn.Module:
         for name in (*RPRELU_TENSORS, "trailing"):

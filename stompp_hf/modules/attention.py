@@ -144,6 +144,13 @@ class BinaryAttention(Member, nn.Module):
         self.edges: dict[str, Edges] = {**dict.fromkeys(PROJECTED, own), "probability": (None, None)}
         self._looked()
 
+    # ---- what reports ask for ----
+
+    plain_kind = "attention products"
+
+    def bits(self) -> tuple[list[int], list[int]]:
+        return [], self._bits_of(self.stompp_config.binary_activations, self.like.dtype)
+
     # ---- what Progression asks for ----
 
     @property

@@ -46,6 +46,8 @@ class BinaryLayer(KeptWeight, LayerState):
     """
 
     plain_class: ClassVar[type[nn.Module]]
+    weight_name: ClassVar[str] = "weight"
+    """The tensor that holds its binary weight: latents, or signs."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Binary layers are converted or copied, never built: what PEFT builds as type(base_layer)(...) is to be real.
@@ -260,6 +262,24 @@ class BinaryLayer(KeptWeight, LayerState):
     def weight_count(self) -> int:
         """Number of binary weights."""
         return self.weight.numel()
+
+    # ---- what reports ask for ----
+
+    @property
+    def plain_kind(self) -> str:
+        return self.plain_class.__name__
+
+    def bits(self) -> tuple[list[int], list[int]]:
+        config, dtype = self.stompp_config, self.output_dtype
+        return self._bits_of(config.binary_weights, dtype), self._bits_of(config.binary_activations, dtype)
+
+    def binary_weights_in(self, name: str) -> int:
+        return self.weight_count if name == self.weight_name and self.stompp_config.binary_weights else 0
+
+    def packed_bytes(self, name: str, tensor: Tensor) -> int | None:
+        if name == "weight" and self.stompp_config.binary_weights:
+            return SignBits.of(tensor.detach().to("meta"), self.product.channel_dim).bits.nbytes
+        return super().packed_bytes(name, tensor)
 
     def binary_weight(self) -> Tensor:
         """The weight of the layer once frozen: s * sign(w), shape and dtype of the latent weight, no gradient."""

@@ -110,5 +110,13 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
         arguments = (self.weight, scale, x, padding, self.weight_edge, regime)
         return kernels.apply(_FrozenRows, *arguments)  # type: ignore[no-any-return]
 
+    def bits(self) -> tuple[list[int], list[int]]:
+        return super().bits()[0], []  # it reads indices
+
+    def packed_bytes(self, name: str, tensor: Tensor) -> int | None:
+        size = super().packed_bytes(name, tensor)
+        marks_padding = name == "weight" and self.padding_idx is not None  # a byte that says whether that row lives
+        return size if size is None else size + marks_padding
+
     def binary_weight(self) -> Tensor:
         return hard(self.weight.detach()) * self._row_scales().detach()

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .converted import Converted
+
 HALF = (torch.float16, torch.bfloat16)
 LARGEST = 127
 
 
-class Int8Embedding(nn.Embedding):
+class Int8Embedding(Converted, nn.Embedding):
     """An nn.Embedding whose rows are whole numbers times a step, fixed: it has no parameter.
 
     Forward:  step[x] * q[x], with step = max|w| / 127 of a row and q = round(w / step)
@@ -19,6 +21,7 @@ class Int8Embedding(nn.Embedding):
     Source: this library's choice.
     """
 
+    own_names = ("weight_int8", "weight_step")
     weight_int8: Tensor
     weight_step: Tensor
     output_dtype: torch.dtype
@@ -43,7 +46,7 @@ class Int8Embedding(nn.Embedding):
         """Turn it back into an nn.Embedding, in place, with the rows that it computes, in the dtype of the step."""
         weight = self.weight_int8 * self.weight_step
         plain: Any = self
-        for name in ("weight_int8", "weight_step", "output_dtype"):
+        for name in (*self.own_names, "output_dtype"):
             delattr(plain, name)
         plain.__class__ = nn.Embedding
         plain.weight = nn.Parameter(weight)

@@ -61,6 +61,17 @@ class LayerState(Member):
     def like(self) -> Tensor:
         return self.weight
 
+    @property
+    def latent(self) -> Tensor | None:
+        return self.weight
+
+    def expected_sizes(self) -> dict[str, tuple[Tensor, int]]:
+        channels = self.weight.shape[self.product.channel_dim]
+        sizes = {"scale": (self.weight_scale, channels if self.stompp_config.weight_scale == "channel" else 1)}
+        if self.activation_threshold is not None:
+            sizes["threshold"] = self.activation_threshold, self.product.features(self.weight)
+        return sizes
+
     # ---- starting values ----
 
     def calibrate_weight(self) -> None:

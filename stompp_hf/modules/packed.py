@@ -38,6 +38,7 @@ class PackedMember(Member):
         PackingError: it is asked to thaw.
     """
 
+    is_packed = True
     binary_class: ClassVar[type[Member]]
     output_dtype = torch.float32
 
@@ -102,6 +103,7 @@ class PackedLayer(PackedMember, BinaryLayer):
     """
 
     own_names: ClassVar[tuple[str, ...]] = ("weight_bits", *OWN_TENSORS)
+    weight_name = "weight_bits"
     weight_bits: Tensor
     weight_shape: torch.Size
 
@@ -250,6 +252,13 @@ class PackedLayer(PackedMember, BinaryLayer):
     @property
     def like(self) -> Tensor:
         return self.weight_scale
+
+    @property
+    def latent(self) -> Tensor | None:
+        return None
+
+    def expected_sizes(self) -> dict[str, tuple[Tensor, int]]:
+        return {}
 
     @property
     def weight_count(self) -> int:

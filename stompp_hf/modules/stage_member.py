@@ -7,7 +7,7 @@ nothing else does: whoever writes it, `Progression` or a load, a copy, an averag
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,10 @@ from ..kernels import countable
 from ..method.masks import SoftRefreshMask
 from ..method.windows import FROZEN, PENDING, TRANSITION, Place
 from .calibration import ActivationValues, Observer, in_processes
+from .converted import Converted
 from .freeze_state import FreezeState, empty_buffer
 
 __all__ = ["FROZEN", "PENDING", "TRANSITION", "Member"]
-
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
 
 
 class _Keep(torch.autograd.Function):
@@ -54,11 +50,9 @@ def _saved_number(name: str, kind: type) -> Any:
     return property(read, write, doc=f"`FreezeState.{name}`.")
 
 
-class Member(_Module):
+class Member(Converted):
     """Something that is pending, in transition or frozen, with tensors of its own that are saved with the model."""
 
-    own_names: ClassVar[tuple[str, ...]]
-    """The parameters and buffers that binarization adds; those that a configuration has no use for are None."""
     mask_names: ClassVar[tuple[str, ...]]
     """The attributes that hold masks during a transition."""
     edge_names: ClassVar[tuple[str, ...]]
@@ -137,10 +131,33 @@ class Member(_Module):
         """Take the clips' edges as numbers."""
         raise NotImplementedError
 
-    def own_tensors(self) -> dict[str, Tensor]:
-        """The parameters and buffers that binarization added, by name."""
-        found = {name: getattr(self, name, None) for name in self.own_names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+    # ---- what reports ask for ----
+
+    @property
+    def plain_kind(self) -> str:
+        """What it is a binary form of: the name of its plain class, or a word for it."""
+        raise NotImplementedError
+
+    def bits(self) -> tuple[list[int], list[int]]:
+        """Bits of an entry of its weight, and of what it reads, as it computes now; empty where there is none."""
+        raise NotImplementedError
+
+    @property
+    def ends_in_1bit_products(self) -> bool:
+        """Whether both operands of its product are binary once it is frozen."""
+        return self.stompp_config.binary_activations
+
+    def _bits_of(self, binary: bool, dtype: torch.dtype) -> list[int]:
+        return [1 if binary and self.stage_state == FROZEN else 8 * dtype.itemsize]
+
+    @property
+    def always_real(self) -> bool:
+        return self.stompp_config.binarize == "nothing"
+
+    def packed_bytes(self, name: str, tensor: Tensor) -> int | None:
+        if name not in self.own_names:
+            return None
+        return tensor.numel() * max(4, tensor.element_size()) if tensor.is_floating_point() else tensor.nbytes
 
     def scales(self) -> list[Tensor]:
         """The learnable scales."""

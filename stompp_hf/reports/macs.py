@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .. import kernels
 from ..modules import PENDING, Member
-from ..modules.packed import PackedMember
 from ..modules.torch_encoder import module_by_module
 from ..surgery.recorder import Recorder, on_inputs, tensors_in
 
@@ -92,7 +91,7 @@ class _MacsRecorder(Recorder):
 @contextlib.contextmanager
 def _without_values(model: nn.Module) -> Iterator[None]:
     """Members compute as if nothing was frozen: the same shapes, and no starting values are asked for."""
-    found = [m for m in model.modules() if isinstance(m, Member) and not isinstance(m, PackedMember)]
+    found = [m for m in model.modules() if isinstance(m, Member) and not m.is_packed]
     with contextlib.ExitStack() as stack:
         for member in found:
             stack.enter_context(member.values_kept())

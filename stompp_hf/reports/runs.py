@@ -16,7 +16,8 @@ from ..errors import CheckpointError, RunError, StoMPPError
 from ..method.schedules import frozen_fraction
 from ..method.windows import Window
 from ..modules.freeze_state import SAVED, FreezeState
-from ..surgery.plan import Plan, get_plan
+from ..surgery.members import get_plan
+from ..surgery.plan import Plan
 from ..surgery.quantization_config import StoMPPQuantizationConfig
 
 RECORD = "run.json"

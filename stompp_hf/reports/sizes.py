@@ -1,18 +1,11 @@
 """What each module of a model takes: parameters, and bytes as save_pretrained would write them."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..method.sign_bits import SignBits
-from ..modules import BinaryLayer, Member
-from ..modules.activations import RPRELU_TENSORS
-from ..modules.packed import PackedLayer
-
-_HALF = (torch.float16, torch.bfloat16)
+from ..modules.converted import Converted
 
 
 @dataclass
@@ -60,37 +53,15 @@ def _saved(module: nn.Module) -> dict[str, Tensor]:
 
 def _add(size: Size, module: Any, own: str, tensor: Tensor) -> None:
     size.stored += tensor.nbytes
-    if own in RPRELU_TENSORS:
-        size.packed += tensor.nbytes
-    elif isinstance(module, Member) and own in module.own_names:
-        size.packed += tensor.numel() * (4 if tensor.dtype in _HALF else tensor.element_size())
-        if isinstance(module, PackedLayer) and own == "weight_bits":
-            _add_binary(size, module.weight_shape.numel())
-    elif isinstance(module, BinaryLayer) and own == "weight" and module.stompp_config.binary_weights:
-        size.packed += packed_bytes(module)
-        _add_binary(size, tensor.numel())
-    else:
+    ours = module if isinstance(module, Converted) else None
+    packed = None if ours is None else ours.packed_bytes(own, tensor)
+    if ours is None or packed is None:
         size.packed += tensor.nbytes
         size.float32 += tensor.nbytes if not tensor.is_floating_point() else 4 * tensor.numel()
         size.parameters += tensor.numel() if isinstance(tensor, nn.Parameter) else 0
-
-
-def _add_binary(size: Size, weights: int) -> None:
+        return
+    weights = ours.binary_weights_in(own)
+    size.packed += packed
     size.parameters += weights
     size.binary += weights
     size.float32 += 4 * weights
-
-
-def packed_bytes(layer: BinaryLayer) -> int:
-    """Bytes that the weight of a layer with latents takes once it is packed."""
-    shape = SignBits.of(layer.weight.detach().to("meta"), layer.product.channel_dim).bits.shape
-    marks_padding = getattr(layer, "padding_idx", None) is not None
-    return math.prod(shape) + int(marks_padding)
-
-
-def weight_shape(module: Any) -> list[int] | None:
-    """Shape of a module's weight as it is trained, or None where it has none."""
-    if isinstance(module, PackedLayer):
-        return list(module.weight_shape)
-    weight = module._parameters.get("weight")
-    return None if weight is None else list(weight.shape)

@@ -9,13 +9,13 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import ConfigError, NotBinarizedError
-from ..modules import FROZEN, BinaryEmbedding, BinaryLayer, Member
-from ..modules.packed import PackedMember
+from ..modules import FROZEN, Member
 from ..surgery.blocks import block_of
 from ..surgery.embedding_and_attention import word_embedding
-from ..surgery.plan import Plan, get_plan, planned_model
+from ..surgery.members import get_plan, planned_model
+from ..surgery.plan import Plan
 from .macs import Macs, count_macs
-from .sizes import Size, sizes, weight_shape
+from .sizes import Size, sizes
 from .summary_table import as_markdown, as_rich, as_text
 
 REAL, PACKED, MIXED = "real", "packed", "mixed"
@@ -205,19 +205,20 @@ def _root(model: nn.Module) -> tuple[nn.Module, Plan | None]:
 def _row(root: nn.Module, plan: Plan | None, name: str, size: Size, macs: Macs | None) -> Row:
     module: Any = root.get_submodule(name)
     entry = next((entry for entry in plan.entries if entry.name == name), None) if plan is not None else None
-    weight_bits, activation_bits, final_1bit = _bits(root, module)
+    member = module if isinstance(module, Member) else None
+    weight_bits, activation_bits = _real_bits(root, module) if member is None else member.bits()
+    final_1bit = member is not None and member.ends_in_1bit_products
     products = None if macs is None else macs.by_module.get(name, 0)
     are_1bit = final_1bit and module.stage_state == FROZEN
     kind, state, frozen = type(module).__name__, REAL, None
-    if isinstance(module, Member):
-        plain = nn.Embedding if isinstance(module, BinaryEmbedding) else getattr(module, "plain_class", None)
-        kind = plain.__name__ if plain is not None else "attention products"
-        state = PACKED if isinstance(module, PackedMember) else module.stage_state
-        frozen = module.frozen_share
+    shape = getattr(module, "weight_shape", None) or getattr(module._parameters.get("weight"), "shape", None)
+    if member is not None:
+        kind, frozen = member.plain_kind, member.frozen_share
+        state = PACKED if member.is_packed else member.stage_state
     return Row(
         name=name,
         kind=kind,
-        shape=entry.shape if entry is not None and entry.kind == "attention" else weight_shape(module),
+        shape=list(shape) if shape is not None else entry.shape if entry is not None else None,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         parameters=size.parameters,
@@ -235,22 +236,14 @@ def _row(root: nn.Module, plan: Plan | None, name: str, size: Size, macs: Macs |
     )
 
 
-def _bits(root: nn.Module, module: Any) -> tuple[list[int], list[int], bool]:
-    """Bits of a module's weight and of what it reads, and whether its products are 1-bit once it is frozen."""
-    if isinstance(module, Member):
-        config, frozen = module.stompp_config, module.stage_state == FROZEN
-        dtype = module.output_dtype if isinstance(module, BinaryLayer) else module.like.dtype
-        real = 8 * dtype.itemsize
-        weight = [1 if frozen and config.binary_weights else real] if isinstance(module, BinaryLayer) else []
-        if isinstance(module, BinaryEmbedding):
-            return weight, [], False  # it reads indices
-        return weight, [1 if frozen and config.binary_activations else real], config.binary_activations
+def _real_bits(root: nn.Module, module: Any) -> tuple[list[int], list[int]]:
+    """Bits of an entry of a real module's weight, and of what it reads."""
     own = [p for p in (*module._parameters.values(), *root.parameters()) if p is not None and p.is_floating_point()]
     real = 8 * own[0].element_size() if own else 32
     weight = module._parameters.get("weight")
     product = weight is not None and weight.dim() > 1
     reads = [] if isinstance(module, nn.Embedding) or (weight is not None and not product) else [real]
-    return ([8 * weight.element_size()] if product else []), reads, False
+    return ([8 * weight.element_size()] if product else []), reads
 
 
 def _why(root: nn.Module, plan: Plan, name: str) -> str:

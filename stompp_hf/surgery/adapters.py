@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..modules import FROZEN, BinaryConv1D, BinaryLayer, BinaryLinear, Member
-from .plan import plain_name
+from .members import plain_name
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoints.real_storage import widen
 from ..config import StoMPPConfig
 from ..errors import CheckpointError, ConfigError
 from ..inference.fusing import unfuse
@@ -18,8 +17,10 @@ from ..modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from ..modules.torch_encoder import unfuse_encoders
 from .adapters import base_model, check_wrapped
 from .attention_interface import NAMES, attach, detach_all, switch
+from .members import binary_layers, get_plan, plain_name, planned_models, submodule
 from .ownership import already_binary, check_module, disown, inner_model, own, own_configs, owner
-from .plan import Plan, binary_layers, get_plan, plain_name, planned_models, submodule
+from .plan import Plan
+from .real_storage import widen
 from .selection import select
 from .unattended import attended, watch
 

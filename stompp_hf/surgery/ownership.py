@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import AlreadyBinarizedError, CheckpointError, ConfigError, NotBinarizedError
 from ..modules import FROZEN, Member
-from .plan import Plan, get_plan, members_of, planned_models, set_plan
+from .members import get_plan, members_of, planned_models, set_plan
+from .plan import Plan
 from .quantization_config import StoMPPQuantizationConfig
 
 _PART = "stompp_part"

@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
 from ..config import StoMPPConfig
-from ..errors import CheckpointError, ConfigError, NotBinarizedError, StoMPPError
+from ..errors import CheckpointError, StoMPPError
 from ..method.windows import Place, Window
-from ..modules import BinaryLayer, Member
 
 FORMAT_VERSION = 1
 TRAINING_FORMAT, PACKED_FORMAT = "training", "packed"
@@ -21,7 +18,6 @@ KINDS = ("layer", "embedding", "attention")
 OWN_NAMES = "modules"
 """Tensors are stored under the names of the model's modules, whatever transformers converts for its class."""
 _DICTIONARIES = ("left", "bypassed", "paused", "shifted")
-_ATTRIBUTE = "stompp_plan"
 
 
 @dataclass
@@ -250,135 +246,3 @@ def _checked(entry: Entry) -> Entry:
     if entry.kind not in KINDS:
         raise ValueError(f"the kind of {entry} is none of {', '.join(KINDS)}")
     return entry
-
-
-def set_plan(model: nn.Module, plan: Plan | None) -> None:
-    """Attach a plan to the model it describes, or remove it."""
-    if plan is None:
-        delattr(model, _ATTRIBUTE)
-    else:
-        setattr(model, _ATTRIBUTE, plan)
-
-
-def planned_models(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules inside `model` (or it itself) that carry a plan, by name: several, where parts were binarized apart.
-
-    Raises:
-        NotBinarizedError: there is none.
-    """
-    # Its own: PEFT's wrappers pass on what they have not.
-    found = {name: m for name, m in model.named_modules() if isinstance(vars(m).get(_ATTRIBUTE), Plan)}
-    if not found:
-        raise NotBinarizedError(
-            f"{type(model).__name__} has no binary layers. Call `model = stompp_hf.binarize_model(model, "
-            "StoMPPConfig())` first (with Trainer: before `Trainer(...)` is created)."
-        )
-    return found
-
-
-def planned_model(model: nn.Module) -> nn.Module:
-    """The module inside `model` (itself, or what DDP, PEFT or compile wraps) that carries a plan.
-
-    Raises:
-        NotBinarizedError: there is none.
-        ConfigError: there are several.
-    """
-    found = planned_models(model)
-    if len(found) > 1:
-        names = ", ".join(found)
-        raise ConfigError(
-            f"{type(model).__name__} has {len(found)} parts that were binarized apart ({names}): call this for each of "
-            f"them, as in pack_model(model.{next(iter(found))}). They are trained together."
-        )
-    return next(iter(found.values()))
-
-
-def driven_model(model: nn.Module) -> nn.Module:
-    """The module whose call runs everything that a progression drives: the planned one, or what holds several."""
-    found = planned_models(model)
-    return model if len(found) > 1 else next(iter(found.values()))
-
-
-def get_plan(model: nn.Module) -> Plan:
-    """The plan of a binarized model; where parts were binarized apart, theirs one after the other, as a new plan.
-
-    Raises:
-        NotBinarizedError: there is none.
-        ConfigError: parts cannot be driven together, since their options differ.
-    """
-    plans: dict[str, Plan] = {name: getattr(root, _ATTRIBUTE) for name, root in planned_models(model).items()}
-    if len(plans) == 1:
-        return next(iter(plans.values()))
-    first = next(iter(plans.values())).config
-    for option in ("binarize", "frozen_gradient", "pending_lr", "check_every", "refresh_rate"):
-        values = {repr(getattr(plan.config, option)) for plan in plans.values()}
-        if len(values) > 1:
-            raise ConfigError(
-                f"{', '.join(plans)} were binarized with {option}={' and '.join(sorted(values))}, and cannot be driven "
-                "together. Use one value for all, or train each part by itself."
-            )
-    entries: list[Entry] = []
-    for name, plan in plans.items():
-        ahead = 1 + max((entry.stage for entry in entries), default=-1)
-        renamed = plan.renamed(lambda inner, name=name: f"{name}.{inner}")  # type: ignore[misc]
-        entries += [replace(entry, stage=ahead + entry.stage) for entry in renamed.entries]
-    left = {f"{name}.{inner}": reason for name, plan in plans.items() for inner, reason in plan.left.items()}
-    return Plan(first, entries, left, packed=all(plan.packed for plan in plans.values()))
-
-
-def plain_name(name: str) -> str:
-    """The name that a layer has without the PEFT adapters around it: plans hold that one, whatever comes and goes."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
-
-
-def submodule(model: nn.Module, name: str) -> nn.Module:
-    """The module of a plain name, inside whatever PEFT wrapped around it or around a module on the way.
-
-    Raises:
-        AttributeError: there is none.
-    """
-    module: Any = model
-    for part in name.split("."):
-        while part not in module._modules and (inner := _wrapped(module)) is not None:
-            module = inner
-        module = module.get_submodule(part)
-    while not isinstance(module, Member) and (inner := _wrapped(module)) is not None:
-        module = inner
-    return module  # type: ignore[no-any-return]
-
-
-def _wrapped(module: nn.Module) -> nn.Module | None:
-    inner = (module._modules.get(name) for name in ("base_layer", "original_module"))
-    return next((module for module in inner if module is not None), None)
-
-
-def members(model: nn.Module) -> dict[str, Member]:
-    """Everything that freezes, by name, in the order in which it does: layers, embeddings, attention products."""
-    roots, found = planned_models(model), {}
-    for prefix, root in roots.items():
-        for name, member in members_of(root, get_plan(root)).items():
-            found[f"{prefix}.{name}" if len(roots) > 1 else name] = member
-    return found
-
-
-def members_of(root: nn.Module, plan: Plan) -> dict[str, Member]:
-    """The members that a plan of `root` names, by name."""
-    found: dict[str, Member] = {}
-    for entry in plan.entries:
-        try:
-            module = submodule(root, entry.name)
-        except AttributeError:
-            module = None
-        if not isinstance(module, Member):
-            what = "is gone: it was removed" if module is None else f"is a {type(module).__name__}: it was replaced"
-            raise NotBinarizedError(
-                f"{entry.name} should be a binary layer and {what} after binarize_model. Change the model first and "
-                "binarize last; restore_model and binarize_model do it anew."
-            )
-        found[entry.name] = module
-    return found
-
-
-def binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:
-    """The members that have a binary weight, by name, in the order in which they freeze."""
-    return {name: member for name, member in members(model).items() if isinstance(member, BinaryLayer)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..console import warn_once
 from ..modules import FROZEN, BinaryLayer
-from .plan import get_plan, members, planned_models
+from .members import get_plan, members, planned_models
 
 logger = logging.getLogger(__name__)
 

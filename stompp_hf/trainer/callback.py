@@ -10,7 +10,7 @@ from ..errors import CheckpointError, NotBinarizedError, ShardingError
 from ..integrations.sharding import ONE_PROCESS
 from ..modules import FROZEN
 from ..surgery.adapters import has_adapters
-from ..surgery.plan import binary_layers, driven_model, members
+from ..surgery.members import binary_layers, driven_model, members
 from ..training.compiling import refuse_untraceable
 from ..training.live_metrics import ALWAYS, LiveMetrics, check_every
 from ..training.progression import Progression

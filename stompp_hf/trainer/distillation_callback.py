@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..errors import CheckpointError, ConfigError, DistillationError
-from ..surgery.plan import get_plan, members, planned_model
+from ..surgery.members import get_plan, members, planned_model
 from ..training.distillation import Distiller, as_if_pending, check_weights, snapshot
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..errors import ConfigError
-from ..surgery.plan import get_plan
+from ..surgery.members import get_plan
 from ..training.metrics import gradient_flow
 
 GRADIENT_NORM = "stompp_grad_norm/"

@@ -5,9 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules import BinaryLayer
-from ..modules.activations import RPReLU
-from ..surgery.plan import members, planned_model
+from ..surgery.members import own_tensors, planned_model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
@@ -24,12 +22,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = N
     Raises:
         NotBinarizedError: the model has no binary layers.
     """
-    own: set[int] = set()
-    for member in members(planned_model(model)).values():
-        own.update(id(tensor) for tensor in member.own_tensors().values())
-        if isinstance(member, BinaryLayer):
-            own.add(id(member.weight))
-    own.update(id(p) for module in model.modules() if isinstance(module, RPReLU) for p in module.parameters())
+    planned_model(model)
+    own = {id(tensor) for tensor in own_tensors(model)}
     norms = {
         id(parameter)
         for module in model.modules()

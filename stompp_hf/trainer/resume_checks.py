@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..surgery.plan import get_plan
+from ..surgery.members import get_plan
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div, log_softmax, logsigmoid, mse_loss
 
 from ..errors import ConfigError, DistillationError
 from ..surgery.blocks import block_of
-from ..surgery.plan import get_plan, members, planned_model
+from ..surgery.members import get_plan, members, planned_model
 from .compiling import forget_graphs
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..integrations.sharding import local, summed, whole
 from ..modules import FROZEN, TRANSITION, BinaryLayer, Member
-from ..surgery.plan import binary_layers, get_plan, members
+from ..surgery.members import binary_layers, get_plan, members, weighted
 
 SAMPLE = 65_536
 """Entries of one weight that the flip ratio looks at; larger weights are sampled evenly."""
@@ -28,7 +28,7 @@ def frozen_fraction(model: nn.Module, stage: int | None = None) -> float:
 
 def frozen_share(found: Sequence[Member]) -> float:
     """The same of these members; attention products, which have no weights, count where there is nothing else."""
-    layers = [member for member in found if isinstance(member, BinaryLayer)]
+    layers = list(weighted(dict(enumerate(found))).values())
     if not layers:
         return sum(member.frozen_share for member in found) / len(found)
     frozen = sum(layer.frozen_share * layer.weight_count for layer in layers)

@@ -16,6 +16,7 @@ from ..integrations.sharding import complete_states, is_sharded, refuse_optimize
 from ..modules import FROZEN, BinaryLayer, Member
 from ..modules.calibration import in_processes
 from ..surgery.adapters import has_adapters
+from ..surgery.members import weighted
 from .committed_signs import CommittedSigns
 from .hold_frozen import hold_frozen, parameters_of, skip_blocked
 from .pending_lr import first_steps, slow_pending
@@ -57,7 +58,7 @@ class Optimizers:
     ) -> None:
         self._model, self._members, self._now = model, members, now
         self._pending_lr, self._begins = pending_lr, begins
-        self._layers = {name: member for name, member in members.items() if isinstance(member, BinaryLayer)}
+        self._layers = weighted(members)
         self._held = {name: layer for name, layer in self._layers.items() if is_ste_free(layer.stompp_config)}
         self._signs = CommittedSigns(self._held)
         self._optimizers: list[Any] = []
@@ -256,7 +257,7 @@ def warn_of_left_out(model: nn.Module, members: dict[str, Member], optimizers: I
             "learn_activation_threshold=False).",
             _some(lacking),
         )  # fmt: skip
-    latent = {id(member.weight) for member in members.values() if isinstance(member, BinaryLayer)}
+    latent = {id(layer.weight) for layer in weighted(members).values()}
     if last and (weights := [name for key, name in trained.items() if key in latent - held]):
         warn_once(
             logger, model,

@@ -15,7 +15,7 @@ from ..integrations.sharding import everywhere, local, refuse_unsupported, resha
 from ..modules import PENDING, BinaryLayer, Member
 from ..modules.calibration import Observer, Watch, padding_masks, reduced
 from ..modules.stage_member import write_states
-from ..surgery.plan import driven_model, get_plan, members, planned_models
+from ..surgery.members import driven_model, get_plan, members, planned_models, weighted
 from ..surgery.running import run, undisturbed
 from ..surgery.unattended import attended
 from . import compiling
@@ -88,7 +88,7 @@ class Progression:
         return self.plan.config
 
     def _weighted(self) -> dict[str, BinaryLayer]:
-        return {name: layer for name, layer in self.layers.items() if isinstance(layer, BinaryLayer)}
+        return weighted(self.layers)
 
     def _settle_total(self, asked: int, rescale: bool) -> int:
         known = {layer.total_steps: layer.step for layer in self.layers.values()}

@@ -20,7 +20,7 @@ import timm.optim
 from models import assert_binary
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model
-from stompp_hf.surgery.plan import binary_layers
+from stompp_hf.surgery.members import binary_layers
 
 CONFIG = StoMPPConfig(refresh_rate=2, end=0.9)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PackingError
-from ..modules import BinaryEmbedding, Member
-from ..modules.activations import RPReLU
+from ..modules import BinaryEmbedding
 from ..modules.int8_embedding import Int8Embedding
-from ..surgery.plan import FLOAT32, INT8, Plan, get_plan
+from .members import get_plan, own_tensors
+from .plan import FLOAT32, INT8, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, INT8: torch.floa
 
 def real_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are stored as `real` says, by name: all but scales, thresholds, shifts and latents."""
-    own: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, Member):
-            kept = [*module.own_tensors().values(), module._parameters.get("weight")]
-            own |= {id(tensor) for tensor in kept}
-        elif isinstance(module, RPReLU):
-            own |= {id(tensor) for tensor in module.parameters(recurse=False)}
+    own = {id(tensor) for tensor in own_tensors(model)}
     named = model.named_parameters(remove_duplicate=False)
     return {name: p for name, p in named if id(p) not in own and p.is_floating_point()}
 

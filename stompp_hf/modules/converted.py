@@ -1,0 +1,50 @@
+"""Converted: what every module that this library changed in place answers for itself, so that nobody asks its class."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    Module = nn.Module
+else:
+    Module = object
+
+
+class Converted(Module):
+    """A module whose `__class__` was changed. By default it has no tensors of its own, and its products are real."""
+
+    own_names: ClassVar[tuple[str, ...]] = ()
+    """The parameters and buffers that it has beside those of its plain class; absent, or None, where it needs none."""
+    is_packed: ClassVar[bool] = False
+    """Whether it is frozen for good, without latent weights."""
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers that binarization added, by name."""
+        found = {name: getattr(self, name, None) for name in self.own_names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
+    def latent(self) -> Tensor | None:
+        """The latent weight, if it has one now."""
+        return None
+
+    @property
+    def always_real(self) -> bool:
+        """Whether it computes in full precision for good: a baseline."""
+        return False
+
+    def damage(self) -> str | None:
+        """What is wrong with tensors that have the right shapes, or None."""
+        return None
+
+    def expected_sizes(self) -> dict[str, tuple[Tensor, int]]:
+        """Tensors whose size follows from the weight's, with that size, by what they are called."""
+        return {}
+
+    def binary_weights_in(self, name: str) -> int:
+        """How many binary weights one of its tensors stands for."""
+        return 0
+
+    def packed_bytes(self, name: str, tensor: Tensor) -> int | None:
+        """Bytes that one of its tensors takes in a packed checkpoint; None where it is stored as what is real."""
+        return None
