@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 from .method.schedules import SCHEDULES
+from .method.surrogates import SURROGATES
 
 METHOD = "stompp"
 ORDERS = ("forward", "reverse", "global")
@@ -34,11 +35,11 @@ class StoMPPConfig:
         "What becomes binary: weights and the activations that enter each layer (BNN, W1A1), weights only (BWN, "
         "W1A32), or nothing (full precision, as a baseline on the same code path).",
     )
-    frozen_gradient: Literal["zero", "ste", "clipped_ste", "windowed_ste"] = _option(
+    frozen_gradient: str = _option(
         "windowed_ste",
         "What frozen entries pass back: zero (STE-free), ste (identity surrogate), clipped_ste (identity inside the "
-        "clip range), or windowed_ste (for activations, identity near the threshold: see surrogate_width; for weights, "
-        "identity). Unfrozen entries always pass their true gradient.",
+        "clip range), windowed_ste (for activations, identity near the threshold: see surrogate_width; for weights, "
+        "identity), or one of your own (register_surrogate). Unfrozen entries always pass their true gradient.",
     )
     surrogate_width: float = _option(
         1.5, "Half width of windowed_ste's window |u - b| < width * a around an activation's threshold."
@@ -128,6 +129,13 @@ class StoMPPConfig:
                 self._refuse(option.name, f"is not one of {', '.join(map(repr, choices))}")
             if option.type in (bool, int, str) and type(getattr(self, option.name)) is not option.type:
                 self._refuse(option.name, f"must be a plain {option.type.__name__}")  # "false" would count as true
+        if self.frozen_gradient not in SURROGATES:
+            known = ", ".join(map(repr, SURROGATES))
+            self._refuse(
+                "frozen_gradient",
+                f"is not one of {known}; one of your own is registered first, with "
+                "stompp_hf.method.surrogates.register_surrogate(name), also before a model is loaded that uses it",
+            )
         if self.schedule not in SCHEDULES:
             self._refuse("schedule", f"is not one of {', '.join(map(repr, SCHEDULES))}")
         if not self.order_patterns and self.order not in ORDERS:
@@ -196,6 +204,11 @@ class StoMPPConfig:
         return [] if self.order in ORDERS else [item.strip() for item in self.order.split(",") if item.strip()]
 
     @property
+    def is_ste_free(self) -> bool:
+        """Whether frozen entries pass no gradient."""
+        return not SURROGATES[self.frozen_gradient].passes
+
+    @property
     def binary_weights(self) -> bool:
         """Whether weights become binary."""
         return self.binarize != "nothing"
@@ -234,7 +247,7 @@ class StoMPPConfig:
 
     def as_vanilla_ste(self) -> "StoMPPConfig":
         """The baseline: everything frozen from step 0, with this configuration's surrogate (STE-free: identity)."""
-        surrogate = "ste" if self.frozen_gradient == "zero" else self.frozen_gradient
+        surrogate = "ste" if self.is_ste_free else self.frozen_gradient
         return dataclasses.replace(self, start=0.0, end=0.0, frozen_gradient=surrogate)
 
     def as_full_precision(self) -> "StoMPPConfig":

@@ -11,6 +11,7 @@ from torch import Tensor
 from stompp_hf import BinaryAttention, StoMPPConfig
 from stompp_hf.errors import NotCalibratedError
 from stompp_hf.method.attention_product import Operand, binary_matmul
+from stompp_hf.method.surrogates import SURROGATES
 from stompp_hf.modules import FROZEN, PENDING, TRANSITION, attention
 from stompp_hf.modules.attention import PROJECTED, SITES, Call
 from stompp_hf.modules.calibration import Observer
@@ -189,7 +190,7 @@ def test_a_product_of_signs_is_exact_in_float32():
     none = (None, None)
     for offset in (0.0, 1.0):
         y = binary_matmul(
-            Operand(left, scales[0], threshold, none, offset), Operand(right, scales[1], None, none), "ste"
+            Operand(left, scales[0], threshold, none, offset), Operand(right, scales[1], None, none), SURROGATES["ste"]
         )
         signs = torch.where(left >= threshold, 1, -1) + int(offset), torch.where(right >= 0, 1, -1)
         whole = signs[0].to(torch.int64) @ signs[1].to(torch.int64)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stompp_hf.method.mixing import hard, inside, mix_activation, mix_weight, soft
+from stompp_hf.method.surrogates import SURROGATES as NAMED
 
 SURROGATES = ("zero", "ste", "clipped_ste", "windowed_ste")
 WIDTH = 1.5
@@ -101,7 +102,7 @@ def test_soft_and_inside_table() -> None:
 def test_weight_table(row: tuple[float, ...], kind: str) -> None:
     value, mask, expected, *gradients = row
     weight, scale = f64([[value]]).requires_grad_(), f64([[0.5]]).requires_grad_()
-    out = mix_weight(weight, scale, f64([[mask]]), 1.0, kind)
+    out = mix_weight(weight, scale, f64([[mask]]), 1.0, NAMED[kind])
     out.backward(f64([[3.0]]))
     assert out.item() == expected
     assert weight.grad.item() == gradients[SURROGATES.index(kind)]
@@ -113,7 +114,7 @@ def test_weight_table(row: tuple[float, ...], kind: str) -> None:
 def test_activation_table(row: tuple[float, ...], kind: str) -> None:
     value, mask, offset, expected, *gradients = row
     u, scale, threshold = (f64([v]).requires_grad_() for v in (value, 0.5, 0.25))
-    out = mix_activation(u, scale, threshold, f64([mask]), -1.0, 2.0, offset, kind, width=WIDTH)
+    out = mix_activation(u, scale, threshold, f64([mask]), -1.0, 2.0, offset, NAMED[kind], width=WIDTH)
     out.backward(f64([3.0]))
     gradient = gradients[SURROGATES.index(kind)]
     assert out.item() == expected
@@ -132,8 +133,8 @@ def test_paper_rule() -> None:
     frozen, real = torch.ones_like(u), torch.zeros_like(u)
     signs, clipped = [[-1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0]], [[-1.0, -1.0, -0.5, 0.0, 0.0, 0.5, 1.0, 1.0]]
     for mask, expected in ((frozen, signs), (real, clipped)):
-        assert mix_weight(u, one, mask, 1.0, "zero").tolist() == expected
-        assert mix_activation(u, one, None, mask, -1.0, 1.0, 0.0, "zero").tolist() == expected
+        assert mix_weight(u, one, mask, 1.0, NAMED["zero"]).tolist() == expected
+        assert mix_activation(u, one, None, mask, -1.0, 1.0, 0.0, NAMED["zero"]).tolist() == expected
 
 
 # ---- against the reference ----
@@ -164,7 +165,7 @@ def test_weight_mix_equals_reference(
     w, g, mask = (data.draw(rows_of(elements, shape)) for elements in (values, gradients, bits))
     s = data.draw(rows_of(st.floats(0.125, 2.0), (1 if one_scale else shape[0], 1)))
     weight, scale = f64(w).requires_grad_(), f64(s).requires_grad_()
-    out = mix_weight(weight, scale, f64(mask), c, kind)
+    out = mix_weight(weight, scale, f64(mask), c, NAMED[kind])
     out.backward(f64(g))
 
     per_row = [row[0] for row in s] * (shape[0] if one_scale else 1)
@@ -196,7 +197,7 @@ def test_activation_mix_equals_reference(
         b = [0.0] * shape[1]
     x, scale = f64(u).requires_grad_(), f64([a]).requires_grad_()
     threshold = f64(b).requires_grad_() if with_threshold else None
-    out = mix_activation(x, scale, threshold, f64(mask), low, high, offset, kind, width=WIDTH)
+    out = mix_activation(x, scale, threshold, f64(mask), low, high, offset, NAMED[kind], width=WIDTH)
     out.backward(f64(g))
 
     edges = (-math.inf, math.inf) if clip is None else (-clip, clip / 2)
@@ -216,7 +217,7 @@ def test_surrogate_touches_frozen_entries_only(data: st.DataObject, shape: tuple
     w, g, mask = (f64(data.draw(rows_of(elements, shape))) for elements in (values, gradients, bits))
     weights = [w.clone().requires_grad_() for _ in range(2)]
     for weight, surrogate in zip(weights, (kind, "zero"), strict=True):
-        mix_weight(weight, f64([1.0]), mask, EDGE, surrogate).backward(g)
+        mix_weight(weight, f64([1.0]), mask, EDGE, NAMED[surrogate]).backward(g)
     real = mask == 0
     assert torch.equal(weights[0].grad[real], weights[1].grad[real])
     assert not weights[1].grad[~real].any()
@@ -228,7 +229,7 @@ def test_leading_dimensions_are_reduced() -> None:
     u, g = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
     mask, b = f64([1.0, 0.0, 1.0, 1.0]), f64([0.1, -0.2, 0.0, 0.3])
     x, scale, threshold = (t.clone().requires_grad_() for t in (u, f64([0.5]), b))
-    mix_activation(x, scale, threshold, mask, -1.0, 1.0, 1.0, "ste").backward(g)
+    mix_activation(x, scale, threshold, mask, -1.0, 1.0, 1.0, NAMED["ste"]).backward(g)
     flat_g, flat_u = g.reshape(6, 4).tolist(), u.reshape(6, 4).tolist()
     grad_u, grad_a, grad_b = reference.mix_activation_gradients(
         flat_g, flat_u, b.tolist(), mask.tolist(), -1.0, 1.0, 1.0, "ste", math.inf
@@ -241,9 +242,9 @@ def test_leading_dimensions_are_reduced() -> None:
 def test_only_asked_gradients_are_made() -> None:
     w, mask = f64([[0.5, -2.0]]), f64([[1.0, 0.0]])
     scale = f64([[1.0]]).requires_grad_()
-    mix_weight(w, scale, mask, 1.0, "ste").sum().backward()
+    mix_weight(w, scale, mask, 1.0, NAMED["ste"]).sum().backward()
     assert scale.grad.item() == 1.0 and w.grad is None
-    assert not mix_weight(w, scale.detach(), mask, 1.0, "ste").requires_grad
+    assert not mix_weight(w, scale.detach(), mask, 1.0, NAMED["ste"]).requires_grad
 
 
 # ---- half precision ----
@@ -259,7 +260,7 @@ def test_half_precision_has_the_signs_of_float32(dtype: torch.dtype) -> None:
     b[60:90] = u[60:90]  # exactly at the threshold: +1
     assert torch.equal(hard(u).float(), hard(u.float()))
     ones = torch.ones(1, dtype=dtype)
-    kwargs = {"low": None, "high": None, "offset": 0.0, "surrogate": "ste"}
+    kwargs = {"low": None, "high": None, "offset": 0.0, "surrogate": NAMED["ste"]}
     half = mix_activation(u, ones, b, torch.ones_like(u), **kwargs)
     full = mix_activation(u.float(), ones.float(), b.float(), torch.ones(128), **kwargs)
     assert half.dtype == dtype
@@ -271,9 +272,9 @@ def test_half_precision_has_the_signs_of_float32(dtype: torch.dtype) -> None:
 def test_autocast_leaves_the_mixes_alone(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     u, mask = torch.randn(6, 8), (torch.rand(6, 8) < 0.5).float()
-    args = (torch.full((6, 1), 0.3), mask, 0.9, "ste")
+    args = (torch.full((6, 1), 0.3), mask, 0.9, NAMED["ste"])
     plain = mix_weight(u, *args)
-    activation = (torch.tensor([0.3]), torch.randn(8), mask, -1.0, 1.0, 1.0, "ste")
+    activation = (torch.tensor([0.3]), torch.randn(8), mask, -1.0, 1.0, 1.0, NAMED["ste"])
     plain_activation = mix_activation(u, *activation)
     with torch.autocast("cpu", dtype):
         assert torch.equal(mix_weight(u, *args), plain)

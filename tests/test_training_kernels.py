@@ -21,6 +21,7 @@ from stompp_hf.kernels import native
 from stompp_hf.kernels.native import _FUNCTIONS
 from stompp_hf.method.mixing import mix_activation, mix_weight
 from stompp_hf.method.sign_bits import pack_signs
+from stompp_hf.method.surrogates import SURROGATES as NAMED
 from stompp_hf.modules import FROZEN
 
 SURROGATES = ("zero", "ste", "clipped_ste", "windowed_ste")
@@ -142,7 +143,9 @@ def test_activation_mixes_are_those_of_torch(instructions: str, case: dict[str, 
         asked = [t for t, wanted in zip(inputs, case["wants"], strict=True) if t is not None and wanted]
         for tensor in asked:
             tensor.requires_grad_()
-        y = mix_activation(*inputs[:1], *inputs[2:], mask, low, high, case["offset"], case["kind"], inputs[1], 1.5)
+        y = mix_activation(
+            *inputs[:1], *inputs[2:], mask, low, high, case["offset"], NAMED[case["kind"]], inputs[1], 1.5
+        )
         return [y.detach(), *(torch.autograd.grad(y, asked, grad, allow_unused=True) if asked else ())]
 
     both_ways(run, instructions)
@@ -167,7 +170,7 @@ def test_weight_mixes_are_those_of_torch(
 
     def run() -> list[Tensor]:
         weight, s = w.clone().requires_grad_(), scale.clone().requires_grad_()
-        y = mix_weight(weight, s, mask, clip, kind)
+        y = mix_weight(weight, s, mask, clip, NAMED[kind])
         return [y.detach(), *torch.autograd.grad(y, (weight, s), grad)]
 
     both_ways(run, instructions)
@@ -195,15 +198,15 @@ def test_mixes_are_compiled_where_they_can_be(calls: Counter) -> None:
     last = images.contiguous(memory_format=torch.channels_last)
     for number, (u, m) in enumerate([(words, mask), (images, mask[:, None, None]), (last, mask[:, None, None])], 1):
         u = u.detach().requires_grad_()
-        mix_activation(u, a, None, m, -1.0, 1.0, 0.0, "ste").square().sum().backward()
+        mix_activation(u, a, None, m, -1.0, 1.0, 0.0, NAMED["ste"]).square().sum().backward()
         assert calls["stompp_mix"] == calls["stompp_mix_backward"] == number
     calls.clear()
     for u, m in ((words.double(), mask.double()), (words.bfloat16(), mask.bfloat16()), (words.transpose(0, 1), mask)):
-        y = mix_activation(u.requires_grad_(), a.to(u.dtype), None, m, -1.0, 1.0, 0.0, "ste")
+        y = mix_activation(u.requires_grad_(), a.to(u.dtype), None, m, -1.0, 1.0, 0.0, NAMED["ste"])
         y.square().sum().backward()
     assert not calls
     w = torch.randn(4, 8, requires_grad=True)
-    mix_weight(w, torch.ones(4, 1), (torch.rand(4, 8) < 0.5).float(), 1.0, "zero").square().sum().backward()
+    mix_weight(w, torch.ones(4, 1), (torch.rand(4, 8) < 0.5).float(), 1.0, NAMED["zero"]).square().sum().backward()
     assert calls == {"stompp_mix": 1, "stompp_mix_weight_backward": 1}
 
 

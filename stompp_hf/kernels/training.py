@@ -192,9 +192,15 @@ def levels(
 
 
 def through_window(grad: Tensor, window: Tensor) -> bool:
-    """grad *= window, a bool an entry, in place, whether it was done: torch would write the window as numbers first."""
+    """grad *= window in place, for booleans, and whether it was done: torch would write them as numbers first."""
     dense = grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
-    if not trains_with(grad) or grad.numel() == 0 or not dense or not _side_by_side(grad, window):
+    if (
+        window.dtype is not torch.bool
+        or not trains_with(grad)
+        or grad.numel() == 0
+        or not dense
+        or not _side_by_side(grad, window)
+    ):
         return False
     call = _Mixing(grad=grad.data_ptr(), code=window.data_ptr(), to_u=grad.data_ptr())
     _run("stompp_through_window", call, (1, 1, grad.numel()))

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
-from .mixing import Surrogate, hard_above, inside, mix_activation, near
+from .mixing import hard_above, mix_activation, through_activation
+from .surrogates import Surrogate
 
 Edges = tuple[float | None, float | None]
 
@@ -23,7 +24,7 @@ class Operand:
 
     u: (..., n, m), float32 or float64; scale: a, one a head, broadcastable to the leading dimensions with (1, 1)
     behind; threshold: b, broadcastable to u, or None for 0; edges: its clip range; offset: 0.0 for the levels {-a, a},
-    1.0 for {0, 2a}; mask: M, broadcastable to u, in a transition; width: of the window of `windowed_ste`.
+    1.0 for {0, 2a}; mask: M, broadcastable to u, in a transition; width: `surrogate_width`.
     """
 
     u: Tensor
@@ -72,12 +73,12 @@ class _BinaryMatmul(torch.autograd.Function):
         factor: Tensor | None,
         offset: float,
         edges: tuple[Edges, Edges],
-        surrogate: str,
+        surrogate: Surrogate,
         width: float,
     ) -> Tensor:
         z = codes_of(left, left_threshold, offset, factor).matmul(codes_of(right, right_threshold, 0.0))
         needs = ctx.needs_input_grad
-        passes = surrogate != "zero" and any(needs[index] for index in (0, 1, 4, 5))
+        passes = surrogate.passes and any(needs[index] for index in (0, 1, 4, 5))
         ctx.save_for_backward(
             left if passes else None,
             right if passes else None,
@@ -103,22 +104,18 @@ class _BinaryMatmul(torch.autograd.Function):
             found[3] = (both * left_scale).sum_to_size(right_scale.shape) if needs[3] else None
         if not ctx.passes:
             return *found, *[None] * 5
-
-        def surrogate(grad: Tensor, u: Tensor, a: Tensor, b: Tensor | None, edges: Edges) -> Tensor:
-            if ctx.surrogate == "windowed_ste":
-                return grad.mul_(near(u, b, a, ctx.width))
-            return inside(grad, u, *edges) if ctx.surrogate == "clipped_ste" else grad
-
         if needs[0] or needs[4]:
             levels = codes_of(right, right_threshold, 0.0).mul_(right_scale)
             passed = grad.matmul(levels.transpose(-1, -2)).sum_to_size(left.shape)
             passed = passed if factor is None else passed.mul_(factor)
-            found[0] = passed = surrogate(passed, left, left_scale, left_threshold, ctx.edges[0])
+            of = (left, left_threshold, left_scale, *ctx.edges[0], ctx.width)
+            found[0] = passed = through_activation(ctx.surrogate, passed, *of)
             found[4] = -passed.sum_to_size(left_threshold.shape) if needs[4] else None
         if needs[1] or needs[5]:
             levels = codes_of(left, left_threshold, ctx.offset, factor).mul_(left_scale)
             passed = levels.transpose(-1, -2).matmul(grad).sum_to_size(right.shape)
-            found[1] = passed = surrogate(passed, right, right_scale, right_threshold, ctx.edges[1])
+            of = (right, right_threshold, right_scale, *ctx.edges[1], ctx.width)
+            found[1] = passed = through_activation(ctx.surrogate, passed, *of)
             found[5] = -passed.sum_to_size(right_threshold.shape) if needs[5] else None
         return *(value if needed else None for value, needed in zip(found, needs[:6], strict=True)), *[None] * 5
 

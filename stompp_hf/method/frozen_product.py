@@ -12,9 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from .layer_product import Product
-from .mixing import Edge, Surrogate, hard, hard_above, inside, near
+from .mixing import Edge, hard, hard_above, inside, through_weight
 from .packed_product import packed_product
 from .sign_bits import SignBits
+from .surrogates import Rule, Surrogate
 
 
 def affine(
@@ -49,7 +50,7 @@ class _FrozenProduct(torch.autograd.Function):
         product: Product,
         offset: float,
         pad: float,
-        surrogate: str,
+        surrogate: Surrogate,
         width: float,
         narrow: torch.dtype | None,
     ) -> Tensor:
@@ -58,11 +59,12 @@ class _FrozenProduct(torch.autograd.Function):
         latents = weight if isinstance(weight, Tensor) else None
         # What the backward pass needs, and no more: an STE-free layer with fixed scales saves nothing at all.
         needs = ctx.needs_input_grad
-        passes = surrogate != "zero"
+        passes, known = surrogate.passes, surrogate.activation
         makes_grad_weight = passes and needs[1]  # the scales' gradients come from it then, else from z
         keeps_z = (needs[2] or needs[3]) and not makes_grad_weight
-        keeps_x = surrogate == "clipped_ste" if binary_input else makes_grad_weight
-        reach = width if binary_input and surrogate == "windowed_ste" and (needs[0] or needs[4]) else None
+        keeps_x = known is Rule.INSIDE if binary_input else makes_grad_weight
+        wants_k = binary_input and (needs[0] or needs[4])
+        reach = width if wants_k and known is Rule.NEAR else None
 
         operand = y = kept_z = row_sums = None
         way, signs = kernels.Route.TORCH, weight
@@ -88,11 +90,13 @@ class _FrozenProduct(torch.autograd.Function):
             y = z * product.per_channel(scale, z) if kept_z is z else z.mul_(product.per_channel(scale, z))
             y = y if shift is None else y.add_(product.per_channel(shift, z))
 
-        levels = window = None
+        levels = factor = None
         if activation_scale is not None:
             at = None if threshold is None else product.per_feature(threshold, x)
             keeps_levels = makes_grad_weight and not keeps_x
-            levels, window = _kept_of_input(x, operand, at, activation_scale, offset, keeps_levels, reach)
+            levels, factor = _kept_of_input(x, operand, at, activation_scale, offset, keeps_levels, reach, surrogate)
+            if wants_k and known is None:
+                factor = surrogate.of_activation(x, at, activation_scale, *clips[:2], width)
         ctx.save_for_backward(
             x if keeps_x else None,
             levels,
@@ -102,7 +106,7 @@ class _FrozenProduct(torch.autograd.Function):
             threshold,
             kept_z,
             row_sums,
-            window,
+            factor,
         )
         ctx.clips = clips
         ctx.product, ctx.offset, ctx.pad, ctx.surrogate = product, offset, pad, surrogate
@@ -113,11 +117,11 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, levels, weight, s, a, threshold, z, row_sums, window = ctx.saved_tensors
+        x, levels, weight, s, a, threshold, z, row_sums, factor = ctx.saved_tensors
         low, high, clip = ctx.clips
         wants_x, wants_weight, wants_s, wants_a, wants_threshold, wants_bias = ctx.needs_input_grad[:6]
-        product, offset, surrogate = ctx.product, ctx.offset, ctx.surrogate
-        clipped, passes = surrogate == "clipped_ste", surrogate != "zero"
+        product, offset, passes = ctx.product, ctx.offset, ctx.surrogate.passes
+        shaped = [-1 if dim == product.channel_dim else 1 for dim in range(len(ctx.shapes[1]))]
         wide, narrow = grad.dtype, ctx.narrow or grad.dtype
         grad_x = grad_weight = grad_s = grad_a = grad_threshold = None
         per_channel: Any = None  # dL/d(s a)
@@ -139,8 +143,7 @@ class _FrozenProduct(torch.autograd.Function):
                 per_channel = (grad_weight * weight_signs).sum(ctx.others)
             if ctx.binary_input:
                 grad_weight = grad_weight.mul_(a)
-            if clipped:
-                grad_weight = inside(grad_weight, weight, None if clip is None else -clip, clip)
+            grad_weight = through_weight(ctx.surrogate, grad_weight, weight, s.reshape(shaped), clip)
         elif wants_s or wants_a:
             z = z.to(grad.dtype)
             z = z if row_sums is None else z + product.per_channel(row_sums * offset, z)
@@ -150,13 +153,12 @@ class _FrozenProduct(torch.autograd.Function):
         if wants_a:
             grad_a = (per_channel * s).sum().reshape(a.shape)
         if weight_signs is not None and needs_signs:
-            shape = [-1 if dim == product.channel_dim else 1 for dim in range(weight_signs.dim())]
-            binary_weight = weight_signs.mul_(s.reshape(shape)).to(narrow)
+            binary_weight = weight_signs.mul_(s.reshape(shaped)).to(narrow)
             grad_x = product.grad_input(grad.to(narrow), binary_weight, ctx.shapes[0]).to(wide)
-            if ctx.binary_input and clipped:
+            if ctx.binary_input and ctx.surrogate.activation is Rule.INSIDE:
                 grad_x = inside(grad_x, x, low, high)
-            if window is not None and not kernels.through_window(grad_x, window):
-                grad_x = grad_x.mul_(window)
+            if factor is not None and not kernels.through_window(grad_x, factor):
+                grad_x = grad_x.mul_(factor)
             if wants_threshold:
                 grad_threshold = -product.feature_sums(grad_x)
         grad_bias = product.channel_sums(grad) if wants_bias else None
@@ -199,6 +201,7 @@ def _kept_of_input(
     offset: float,
     keeps_levels: bool,
     reach: float | None,
+    surrogate: Surrogate,
 ) -> tuple[Tensor | None, Tensor | None]:
     """For the backward pass, a byte an entry: the levels sign(x - b) + offset, and |x - b| < reach * |a|."""
     if not keeps_levels and reach is None:
@@ -210,7 +213,7 @@ def _kept_of_input(
     if keeps_levels:
         levels = (hard_above(x, threshold) if operand is None else operand).to(torch.int8)
         levels = levels.add_(int(offset)) if offset else levels
-    return levels, None if reach is None else near(x, threshold, scale, reach)
+    return levels, None if reach is None else surrogate.of_activation(x, threshold, scale, None, None, reach)
 
 
 def _signs(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:
@@ -252,12 +255,12 @@ def frozen_product(
         activation_scale: a, (1,); None leaves the input real.
         threshold: b, one a feature (in,), or None for 0.
         bias: (out,), or None.
-        clips: low and high of the activation, c of the weight; read by `clipped_ste` only.
+        clips: low and high of the activation, c of the weight; for a surrogate that reads them.
         product: the layer's product.
         offset: 0.0 for the levels {-a, a}, 1.0 for {0, 2a}.
         pad: what stands around a convolution's padded input, in units of a: 0.0, or the upper level, 1.0 + offset.
         surrogate: what frozen entries pass back.
-        width: of the window of `windowed_ste`, in units of the activation scale.
+        width: `surrogate_width`, in units of the activation scale.
         narrow: what the operands of the backward pass's two products are rounded to, as autocast rounds those of a
             plain layer (their sums are not); None for no rounding. The forward pass is exact always.
     """

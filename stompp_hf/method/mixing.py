@@ -8,7 +8,7 @@ compiled part is there, the mixes and their gradients are one pass each, with th
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..kernels.training import ABOVE, BOTH, EVERY, FROZEN, INSIDE, PASSING, UNFROZEN
+from .surrogates import Rule, Surrogate
 
 Edge = float | Tensor | None
 """An edge of a clip: a number, a tensor (1,) in compiled graphs, or None for no clip."""
-Surrogate = Literal["zero", "ste", "clipped_ste", "windowed_ste"]
 
 
 def hard(u: Tensor) -> Tensor:
@@ -73,10 +73,23 @@ def inside(grad: Tensor, u: Tensor, low: Edge, high: Edge) -> Tensor:
     return torch.ops.aten.hardtanh_backward(grad, u, low, high)  # type: ignore[no-any-return]
 
 
-def near(u: Tensor, threshold: Tensor | None, scale: Tensor, width: float) -> Tensor:
-    """|u - b| < width * |a|, as booleans: where `windowed_ste` passes the gradient of a binary activation."""
-    distance = u.detach() if threshold is None else u.detach() - threshold.detach()
-    return distance.abs() < scale.detach().abs() * width
+def through_weight(surrogate: Surrogate, grad: Tensor, weight: Tensor, scale: Tensor, clip: Edge) -> Tensor:
+    """k * g of frozen weights, for a surrogate that passes anything."""
+    if surrogate.weight is Rule.INSIDE:
+        return inside(grad, weight, None if clip is None else -clip, clip)
+    k = surrogate.of_weight(weight, scale, clip)
+    return grad if k is None else grad * k
+
+
+def through_activation(
+    surrogate: Surrogate, grad: Tensor, u: Tensor, threshold: Tensor | None, scale: Tensor, low: Edge, high: Edge,
+    width: float,
+) -> Tensor:  # fmt: skip
+    """k * g of frozen activations, for a surrogate that passes anything; g is overwritten."""
+    if surrogate.activation is Rule.INSIDE:
+        return inside(grad, u, low, high)
+    k = surrogate.of_activation(u, threshold, scale, low, high, width)
+    return grad if k is None else grad.mul_(k)
 
 
 def _through(clipped: Tensor, passed: Tensor | None, mask: Tensor) -> Tensor:
@@ -110,7 +123,7 @@ def _kept(ctx: Any) -> tuple[tuple[Any, ...], tuple[Edge, Edge]]:
 class _MixWeight(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogate: str
+        ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogate: Surrogate
     ) -> Tensor:
         low, high = (None if clip is None else -clip), clip
         _keep(ctx, (weight, scale, mask), low, high)
@@ -127,13 +140,16 @@ class _MixWeight(torch.autograd.Function):
         (weight, scale, mask), edges = _kept(ctx)
         grad_weight = grad_scale = None
         if not isinstance(edges[0], Tensor):
-            made = _fast_weight_backward(grad, weight, mask, edges, ctx.surrogate, *ctx.needs_input_grad[:2])
+            made = _fast_weight_backward(grad, weight, mask, edges, ctx.surrogate.weight, *ctx.needs_input_grad[:2])
             if made is not None:
                 terms = made[1]
                 return made[0], None if terms is None else terms.sum_to_size(scale.shape), None, None, None
         if ctx.needs_input_grad[0]:
             clipped = inside(grad, weight, *edges)
-            passed = {"zero": None, "clipped_ste": clipped}.get(ctx.surrogate, grad)
+            passed = None
+            if ctx.surrogate.passes:
+                alike = ctx.surrogate.weight is Rule.INSIDE
+                passed = clipped if alike else through_weight(ctx.surrogate, grad, weight, scale, edges[1])
             grad_weight = _through(clipped, passed, mask)
         if ctx.needs_input_grad[1]:
             grad_scale = _masked_sum(hard(weight).mul_(grad), mask, scale.shape)
@@ -141,12 +157,14 @@ class _MixWeight(torch.autograd.Function):
 
 
 def _fast_weight_backward(
-    grad: Tensor, weight: Tensor, mask: Tensor, edges: Any, surrogate: str, wants_weight: bool, wants_scale: bool
+    grad: Tensor, weight: Tensor, mask: Tensor, edges: Any, known: Any, wants_weight: bool, wants_scale: bool
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """The weight's gradient and M * g * sign(w) in compiled C; None where plain torch is to do it."""
+    if known is None and wants_weight:
+        return None
     clip = None if edges[0] is None else edges
-    passes_all = clip is None and surrogate != "zero"
-    rule = {"zero": UNFROZEN, "clipped_ste": EVERY}.get(surrogate, BOTH) if wants_weight and not passes_all else None
+    passes_all = clip is None and known is not Rule.NOTHING
+    rule = {Rule.NOTHING: UNFROZEN, Rule.INSIDE: EVERY}.get(known, BOTH) if wants_weight and not passes_all else None
     made = kernels.mix_weight_backward(grad, weight, mask, clip, rule, wants_scale)
     return (grad, made[1]) if made is not None and wants_weight and passes_all else made
 
@@ -161,8 +179,7 @@ def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogat
 
     Forward:  w' = M * s * sign(w) + (1 - M) * clip(w, -c, c)
     Backward: dL/dw = (1 - M) * g * 1[-c < w < c] + M * k * g, g = dL/dw'
-              k = 0 (`zero`, STE-free), 1 (`ste`, `windowed_ste`) or 1[-c < w < c] (`clipped_ste`); never multiplied
-              by the scale
+              k as the surrogate says: `Surrogate.of_weight`; never multiplied by the scale
               dL/ds = sum of M * g * sign(w) over the entries that share s
     Source:   Smith and Islam (2026) for s = c = 1; scale, clip range and the clipped surrogate are this library's.
 
@@ -188,7 +205,7 @@ class _MixActivation(torch.autograd.Function):
         low: Edge,
         high: Edge,
         offset: float,
-        surrogate: str,
+        surrogate: Surrogate,
         width: float,
     ) -> Tensor:
         wants_u, wants_real, wants_scale, wants_threshold = ctx.needs_input_grad[:4]
@@ -197,34 +214,38 @@ class _MixActivation(torch.autograd.Function):
         flags = ABOVE if wants_scale else 0
         if low is not None and (wants_real if absorbed else wants_u):
             flags |= INSIDE
-        window = width if surrogate == "windowed_ste" else None
-        clipped_apart = surrogate == "clipped_ste" and low is not None and (absorbed or not wants_u)
-        if clipped_apart or (window is not None and (wants_u or wants_threshold)):
+        known, wants_k, factor = surrogate.activation, wants_u or wants_threshold, None
+        window = width if known is Rule.NEAR else None
+        clipped_apart = known is Rule.INSIDE and low is not None and (absorbed or not wants_u)
+        if clipped_apart or (window is not None and wants_k):
             flags |= PASSING
+        if known is None and wants_k:
+            factor = surrogate.of_activation(u, threshold, scale, low, high, width)
         mixed = None
         if not isinstance(low, Tensor):
             mixed = kernels.mix(u, real, scale, threshold, mask, _numbers(low, high), offset, flags, window)
-        y, code = mixed or _mixed(u, real, scale, threshold, mask, low, high, offset, flags, window)
-        ctx.save_for_backward(scale, threshold, mask, code)
+        y, code = mixed or _mixed(u, real, scale, threshold, mask, low, high, offset, flags, surrogate, width)
+        ctx.save_for_backward(scale, threshold, mask, code, factor)
         ctx.flags, ctx.offset, ctx.surrogate, ctx.absorbed = flags, offset, surrogate, absorbed
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        scale, threshold, mask, code = ctx.saved_tensors
+        scale, threshold, mask, code, factor = ctx.saved_tensors
         wants_u, wants_real, wants_scale, wants_threshold = ctx.needs_input_grad[:4]
-        flags, flagged, passes = ctx.flags, bool(ctx.flags & PASSING), ctx.surrogate != "zero"
-        # Frozen entries pass nothing, what their flag says, what unfrozen ones do, or everything.
-        alike = not flagged and not ctx.absorbed and (ctx.surrogate == "clipped_ste" or not flags & INSIDE)
+        flags, surrogate, passes = ctx.flags, ctx.surrogate, ctx.surrogate.passes
+        # Frozen entries pass nothing, what their flag or their factor says, what unfrozen ones do, or everything.
+        apart = bool(flags & PASSING) or factor is not None
+        alike = not apart and not ctx.absorbed and (surrogate.activation is Rule.INSIDE or not flags & INSIDE)
         rule = None
         if wants_u and ctx.absorbed:
             rule = FROZEN if passes else None
         elif wants_u:
             rule = UNFROZEN if not passes else EVERY if alike else BOTH
-        wanted = (flags, rule, wants_real, ctx.offset if wants_scale else None, wants_threshold and flagged)
-        made = kernels.mix_backward(grad, code, mask, *wanted) or _mixed_backward(grad, code, mask, *wanted)
-        grad_u, grad_real, scale_terms, passed = made
+        wanted = (flags, rule, wants_real, ctx.offset if wants_scale else None, wants_threshold and apart)
+        made = kernels.mix_backward(grad, code, mask, *wanted) if factor is None else None
+        grad_u, grad_real, scale_terms, passed = made or _mixed_backward(grad, code, factor, mask, *wanted)
         grad_scale = grad_threshold = None
         if scale_terms is not None:
             grad_scale = _masked_sum(scale_terms, mask, scale.shape)
@@ -244,7 +265,8 @@ def _mixed(
     high: Edge,
     offset: float,
     flags: int,
-    window: float | None,
+    surrogate: Surrogate,
+    width: float,
 ) -> tuple[Tensor, Tensor | None]:
     """What `kernels.mix` gives, in plain torch."""
     levels = hard_above(u, threshold)
@@ -253,19 +275,21 @@ def _mixed(
     if flags & ABOVE:
         found[ABOVE] = levels > 0
     if flags & INSIDE:
-        found[INSIDE] = _between(unfrozen, low, high)
+        found[INSIDE] = (unfrozen > low) & (unfrozen < high)  # type: ignore[operator]
     if flags & PASSING:
-        found[PASSING] = _between(u, low, high) if window is None else near(u, threshold, scale, window)
+        found[PASSING] = surrogate.of_activation(u, threshold, scale, low, high, width)  # type: ignore[assignment]
     levels = levels.add_(offset).mul_(scale) if offset else levels.mul_(scale)
     return torch.lerp(soft(unfrozen, low, high), levels, mask, **_into(levels)), _packed(found)
 
 
 def _mixed_backward(
-    grad: Tensor, code: Any, mask: Tensor, flags: int, rule: int | None, real: bool, terms: float | None, passes: bool
-) -> tuple[Tensor | None, ...]:
-    """What `kernels.mix_backward` gives, in plain torch."""
+    grad: Tensor, code: Any, factor: Tensor | None, mask: Tensor, flags: int, rule: int | None, real: bool,
+    terms: float | None, passes: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What `kernels.mix_backward` gives, in plain torch; `factor` is k where no flag says it."""
     clipped = grad * (code & INSIDE).ne(0) if flags & INSIDE else grad
-    passed = grad * (code & PASSING).ne(0) if flags & PASSING else grad
+    k = (code & PASSING).ne(0) if flags & PASSING else factor
+    passed = grad if k is None else grad * k
     makers: dict[int | None, Callable[[], Tensor]] = {
         UNFROZEN: lambda: clipped * (1.0 - mask),
         EVERY: lambda: clipped,
@@ -281,11 +305,6 @@ def _mixed_backward(
         scale_terms,
         passed if passes else None,
     )
-
-
-def _between(u: Tensor, low: Edge, high: Edge) -> Tensor:
-    u = u.detach()
-    return (u > low) & (u < high)  # type: ignore[operator]
 
 
 def _packed(flags: dict[int, Tensor]) -> Tensor | None:
@@ -318,8 +337,8 @@ def mix_activation(
               dL/da = sum of M * g * (sign(u - b) + offset);  dL/db = - sum of M * k * g
               with an absorbed activation f, clip(f(u), low, high) stands in the soft branch, and its gradient goes to
               f(u) alone; the binary value is that of u, the value before f, which gets the surrogate gradient
-              k as in `mix_weight`, but 1[|u - b| < width * |a|] for `windowed_ste`; STE-free, b gets no gradient and
-              keeps its calibrated value
+              k as the surrogate says: `Surrogate.of_activation`; STE-free, b gets no gradient and keeps its
+              calibrated value
     Source:   Smith and Islam (2026) for a = high = 1, low = -1, b = o = 0; the rest is this library's choice.
 
     Args:
@@ -331,6 +350,6 @@ def mix_activation(
         offset: 0.0 or 1.0, in units of the scale.
         surrogate: what frozen features pass back.
         real: f(u), what unfrozen features compute with, if not u itself.
-        width: of the window of `windowed_ste`, in units of the scale.
+        width: `surrogate_width`, in units of the scale.
     """
     return kernels.apply(_MixActivation, u, real, scale, threshold, mask, low, high, offset, surrogate, width)

@@ -270,12 +270,12 @@ class BinaryAttention(Member, nn.Module):
     def _product(self, left: Operand, right: Operand, factor: Tensor | None = None) -> Tensor:
         """(factor * left') @ right'."""
         if self.freezing.stage == FROZEN:
-            return binary_matmul(left, right, self.stompp_config.frozen_gradient, factor)
+            return binary_matmul(left, right, self.surrogate, factor)
         levels = self._levels(left)
         return (levels if factor is None else levels * factor).matmul(self._levels(right))
 
     def _levels(self, operand: Operand) -> Tensor:
-        return operand.binary() if self.freezing.stage == FROZEN else operand.mixed(self.stompp_config.frozen_gradient)
+        return operand.binary() if self.freezing.stage == FROZEN else operand.mixed(self.surrogate)
 
     # ---- looking ----
 

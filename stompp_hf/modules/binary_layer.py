@@ -161,8 +161,7 @@ class BinaryLayer(KeptWeight, LayerState):
 
     def _gated(self, x: Tensor) -> Tensor:
         """The value before the absorbed activation, with the gradient of the value after it."""
-        passes = self.stompp_config.frozen_gradient != "zero"
-        return gate(x, self.absorbed) if self.absorbed is not None and passes else x
+        return gate(x, self.absorbed) if self.absorbed is not None and self.surrogate.passes else x
 
     def _product_of(self, x: Tensor) -> Product:
         """The product for this very input: a convolution's padding may depend on its size."""
@@ -185,7 +184,7 @@ class BinaryLayer(KeptWeight, LayerState):
             self._weight_shaped(self.weight_scale),
             _mask(self.weight_mask, self.weight),
             self._edges_now()[2],
-            self.stompp_config.frozen_gradient,
+            self.surrogate,
         )
         if self.activation_scale is None:
             x = self._activated(x)
@@ -201,7 +200,7 @@ class BinaryLayer(KeptWeight, LayerState):
                 self._placed_mask(x),
                 *self._edges_now()[:2],
                 self.activation_offset,
-                self.stompp_config.frozen_gradient,
+                self.surrogate,
                 real,
                 self.stompp_config.surrogate_width,
             )
@@ -239,11 +238,11 @@ class BinaryLayer(KeptWeight, LayerState):
                 None if self.activation_scale is None else self.activation_scale.to(exact),
                 None if self.activation_threshold is None else self.activation_threshold.to(exact),
                 None if self.bias is None else self.bias.to(exact),
-                self._edges_now() if self.stompp_config.frozen_gradient == "clipped_ste" else (None, None, None),
+                self._edges_now() if self.surrogate.reads_clip else (None, None, None),
                 self._product_of(x),
                 self.activation_offset,
                 self._pad_level(),
-                self.stompp_config.frozen_gradient,
+                self.surrogate,
                 self.stompp_config.surrogate_width,
                 narrow,
             )

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from .. import kernels
 from ..config import StoMPPConfig
 from ..method.layer_product import LinearProduct
-from ..method.mixing import hard, inside, mix_weight
+from ..method.mixing import hard, mix_weight, through_weight
+from ..method.surrogates import Rule, Surrogate
 from .binary_layer import BinaryLayer
 
 
@@ -20,21 +21,22 @@ class _FrozenRows(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, weight: Tensor, scale: Tensor, ids: Tensor, padding: int, clip: float | None, surrogate: str
+        ctx: Any, weight: Tensor, scale: Tensor, ids: Tensor, padding: int, clip: float | None, surrogate: Surrogate
     ) -> Tensor:
-        ctx.save_for_backward(weight, ids)
+        ctx.save_for_backward(weight, ids, scale)
         ctx.padding, ctx.clip, ctx.surrogate = padding, clip, surrogate
         return hard(F.embedding(ids, weight)).mul_(scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, ids = ctx.saved_tensors
+        weight, ids, scale = ctx.saved_tensors
         grad_weight = grad_scale = None
-        if ctx.needs_input_grad[0] and ctx.surrogate != "zero":
-            grad_weight = torch.ops.aten.embedding_dense_backward(grad, ids, weight.shape[0], ctx.padding, False)
-            if ctx.surrogate == "clipped_ste":
-                grad_weight = inside(grad_weight, weight, None if ctx.clip is None else -ctx.clip, ctx.clip)
+        if ctx.needs_input_grad[0] and ctx.surrogate.passes:
+            passed = grad
+            if ctx.surrogate.weight is not Rule.EVERYTHING:
+                passed = through_weight(ctx.surrogate, grad, F.embedding(ids, weight), scale, ctx.clip)
+            grad_weight = torch.ops.aten.embedding_dense_backward(passed, ids, weight.shape[0], ctx.padding, False)
         if ctx.needs_input_grad[1]:
             grad_scale = hard(F.embedding(ids, weight)).mul_(grad).sum(-1, keepdim=True)
         return grad_weight, grad_scale, *[None] * 4
@@ -100,14 +102,13 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
             F.embedding(x, self._row_scales(), self.padding_idx),
             F.embedding(x, self.weight_mask).to(self.weight.dtype),
             self._edges_now()[2],
-            self.stompp_config.frozen_gradient,
+            self.surrogate,
         )
 
     def _frozen(self, x: Tensor) -> Tensor:
         scale = F.embedding(x, self._row_scales(), self.padding_idx)
         padding = -1 if self.padding_idx is None else self.padding_idx
-        regime = self.stompp_config.frozen_gradient
-        arguments = (self.weight, scale, x, padding, self.weight_edge, regime)
+        arguments = (self.weight, scale, x, padding, self.weight_edge, self.surrogate)
         return kernels.apply(_FrozenRows, *arguments)  # type: ignore[no-any-return]
 
     def bits(self) -> tuple[list[int], list[int]]:

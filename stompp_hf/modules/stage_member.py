@@ -16,6 +16,7 @@ from ..config import StoMPPConfig
 from ..errors import CheckpointError, NonFiniteError
 from ..kernels import countable
 from ..method.masks import SoftRefreshMask
+from ..method.surrogates import SURROGATES, Surrogate
 from ..method.windows import FROZEN, PENDING, TRANSITION, Place
 from .calibration import ActivationValues, Observer, in_processes
 from .converted import Converted
@@ -130,6 +131,11 @@ class Member(Converted):
     def _read_edges(self) -> None:
         """Take the clips' edges as numbers."""
         raise NotImplementedError
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """What frozen entries pass back."""
+        return SURROGATES[self.stompp_config.frozen_gradient]
 
     # ---- what reports ask for ----
 

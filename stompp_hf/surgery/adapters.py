@@ -132,7 +132,7 @@ def _check_adapter(tuner: Any, model: nn.Module, adapter_name: str, state_dict: 
         elif reason and _is_target(tuner, config, name, member, state_dict):
             reasons[name] = reason
     _refuse(reasons, f"the adapter {adapter_name!r}")
-    if not config.inference_mode and any(m.stompp_config.frozen_gradient == "zero" for m in found.values()):
+    if not config.inference_mode and any(m.stompp_config.is_ste_free for m in found.values()):
         logger.warning(
             "this base is STE-free: its frozen layers pass no gradient on, and an adapter in front of them learns "
             "through shortcuts alone. A base that was trained with frozen_gradient='windowed_ste' passes one."

@@ -136,7 +136,7 @@ class StoMPPTrainerCallback(TrainerCallback):
             self._live.end()
         self._bind(model, state)
         progression = self._required()
-        if args.torch_compile and progression.config.frozen_gradient == "zero":
+        if args.torch_compile and progression.config.is_ste_free:
             refuse_untraceable(progression.model)
         if not self._holds_complete:
             self._forget_best(state, state.global_step)

@@ -34,7 +34,7 @@ _hooks: WeakKeyDictionary[Any, dict[int, list[Any]]] = WeakKeyDictionary()
 
 def is_ste_free(config: StoMPPConfig) -> bool:
     """Whether frozen entries pass no gradient, and are held."""
-    return config.frozen_gradient == "zero" and config.binarize != "nothing"
+    return config.is_ste_free and config.binarize != "nothing"
 
 
 class Optimizers:

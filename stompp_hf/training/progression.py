@@ -67,7 +67,7 @@ class Progression:
         self.model, self.plan = driven_model(model), get_plan(model)
         self.layers: dict[str, Member] = members(model)
         self._roots = list(planned_models(model).values())
-        if self.config.frozen_gradient == "zero" and compiling.is_compiled(model):
+        if self.config.is_ste_free and compiling.is_compiled(model):
             compiling.refuse_untraceable(self.model)
         self.total_steps = self._settle_total(total_steps, rescale)
         self.windows = {name: layer.place.window(self.total_steps) for name, layer in self.layers.items()}
