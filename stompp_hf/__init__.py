@@ -1,81 +1,92 @@
 """StoMPP for Hugging Face Transformers: train networks with 1-bit weights and activations, stage by stage."""
 
-from . import console
-from .checkpoints import saving  # noqa: F401  # save_pretrained and from_pretrained ask there
-from .checkpoints.model_card import model_card, push_to_hub, write_model_card
-from .checkpoints.packing import pack_model, unpack_model
-from .checkpoints.quantizer import StoMPPQuantizer
-from .checkpoints.remote_code import add_remote_code
-from .config import StoMPPConfig
-from .errors import StoMPPError
-from .export.onnx_export import export_onnx
-from .inference.fusing import fuse_for_inference, unfuse
-from .modules import (
-    BinaryAttention,
-    BinaryConv1D,
-    BinaryConv1d,
-    BinaryConv2d,
-    BinaryConv3d,
-    BinaryEmbedding,
-    BinaryLayer,
-    BinaryLinear,
-)
-from .reports.runs import read_run, record_run
-from .reports.summary import Summary, summary
-from .surgery.binarize import binarize_model, report, restore_model
-from .surgery.members import get_plan
-from .surgery.quantization_config import StoMPPQuantizationConfig
-from .trainer.callback import StoMPPTrainerCallback
-from .trainer.distillation_callback import DistillationCallback
-from .trainer.gradient_norms import GradientNormCallback
-from .trainer.parameter_groups import create_optimizer, parameter_groups
-from .trainer.resuming import last_whole_checkpoint
-from .training.distillation import Distiller
-from .training.live_metrics import LiveMetrics
-from .training.progression import Progression, calibrate
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from . import console, hooks
+from .method import packed_operators  # noqa: F401  # for programs of torch.export, which know them by name
+
+if TYPE_CHECKING:
+    from .checkpoints.model_card import (
+        model_card as model_card,
+        push_to_hub as push_to_hub,
+        write_model_card as write_model_card,
+    )
+    from .checkpoints.packing import pack_model as pack_model, unpack_model as unpack_model
+    from .checkpoints.quantizer import StoMPPQuantizer as StoMPPQuantizer
+    from .checkpoints.remote_code import add_remote_code as add_remote_code
+    from .config import StoMPPConfig as StoMPPConfig
+    from .errors import StoMPPError as StoMPPError
+    from .export.onnx_export import export_onnx as export_onnx
+    from .inference.fusing import fuse_for_inference as fuse_for_inference, unfuse as unfuse
+    from .modules import (
+        BinaryAttention as BinaryAttention,
+        BinaryConv1D as BinaryConv1D,
+        BinaryConv1d as BinaryConv1d,
+        BinaryConv2d as BinaryConv2d,
+        BinaryConv3d as BinaryConv3d,
+        BinaryEmbedding as BinaryEmbedding,
+        BinaryLayer as BinaryLayer,
+        BinaryLinear as BinaryLinear,
+    )
+    from .reports.runs import read_run as read_run, record_run as record_run
+    from .reports.summary import Summary as Summary, summary as summary
+    from .surgery.binarize import binarize_model as binarize_model, report as report, restore_model as restore_model
+    from .surgery.members import get_plan as get_plan
+    from .surgery.quantization_config import StoMPPQuantizationConfig as StoMPPQuantizationConfig
+    from .trainer.callback import StoMPPTrainerCallback as StoMPPTrainerCallback
+    from .trainer.distillation_callback import DistillationCallback as DistillationCallback
+    from .trainer.gradient_norms import GradientNormCallback as GradientNormCallback
+    from .trainer.parameter_groups import create_optimizer as create_optimizer, parameter_groups as parameter_groups
+    from .trainer.resuming import last_whole_checkpoint as last_whole_checkpoint
+    from .training.distillation import Distiller as Distiller
+    from .training.live_metrics import LiveMetrics as LiveMetrics
+    from .training.progression import Progression as Progression, calibrate as calibrate
 
 console.install()
+hooks.install()
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BinaryAttention",
-    "BinaryConv1D",
-    "BinaryConv1d",
-    "BinaryConv2d",
-    "BinaryConv3d",
-    "BinaryEmbedding",
-    "BinaryLayer",
-    "BinaryLinear",
-    "DistillationCallback",
-    "Distiller",
-    "GradientNormCallback",
-    "LiveMetrics",
-    "Progression",
-    "StoMPPConfig",
-    "StoMPPError",
-    "StoMPPQuantizationConfig",
-    "StoMPPQuantizer",
-    "StoMPPTrainerCallback",
-    "Summary",
-    "add_remote_code",
-    "binarize_model",
-    "calibrate",
-    "fuse_for_inference",
-    "create_optimizer",
-    "export_onnx",
-    "get_plan",
-    "last_whole_checkpoint",
-    "model_card",
-    "pack_model",
-    "parameter_groups",
-    "push_to_hub",
-    "read_run",
-    "record_run",
-    "report",
-    "restore_model",
-    "summary",
-    "unfuse",
-    "unpack_model",
-    "write_model_card",
-]
+_HOMES = {
+    "checkpoints.model_card": "model_card push_to_hub write_model_card",
+    "checkpoints.packing": "pack_model unpack_model",
+    "checkpoints.quantizer": "StoMPPQuantizer",
+    "checkpoints.remote_code": "add_remote_code",
+    "config": "StoMPPConfig",
+    "errors": "StoMPPError",
+    "export.onnx_export": "export_onnx",
+    "inference.fusing": "fuse_for_inference unfuse",
+    "modules": "BinaryAttention BinaryConv1D BinaryConv1d BinaryConv2d BinaryConv3d "
+    "BinaryEmbedding BinaryLayer BinaryLinear",
+    "reports.runs": "read_run record_run",
+    "reports.summary": "Summary summary",
+    "surgery.binarize": "binarize_model report restore_model",
+    "surgery.members": "get_plan",
+    "surgery.quantization_config": "StoMPPQuantizationConfig",
+    "trainer.callback": "StoMPPTrainerCallback",
+    "trainer.distillation_callback": "DistillationCallback",
+    "trainer.gradient_norms": "GradientNormCallback",
+    "trainer.parameter_groups": "create_optimizer parameter_groups",
+    "trainer.resuming": "last_whole_checkpoint",
+    "training.distillation": "Distiller",
+    "training.live_metrics": "LiveMetrics",
+    "training.progression": "Progression calibrate",
+}
+"""Where each public name comes from. It is imported when it is used: Trainer, for one, brings half the world along."""
+_HOME = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = list(_HOME)
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+            return globals()[name]
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+            return importlib.import_module(f"{__name__}.{name}")  # a room
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

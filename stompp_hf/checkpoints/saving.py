@@ -1,4 +1,4 @@
-"""PreTrainedModel.save_pretrained and from_pretrained, made to ask this library first; importing this module does it.
+"""PreTrainedModel.save_pretrained and from_pretrained, as `stompp_hf.hooks` makes them ask this library first.
 
 Every way to a checkpoint with a config.json leads through save_pretrained: Trainer's, accelerate's examples',
 sentence-transformers', a larger model's, a part's. There a model with a plan is held to what loading will demand, its
@@ -7,12 +7,10 @@ only says so: the bits of a binary model must not be left out.
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from ..config import METHOD
@@ -20,10 +18,9 @@ from ..errors import CheckpointError
 from ..integrations.sharding import is_sharded
 from ..surgery.ownership import plans_of
 from ..surgery.quantization_config import StoMPPQuantizationConfig
+from . import quantizer  # noqa: F401  # it registers the format
 from .checks import OWNERS, check_written, expected_tensors, name_in
 from .checksums import as_metadata, note_of
-
-_save, _load = PreTrainedModel.save_pretrained, PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
 
 class _Writer(HfQuantizer):
@@ -43,9 +40,14 @@ class _Writer(HfQuantizer):
         return True
 
 
-@functools.wraps(_save)
 def save_pretrained(
-    self: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **options: Any
+    save: Callable[..., Any],
+    self: Any,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: Any = None,
+    *args: Any,
+    **options: Any,
 ) -> Any:
     """transformers' own; a binarized model is first held to what loading demands, and saved with checksums.
 
@@ -55,11 +57,11 @@ def save_pretrained(
         NotBinarizedError: a binary layer was replaced or removed after binarize_model.
     """
     if getattr(self, "_hf_peft_config_loaded", False):  # the adapter alone is saved
-        return _save(self, save_directory, is_main_process, state_dict, *args, **options)
+        return save(self, save_directory, is_main_process, state_dict, *args, **options)
     plans = plans_of(self)
     if not plans:
         with _config_says(self.config, None):
-            return _save(self, save_directory, is_main_process, state_dict, *args, **options)
+            return save(self, save_directory, is_main_process, state_dict, *args, **options)
     written = self.state_dict() if state_dict is None else state_dict
     note: dict[str, Any] = {}
     if is_main_process or any(map(is_sharded, written.values())):  # what is sharded is looked at by all processes
@@ -76,17 +78,18 @@ def save_pretrained(
         _config_says(self.config, StoMPPQuantizationConfig.of(plans, note.get("save"))),
         _metadata_of(self, written, note),
     ):
-        return _save(self, save_directory, is_main_process, None, *args, **options)
+        return save(self, save_directory, is_main_process, None, *args, **options)
 
 
-@functools.wraps(_load)
-def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+def from_pretrained(
+    load: Callable[..., Any], cls: Any, *args: Any, output_loading_info: bool = False, **options: Any
+) -> Any:
     """transformers' own; a checkpoint with binary layers is not loaded by a config that does not know of them.
 
     Raises:
         CheckpointError: it would be; latent weights alone make a plausible model in full precision.
     """
-    model, info = _load(cls, *args, output_loading_info=True, **options)
+    model, info = load(cls, *args, output_loading_info=True, **options)
     left_out = [name for name in sorted(info["unexpected_keys"]) if name.rpartition(".")[2] in OWNERS]
     modules = dict(model.named_modules()) if left_out and not plans_of(model) else {}
     left_out = [name for name in left_out if name_in(modules, name.rpartition(".")[0], model.base_model_prefix)]
@@ -131,7 +134,3 @@ def _metadata_of(model: Any, written: dict[str, Tensor], note: dict[str, Any]) -
         yield
     finally:
         del model.hf_quantizer
-
-
-PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
-PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type,assignment,method-assign]

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _dispatch_tls_is_dispatch_key_included as _is_included  # type: ignore[attr-defined]
-from torch._C import _is_tracing  # type: ignore[attr-defined]
-from torch._C import _len_torch_dispatch_stack as _dispatch_modes
-from torch._C import _len_torch_function_stack as _function_modes
+from torch._C import (
+    _dispatch_tls_is_dispatch_key_included as _is_included,  # type: ignore[attr-defined]
+    _is_tracing,  # type: ignore[attr-defined]
+    _len_torch_dispatch_stack as _dispatch_modes,
+    _len_torch_function_stack as _function_modes,
+)
 from torch._C._functorch import maybe_current_level as _functorch_level
 from torch.autograd import forward_ad as _forward_ad
 from torch.nn import Parameter

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..integrations.torch import constant_when_compiled
 from . import native
 from .sizes import check
 
@@ -14,7 +15,7 @@ DEVICES = ("cuda",)
 """Where Triton's kernels run; ROCm's devices are called so too."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def triton_version() -> str | None:
     """Triton's version, or None where it cannot be imported; it comes with torch's builds for GPUs."""
     return _version()

@@ -2,15 +2,13 @@
 
 Adapters add to a layer's weight when they are merged, and some kinds read it to compute (DoRA, HRA) or change it to
 begin with (PiSSA). The weight of a binary layer is a latent of which only the signs are used: the result would be
-silently wrong. Importing this module makes PEFT, where it is installed, ask here first.
+silently wrong. `stompp_hf.hooks` makes PEFT ask here first.
 """
 
 import copy
 import dataclasses
-import functools
-import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -108,7 +106,7 @@ def _option(config: Any, name: str) -> Any:
     return getattr(config, name, None) or []
 
 
-def _check_adapter(tuner: Any, model: nn.Module, adapter_name: str, state_dict: Any = None, **unused: Any) -> None:
+def check_adapter(tuner: Any, model: nn.Module, adapter_name: str, state_dict: Any = None, **unused: Any) -> None:
     """Raise AdapterError, before PEFT changes anything, where an adapter is to stand and cannot."""
     found = {plain_name(name): module for name, module in model.named_modules() if isinstance(module, Member)}
     if not found:
@@ -199,13 +197,14 @@ def _merges(layer: Any, adapters: Any) -> bool:
     return bool(set(asked) & layer._get_available_adapters())
 
 
-def _check_layer_merge(layer: Any, adapter_names: Any = None, **unused: Any) -> None:
+def check_layer_merge(layer: Any, adapter_names: Any = None, **unused: Any) -> None:
+    """Raise AdapterError where one adapter layer would be merged into a binary weight."""
     if _merges(layer, adapter_names):
         base = layer.get_base_layer()
         _refuse_merge([f"{type(base).__name__}({base.extra_repr()})"])
 
 
-def _check_model_merge(tuner: Any, adapter_names: Any = None, **unused: Any) -> None:
+def check_model_merge(tuner: Any, adapter_names: Any = None, **unused: Any) -> None:
     """All layers, before the first is touched: a merge that stops half-way would leave a model of neither kind."""
     layers = [(name, module) for name, module in tuner.model.named_modules() if is_tuner_layer(module)]
     _refuse_merge([name for name, layer in layers if _merges(layer, adapter_names)])
@@ -220,57 +219,3 @@ def _refuse_merge(names: list[str]) -> None:
             "model.save_pretrained(...) writes the adapter, model.unload().save_pretrained(...) the base. For a merge "
             "into float weights, stompp_hf.restore_model(model) first."
         )
-
-
-# ---- how PEFT is made to ask ----
-
-Check = Callable[..., None]
-
-
-def _asking(method: Callable[..., Any], check: Check) -> Callable[..., Any]:
-    """A method that first runs a check with the same arguments, by name: PEFT's classes order them differently."""
-    signature = inspect.signature(method)
-
-    @functools.wraps(method)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        own, *named = signature.bind(*args, **kwargs).arguments.items()
-        check(own[1], **dict(named))
-        return method(*args, **kwargs)
-
-    checked.asks_stompp = True  # type: ignore[attr-defined]
-    return checked
-
-
-def _guard(cls: Any, checks: dict[str, Check]) -> None:
-    """Guard the methods that a class itself defines, and those of all classes derived from it."""
-    for name, check in checks.items():
-        method = vars(cls).get(name)
-        if callable(method) and not hasattr(method, "asks_stompp"):
-            setattr(cls, name, _asking(method, check))
-    for derived in cls.__subclasses__():
-        _guard(derived, checks)
-
-
-def _guard_family(root: Any, checks: dict[str, Check]) -> None:
-    """Guard a class, and all that are or will be derived from it: each kind of adapter has a merge of its own."""
-
-    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
-        super(root, cls).__init_subclass__(**kwargs)
-        _guard(cls, checks)
-
-    root.__init_subclass__ = classmethod(init_subclass)
-    _guard(root, checks)
-
-
-def _install() -> None:
-    """Guard PEFT's classes, where PEFT is installed."""
-    try:
-        from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-    except ImportError:
-        return
-    merges = dict.fromkeys(("merge_and_unload", "merge_adapter"), _check_model_merge)
-    _guard_family(BaseTuner, {"inject_adapter": _check_adapter, **merges})
-    _guard_family(BaseTunerLayer, {"merge": _check_layer_merge})
-
-
-_install()

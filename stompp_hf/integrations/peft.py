@@ -1,0 +1,43 @@
+"""PEFT's insides: how its classes are made to ask first, and what they call what is asked about."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+Check = Callable[..., None]
+
+
+def _asking(method: Callable[..., Any], check: Check) -> Callable[..., Any]:
+    """A method that first runs a check with the same arguments, by name: PEFT's classes order them differently."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        own, *named = signature.bind(*args, **kwargs).arguments.items()
+        check(own[1], **dict(named))
+        return method(*args, **kwargs)
+
+    checked.asks_first = True  # type: ignore[attr-defined]
+    return checked
+
+
+def _guard(cls: Any, checks: dict[str, Check]) -> None:
+    """Guard the methods that a class itself defines, and those of all classes derived from it."""
+    for name, check in checks.items():
+        method = vars(cls).get(name)
+        if callable(method) and not hasattr(method, "asks_first"):
+            setattr(cls, name, _asking(method, check))
+    for derived in cls.__subclasses__():
+        _guard(derived, checks)
+
+
+def guard_family(root: Any, checks: dict[str, Check]) -> None:
+    """Guard a class, and all that are or will be derived from it: each kind of adapter has a merge of its own."""
+
+    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
+        super(root, cls).__init_subclass__(**kwargs)
+        _guard(cls, checks)
+
+    root.__init_subclass__ = classmethod(init_subclass)
+    _guard(root, checks)
