@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from datasets import Image as ImageFeature
+from datasets import ClassLabel, Dataset, DatasetDict, Image as ImageFeature, load_dataset
 from PIL import Image, ImageOps
 from torch import Tensor
 

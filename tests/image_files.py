@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from datasets import ClassLabel, Dataset, Features
-from datasets import Image as ImageFeature
+from datasets import ClassLabel, Dataset, Features, Image as ImageFeature
 from PIL import Image
 
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from stompp_hf.method.mixing import hard
 from stompp_hf.method.sign_bits import SignBits, count_ones, pack_signs, unpack_signs

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import CASES, logits, quick, same_tensors
-from models import train as train_case
+from models import CASES, logits, quick, same_tensors, train as train_case
 from stack import WIDTH, Stack, batch, random_states, stack, train, update
 from torch import Tensor, nn
 

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from reference import Array, Geometry, clip, indices, sign, surrogate, within
 from torch import Tensor, nn
 

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from stompp_hf.method.mixing import hard, inside, mix_activation, mix_weight, soft

@@ -7,8 +7,7 @@ import models
 import pytest
 import torch
 import vision
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from models import logits, quick, train
 from torch import nn
 

@@ -7,8 +7,7 @@ import pickle
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from stompp_hf import StoMPPConfig

@@ -6,8 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from stack import WIDTH, batch, random_states, stack, train
 
 from stompp_hf import BinaryLayer, Progression

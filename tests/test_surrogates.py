@@ -6,9 +6,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_attention import SHAPES, operands
-from test_attention import build as build_attention
-from test_attention import plain as not_asked
+from test_attention import SHAPES, build as build_attention, operands, plain as not_asked
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification

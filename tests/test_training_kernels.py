@@ -10,8 +10,7 @@ import models
 import pytest
 import torch
 import vision
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from instruction_sets import limited_to
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
