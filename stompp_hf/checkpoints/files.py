@@ -1,14 +1,15 @@
-"""Reading a checkpoint folder without loading it: config.json, the class it names, the headers of its weight files."""
+"""Reading a checkpoint folder without loading it: config.json, the class it names, headers, single tensors."""
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..config import METHOD
 from ..errors import CheckpointError
@@ -123,3 +124,18 @@ def headers(files: Iterable[Path]) -> Iterator[Header]:
             if name != "__metadata__":
                 first, last = value["data_offsets"]
                 yield Header(name, value["dtype"], value["shape"], last - first)
+
+
+def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of the tensors of a folder whose names are `wanted`, one at a time.
+
+    Raises:
+        CheckpointError: a file is damaged or cut off.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for name in filter(wanted, file.keys()):
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or cut off: {error}.") from error

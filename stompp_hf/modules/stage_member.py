@@ -218,8 +218,8 @@ class Member(Converted):
             self._seen = [("stompp_state", self.stompp_state, None)]  # whoever asks next is told as well
             raise CheckpointError(
                 f"{self.place.label or type(self).__name__}: {reason}. No training run wrote these tensors: they are "
-                "of a damaged file, or of another model, or an average with use_buffers=True. Average parameters, and "
-                "copy buffers."
+                "of a damaged file, or of another model, or an average that takes buffers in (use_buffers=True, timm's "
+                "ModelEmaV2). Average parameters, and copy buffers, as timm's ModelEmaV3 does."
             )
         self._read_edges()
         self._looked()

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.tensor_files import read_tensors
+from ..checkpoints.files import read_tensors
 from ..errors import CheckpointError, RunError, StoMPPError
 from ..method.schedules import frozen_fraction
 from ..method.windows import Window

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.files import read_config
-from ..checkpoints.tensor_files import read_tensors
+from ..checkpoints.files import read_config, read_tensors
 from ..errors import RunError
 from ..surgery.plan import Plan
 from ..surgery.quantization_config import StoMPPQuantizationConfig

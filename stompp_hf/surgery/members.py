@@ -1,7 +1,6 @@
 """Finding a model's plan, and the members that it names."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, NotBinarizedError
 from ..modules import BinaryLayer, Member
 from ..modules.converted import Converted
-from .plan import Entry, Plan
+from .plan import Plan
 
 _ATTRIBUTE = "stompp_plan"
 Key = TypeVar("Key")
@@ -72,7 +71,6 @@ def get_plan(model: nn.Module) -> Plan:
     plans: dict[str, Plan] = {name: getattr(root, _ATTRIBUTE) for name, root in planned_models(model).items()}
     if len(plans) == 1:
         return next(iter(plans.values()))
-    first = next(iter(plans.values())).config
     for option in ("binarize", "frozen_gradient", "pending_lr", "check_every", "refresh_rate"):
         values = {repr(getattr(plan.config, option)) for plan in plans.values()}
         if len(values) > 1:
@@ -80,13 +78,7 @@ def get_plan(model: nn.Module) -> Plan:
                 f"{', '.join(plans)} were binarized with {option}={' and '.join(sorted(values))}, and cannot be driven "
                 "together. Use one value for all, or train each part by itself."
             )
-    entries: list[Entry] = []
-    for name, plan in plans.items():
-        ahead = 1 + max((entry.stage for entry in entries), default=-1)
-        renamed = plan.renamed(lambda inner, name=name: f"{name}.{inner}")  # type: ignore[misc]
-        entries += [replace(entry, stage=ahead + entry.stage) for entry in renamed.entries]
-    left = {f"{name}.{inner}": reason for name, plan in plans.items() for inner, reason in plan.left.items()}
-    return Plan(first, entries, left, packed=all(plan.packed for plan in plans.values()))
+    return Plan.joined(plans)
 
 
 def plain_name(name: str) -> str:

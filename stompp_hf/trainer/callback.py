@@ -16,8 +16,7 @@ from ..training.live_metrics import ALWAYS, LiveMetrics, check_every
 from ..training.progression import Progression
 from .binary_evaluation import evaluate_twice
 from .hub_card import attach_to
-from .resume_checks import check_adapted, check_folder, check_resumed
-from .resuming import last_whole_checkpoint
+from .resuming import check_adapted, check_folder, check_resumed, last_whole_checkpoint
 from .stage_display import show_stage
 
 logger = logging.getLogger(__name__)
