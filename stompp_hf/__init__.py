@@ -4,7 +4,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from . import console, hooks
-from .method import packed_operators  # noqa: F401  # for programs of torch.export, which know them by name
+from .method import packed_product  # noqa: F401  # for programs of torch.export, which know them by name
 
 if TYPE_CHECKING:
     from .checkpoints.model_card import (
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .config import StoMPPConfig as StoMPPConfig
     from .errors import StoMPPError as StoMPPError
     from .export.onnx_export import export_onnx as export_onnx
-    from .inference.fusing import fuse_for_inference as fuse_for_inference, unfuse as unfuse
+    from .inference.fusing import fuse_for_inference as fuse_for_inference
     from .modules import (
         BinaryAttention as BinaryAttention,
         BinaryConv1D as BinaryConv1D,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .surgery.binarize import binarize_model as binarize_model, report as report, restore_model as restore_model
     from .surgery.members import get_plan as get_plan
     from .surgery.quantization_config import StoMPPQuantizationConfig as StoMPPQuantizationConfig
+    from .surgery.unfusing import unfuse as unfuse
     from .trainer.callback import StoMPPTrainerCallback as StoMPPTrainerCallback
     from .trainer.distillation_callback import DistillationCallback as DistillationCallback
     from .trainer.gradient_norms import GradientNormCallback as GradientNormCallback
@@ -56,7 +57,7 @@ _HOMES = {
     "config": "StoMPPConfig",
     "errors": "StoMPPError",
     "export.onnx_export": "export_onnx",
-    "inference.fusing": "fuse_for_inference unfuse",
+    "inference.fusing": "fuse_for_inference",
     "modules": "BinaryAttention BinaryConv1D BinaryConv1d BinaryConv2d BinaryConv3d "
     "BinaryEmbedding BinaryLayer BinaryLinear",
     "reports.runs": "read_run record_run",
@@ -64,6 +65,7 @@ _HOMES = {
     "surgery.binarize": "binarize_model report restore_model",
     "surgery.members": "get_plan",
     "surgery.quantization_config": "StoMPPQuantizationConfig",
+    "surgery.unfusing": "unfuse",
     "trainer.callback": "StoMPPTrainerCallback",
     "trainer.distillation_callback": "DistillationCallback",
     "trainer.gradient_norms": "GradientNormCallback",

@@ -148,7 +148,7 @@ def environment() -> str:
     """Versions, and which kernels compute packed layers, and why."""
     versions = f"stompp_hf {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     python = f"Python {platform.python_version()}, {platform.machine()}"
-    return f"{versions}, {python}\n{kernels.describe()}\n{kernels.gpu.describe()}"
+    return f"{versions}, {python}\n{kernels.describe()}"
 
 
 def main(words: list[str] | None = None) -> int:

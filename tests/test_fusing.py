@@ -26,6 +26,7 @@ from stompp_hf import (
 from stompp_hf.checkpoints.packing import pack_members
 from stompp_hf.errors import PackingError
 from stompp_hf.inference.folded_batchnorm import FoldedBatchNorm
+from stompp_hf.inference.fused_layers import fuse
 from stompp_hf.inference.separable_pooling import SeparableMaxPool2d
 from stompp_hf.kernels.kept import _kept
 from stompp_hf.modules import BinaryLinear, binary_class_of
@@ -232,7 +233,7 @@ def test_sums_by_look_up_are_close(cpu: str, rows: int, inner: int, outer: int) 
     pack_members({"layer": layer})
     assert isinstance(layer, PackedLayer)
     weight, scale = layer.weight.double(), layer.weight_scale.double()
-    layer.fuse(*layer.scale_and_shift())
+    fuse(layer, *layer.scale_and_shift())
     expected = x.double() @ weight.T + layer.bias.double()
     with torch.no_grad():
         found = layer(x)

@@ -22,11 +22,11 @@ from stompp_hf import kernels
 from stompp_hf.__main__ import main
 from stompp_hf.errors import KernelError, ShapeError
 from stompp_hf.kernels import native
+from stompp_hf.method.conv_product import ConvProduct
 from stompp_hf.method.layer_product import LinearProduct
 from stompp_hf.method.mixing import hard_above
-from stompp_hf.method.packed_operators import packed_forward
+from stompp_hf.method.packed_product import packed_forward
 from stompp_hf.method.sign_bits import SignBits, pack_signs
-from stompp_hf.modules.conv import ConvProduct
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "stompp_hf" / "kernels" / "csrc"
@@ -246,7 +246,7 @@ def test_the_environment_decides() -> None:
         from stompp_hf import kernels
         from stompp_hf.kernels import native
         assert kernels.choice().instructions == "portable", kernels.describe()
-        native._team = lambda: None
+        native.team = lambda: None
         kernels.use()
         torch.set_num_threads(3)
         x, w = torch.randn(200, 500), torch.randn(300, 500)

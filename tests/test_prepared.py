@@ -1,6 +1,7 @@
 """Fused linear layers that go straight to C: they follow their tensors, and give way where they must."""
 
 import copy
+import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from stompp_hf import StoMPPConfig, kernels
 from stompp_hf.checkpoints.packing import pack_members
 from stompp_hf.errors import PackingError
+from stompp_hf.inference.fused_layers import FusedLayer, fuse
 from stompp_hf.kernels.kept import _kept
 from stompp_hf.modules import binary_class_of
 
@@ -32,7 +35,7 @@ def packed(plain: nn.Module, binarize: str = "weights_and_activations") -> Any:
 def fused(binarize: str = "weights_and_activations") -> Any:
     """A fused linear layer of 70 features and 40 outputs, without gradients."""
     layer = packed(nn.Linear(70, 40), binarize)
-    layer.fuse(*layer.scale_and_shift())
+    fuse(layer, *layer.scale_and_shift())
     return layer.requires_grad_(False)
 
 
@@ -82,14 +85,14 @@ def test_a_layer_follows_its_tensors() -> None:
     assert direct(layer, x)
     layer.share_memory()
     assert direct(layer, x)
-    layer.fuse(layer.fused_scale * 2, None)
+    fuse(layer, layer.fused_scale * 2, None)
     assert direct(layer, x)
     layer.double()
     assert layer(x).dtype == torch.float64 and layer.prepared(layer, x) is None
     layer.float()
     assert layer(x).dtype == torch.float32
     layer.unfuse()
-    assert layer.prepared is None and torch.equal(layer(x), expected(layer, x))
+    assert not hasattr(layer, "prepared") and torch.equal(layer(x), expected(layer, x))
 
 
 def test_copies_make_their_own() -> None:
@@ -206,3 +209,28 @@ def test_what_convolutions_keep_is_an_eighth(kernel: int, groups: int) -> None:
         kept = sum(value.nbytes for _, value in _kept.get(layer.weight_bits, {}).values())
         if channels * kernel * kernel > 1:  # of a single weight, the byte that holds its bit is a quarter
             assert bits + kept <= layer.weight_count * 4 / 8, (channels, bits, kept)
+
+
+class OddLinear(nn.Linear):
+    """A subclass whose input has another name."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features)
+
+
+@pytest.mark.parametrize("plain", [nn.Linear(70, 40), OddLinear(70, 40), Conv1D(40, 70), nn.Conv2d(70, 40, 1)])
+def test_a_fused_layer_is_a_class_of_its_own(plain: nn.Module) -> None:
+    kind, name = type(plain), next(iter(inspect.signature(plain.forward).parameters))
+    layer, x = packed(plain).requires_grad_(False), torch.randn(1, 70)
+    x = x[:, :, None, None] if kind is nn.Conv2d else x
+    packed_class, y = type(layer), layer(x)
+    fuse(layer, *layer.scale_and_shift())
+    assert isinstance(layer, FusedLayer) and isinstance(layer, packed_class) and isinstance(layer, kind)
+    fused_class = type(layer)
+    assert fused_class.__name__ == f"Fused{kind.__name__}" and "fused_scale" not in layer.state_dict()
+    for again in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(again) is fused_class and torch.equal(again(x), y) and torch.equal(again(**{name: x}), y)
+        again.unfuse()
+        assert type(again) is packed_class and torch.equal(again(x), y) and not hasattr(again, "fused_scale")
+    fuse(layer, *layer.scale_and_shift())
+    assert type(layer.restore()) is kind

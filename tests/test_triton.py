@@ -19,9 +19,10 @@ from stompp_hf import StoMPPConfig, kernels
 from stompp_hf.__main__ import main
 from stompp_hf.checkpoints.packing import pack_members
 from stompp_hf.errors import KernelError, ShapeError
-from stompp_hf.kernels import gpu, native
+from stompp_hf.inference.fused_layers import fuse
+from stompp_hf.kernels import choosing, gpu, native
 from stompp_hf.method.layer_product import LinearProduct
-from stompp_hf.method.packed_operators import packed_forward, packed_reference
+from stompp_hf.method.packed_product import packed_forward, packed_reference
 from stompp_hf.method.sign_bits import SignBits, pack_signs
 from stompp_hf.modules import BinaryLinear
 
@@ -52,7 +53,7 @@ def reference(
 ) -> Tensor:
     """What plain torch gives."""
     signs = SignBits(bits, torch.Size((bits.shape[0], x.shape[-1])))
-    before = native.choice().mode
+    before = kernels.choice().mode
     try:
         kernels.use("torch")
         return packed_reference(x, threshold, True, signs, (scale, shift), dtype, LinearProduct(), 0.0)
@@ -133,7 +134,7 @@ def test_packed_layers_take_it(on_cpu: None, monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(layer(x), expected) and len(calls) == 1  # with gradients: the sums alone
     with torch.no_grad():
         assert torch.equal(layer(x), expected) and len(calls) == 2
-        layer.fuse(*layer.scale_and_shift())
+        fuse(layer, *layer.scale_and_shift())
         assert torch.equal(layer(x), expected) and len(calls) == 3
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(x), expected) and len(calls) == 4
@@ -143,7 +144,7 @@ def test_packed_layers_take_it(on_cpu: None, monkeypatch: pytest.MonkeyPatch) ->
 
 @interpreted
 def test_graphs_know_on_which_device_it_is_used(on_cpu: None) -> None:
-    choose = torch.compile(lambda x: x + gpu.used_on(x.device), backend="eager", fullgraph=True)
+    choose = torch.compile(lambda x: x + choosing.used_on_gpu(x.device), backend="eager", fullgraph=True)
     assert choose(torch.zeros(1)).item() == 1.0
     kernels.use("torch")
     torch.compiler.reset()
@@ -204,15 +205,15 @@ def test_what_is_used_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
 
     try:
         assert "torch: STOMPP_KERNELS=torch" in said("torch")
-        monkeypatch.setattr(gpu, "triton_version", lambda: None)
+        monkeypatch.setattr(choosing, "triton_version", lambda: None)
         assert "torch: triton cannot be imported" in said("auto")
-        assert not gpu.used_on(torch.device("cuda"))
-        monkeypatch.setattr(gpu, "triton_version", lambda: "3.9.0")
+        assert not choosing.used_on_gpu(torch.device("cuda"))
+        monkeypatch.setattr(choosing, "triton_version", lambda: "3.9.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert "there is no GPU (triton 3.9.0 is there)" in said("auto")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert "triton: triton 3.9.0 is there" in said("auto")
-        assert gpu.used_on(torch.device("cuda")) and not gpu.used_on(torch.device("cpu"))
+        assert choosing.used_on_gpu(torch.device("cuda")) and not choosing.used_on_gpu(torch.device("cpu"))
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(KernelError, match=r"STOMPP_KERNELS=triton, and triton is not installed.*=auto"):
             kernels.use("triton")

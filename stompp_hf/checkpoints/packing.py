@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ..errors import NonFiniteError, NotCalibratedError, PackingError
-from ..inference.fusing import unfuse
 from ..integrations.sharding import GATHER, refuse_sharded
 from ..modules import FROZEN, Member
 from ..modules.packed import PACKED_CLASSES, PackedMember
@@ -18,6 +17,7 @@ from ..surgery.members import get_plan, members, planned_models
 from ..surgery.ownership import record
 from ..surgery.plan import FLOAT32, Plan
 from ..surgery.real_storage import check_real, store_real, widen
+from ..surgery.unfusing import unfuse
 
 Model = TypeVar("Model", bound=nn.Module)
 

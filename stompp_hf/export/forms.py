@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..method.attention_product import Operand
+from ..method.conv_product import ConvProduct
 from ..modules.attention import BinaryAttention
-from ..modules.conv import ConvProduct
 from ..modules.packed import PackedAttention, PackedEmbedding, PackedLayer
 from ..modules.stage_member import Member
 from .integer_products import ExportedProduct, choice_above, exported_product, signed_codes, unsigned_codes

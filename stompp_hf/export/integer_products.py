@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..method.conv_product import ConvProduct
 from ..method.layer_product import Product
-from ..modules.conv import ConvProduct
 from .onnx_operators import conv_integer, matmul_integer, times_scale
 
 ENOUGH_CHANNELS = 64

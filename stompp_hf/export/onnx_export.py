@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..checkpoints.packing import pack_model
 from ..errors import ExportError
-from ..inference.fusing import unfuse
 from ..surgery.members import get_plan, members
 from ..surgery.running import example_inputs_of, run
+from ..surgery.unfusing import unfuse
 from .forms import Form, code_table, export_form, sign_table
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,9 @@ class FoldedBatchNorm(Changed):
 
     training: bool
 
+    def unfuse(self) -> None:
+        self.restore()
+
     def forward(self, input: Tensor) -> Tensor:  # named as in torch
         if self.training:
             raise PackingError(

@@ -14,13 +14,14 @@ from ..modules.packed import PackedLayer
 from ..surgery.members import binary_layers, get_plan, planned_model
 from ..surgery.recorder import Recorder, tensors_in
 from ..surgery.running import example_inputs_of
-from .folded_batchnorm import FOLDED, FoldedBatchNorm, is_folded_well
-from .fused import made
+from ..surgery.unfusing import GRADIENTS
+from .folded_batchnorm import FOLDED, is_folded_well
+from .followed_affine import made
+from .fused_layers import fuse
 from .separable_pooling import SeparableMaxPool2d
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
-_GRADIENTS = "stompp_gradients"
 
 
 def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool = False) -> Model:
@@ -50,7 +51,7 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
     root = planned_model(model)
     if not get_plan(root).packed:
         raise PackingError("fuse_for_inference: this model is not packed; call stompp_hf.pack_model(model) first.")
-    if hasattr(root, _GRADIENTS):
+    if hasattr(root, GRADIENTS):
         raise PackingError("fuse_for_inference: this model is fused already; stompp_hf.unfuse(model) undoes it.")
     layers = {n: m for n, m in binary_layers(root).items() if isinstance(m, PackedLayer)}
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, BinaryEmbedding)}
@@ -69,7 +70,7 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
                 scale, shift = made(layer)
             plans.append((layer, scale, shift, norm))
     for layer, scale, shift, norm in plans:
-        layer.fuse(scale, shift, norm)
+        fuse(layer, scale, shift, norm)
         if norm is not None:
             norm.__class__ = FOLDED[type(norm)]
     for module in list(root.modules()):
@@ -77,28 +78,10 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
             module.__class__ = SeparableMaxPool2d
     wanting = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
     root.requires_grad_(False)
-    setattr(root, _GRADIENTS, wanting)
+    setattr(root, GRADIENTS, wanting)
     model.eval()
     count = sum(norm is not None for *_, norm in plans)
     logger.info("%d packed layers fused for inference, %d BatchNorms folded into them.", len(plans), count)
-    return model
-
-
-def unfuse(model: Model) -> Model:
-    """Undo `fuse_for_inference`, in place; the model stays packed, and in eval mode. Without effect where not fused.
-
-    Raises:
-        NotBinarizedError: the model has no binary layers.
-    """
-    root = planned_model(model)
-    for module in list(root.modules()):
-        if isinstance(module, PackedLayer):
-            module.unfuse()
-        if isinstance(module, FoldedBatchNorm | SeparableMaxPool2d):
-            module.restore()
-    wanting = root.__dict__.pop(_GRADIENTS, ())
-    for name, parameter in root.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or name in wanting)
     return model
 
 

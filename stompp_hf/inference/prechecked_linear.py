@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, get_num_threads, is_autocast_enabled
 
 from .. import kernels
-from ..kernels import DTYPES, choice, is_watched, native
+from ..kernels import DTYPES, choice, choosing, is_watched
 
 FEW = 4
 """Rows up to which calls are made in C altogether: it keeps an empty output of the shape seen last."""
@@ -82,7 +82,7 @@ class PreparedLinear:
             (home, name, tensor, seen.memory.data_ptr(), seen.version) if seen else (home, name, None, 0, None)
             for home, name, tensor, seen in layer.fused.seen
         )
-        of = [(vars(layer), name) for name in ("fused", "observer", "output_dtype")] + [(vars(native), "_chosen")]
+        of = [(vars(layer), name) for name in ("fused", "observer", "output_dtype")] + [(vars(choosing), "_chosen")]
         alike = tuple((home, name, home.get(name), None, None) for home, name in of)
         self.own = (x.shape, x.dtype, like, real, (*alike, *self.tensors, *made_of), *arguments)
         self.quick = functools.partial(self.choice.native.stompp_whole_call, SHARED, self.own)

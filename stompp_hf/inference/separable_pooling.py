@@ -29,6 +29,9 @@ class SeparableMaxPool2d(Changed, nn.MaxPool2d):
             module.ceil_mode or module.return_indices
         )  # fmt: skip
 
+    def unfuse(self) -> None:
+        self.restore()
+
     def forward(self, input: Tensor) -> Tensor:  # named as in torch
         kernel, stride, padding = (_pair(value) for value in (self.kernel_size, self.stride, self.padding))
         if not is_eager() or not _is_plain(input, kernel, padding):

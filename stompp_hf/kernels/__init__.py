@@ -1,20 +1,26 @@
 """1-bit products in compiled C, on a GPU in Triton: what of it is used, and its calls. Plain torch is always there."""
 
-from . import gpu
-from .calls import (
-    conv,
-    inner_loop,
-    linear,
-    memory_format,
-    output_size,
-    real_linear,
-    unpack,
+from . import choosing, gpu, native
+from .calls import conv, inner_loop, linear, memory_format, output_size, pack, real_linear, sizes_fit, unpack
+from .choosing import (
+    DTYPES,
+    EXACT,
+    QUESTIONS,
+    Route,
+    apply,
+    choice,
+    describe,
+    has_tangent,
+    is_eager,
+    is_watched,
+    route,
+    switched_off,
+    trains_with,
+    use,
 )
-from .choosing import DTYPES, EXACT, QUESTIONS, Route, apply, has_tangent, is_eager, is_watched, route
 from .kept import Seen, countable, derived, unchanged
-from .native import Choice, choice, describe, switched_off, use
-from .sizes import sizes_fit
-from .training import levels, mix, mix_backward, mix_weight_backward, pack, through_window, trains_with
+from .native import Choice
+from .training import levels, mix, mix_backward, mix_weight_backward, through_window
 
 __all__ = [
     "DTYPES",
@@ -25,6 +31,7 @@ __all__ = [
     "Seen",
     "apply",
     "choice",
+    "choosing",
     "conv",
     "countable",
     "derived",
@@ -40,6 +47,7 @@ __all__ = [
     "mix",
     "mix_backward",
     "mix_weight_backward",
+    "native",
     "output_size",
     "pack",
     "real_linear",

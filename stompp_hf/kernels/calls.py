@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError, ShapeError
-from .choosing import DTYPES
+from .choosing import DTYPES, choice
 from .kept import derived
-from .native import Shape, choice
-from .sizes import check
+from .native import Shape
 
 FEW_CHANNELS = 8
 """Groups with fewer channels are summed byte by byte: a word of 32 channels would hold little."""
@@ -21,6 +20,32 @@ WORD = 32
 """Bits of a word; a group with fewer channels has narrow taps, several in a word."""
 SHORT = 2**15
 """Sums of fewer signs fit into 16 bits."""
+
+
+def sizes_fit(
+    features: int, fan_in: int, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> bool:
+    """Whether sizes and types are what C and Triton take on trust. Written out: it is part of every call."""
+    outputs = bits.shape[0]
+    return not (
+        bits.dtype is not torch.uint8
+        or bits.shape[1] != (fan_in + 7) // 8
+        or (threshold is not None and (threshold.numel() != features or threshold.dtype is not torch.float32))
+        or (scale is not None and (scale.numel() not in (1, outputs) or scale.dtype is not torch.float32))
+        or (shift is not None and (shift.numel() not in (1, outputs) or shift.dtype is not torch.float32))
+    )
+
+
+def check(
+    features: int, fan_in: int, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> None:
+    """Raise ShapeError where `sizes_fit` does not hold."""
+    if not sizes_fit(features, fan_in, threshold, bits, scale, shift):
+        sizes = [None if t is None else (t.numel(), t.dtype) for t in (threshold, scale, shift)]
+        raise ShapeError(
+            f"a packed product of {features} features, {fan_in} weights an output channel: bits of shape "
+            f"{tuple(bits.shape)} and type {bits.dtype}, with {sizes} thresholds, scales and shifts, do not fit."
+        )
 
 
 def linear(
@@ -74,6 +99,19 @@ def real_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) ->
     )
     _succeed(status, "stompp_real_linear", x)
     return y
+
+
+def pack(weight: Tensor, transposed: bool) -> Tensor:
+    """The signs of a float32 weight, 8 a byte, as `pack_signs` orders them: (rows, ceil(count / 8)).
+
+    Args:
+        weight: (rows, count), contiguous; (count, rows) if transposed.
+    """
+    rows, count = weight.shape[::-1] if transposed else weight.shape
+    bits = torch.empty((rows, (count + 7) // 8), dtype=torch.uint8, device=weight.device)
+    native: Any = choice().native
+    native.stompp_pack(weight.data_ptr(), rows, count, int(transposed), bits.data_ptr(), torch.get_num_threads())
+    return bits
 
 
 def unpack(bits: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which way a product goes: asked by everybody who could call a kernel, and answered here alone.
+"""Which kernels are used, and which way a product goes: asked by everybody who could call one, and answered here alone.
 
 A kernel is called by address, past torch's dispatcher, and nobody who listens there sees it: a tracer would record an
 empty tensor in its place, a counter nothing, and a transformation would lose its values. So a kernel is called only
@@ -8,10 +8,13 @@ other cases plain torch gives the same numbers, bit for bit.
 The private names of torch that say who listens stand here, and in no other file.
 """
 
+import contextlib
 import enum
 import functools
+import importlib
 import logging
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -27,9 +30,10 @@ from torch.autograd import forward_ad as _forward_ad
 from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
-from ..errors import DerivativeError
-from . import gpu
-from .native import choice
+from ..errors import DerivativeError, KernelError
+from ..integrations.torch import constant_when_compiled
+from . import native
+from .native import Choice
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,99 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What an input of a product, and its output, may be, with the numbers that kernels know them by."""
 EXACT = 2**24
 """Sums of fewer signs are exact in float32."""
+
+
+# ---- what is used ----
+
+_chosen: Choice | None = None
+
+
+def choice() -> Choice:
+    """What is used in this process; decided at the first call, from the environment.
+
+    Raises:
+        KernelError: STOMPP_KERNELS=c without the compiled part, or a value that is none.
+    """
+    return _chosen if _chosen is not None else use()
+
+
+def use(mode: str | None = None, cpu: str | None = None) -> Choice:
+    """Decide anew what is used in this process.
+
+    Args:
+        mode: "torch", "c", "triton" or "auto"; None for what STOMPP_KERNELS says.
+        cpu: "portable", "avx2", "avx512" or "neon", what may be used at most; None for what STOMPP_KERNELS_CPU says.
+
+    Raises:
+        KernelError: "c" without the compiled part, "triton" without Triton, or a value that is none.
+    """
+    global _chosen
+    mode = os.environ.get(native.MODE, "auto") if mode is None else mode
+    cpu = os.environ.get(native.LIMIT, "") if cpu is None else cpu
+    for name, value, values in ((native.MODE, mode, native.MODES), (native.LIMIT, cpu, native.LIMITS)):
+        if value not in values:
+            known = ", ".join(word for word in values if word)
+            raise KernelError(f"{name} is {value!r}, and must be one of {known}.")
+    _chosen = native.choice_of(mode, cpu)
+    return _chosen
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Inside the block everything computes in plain torch, whatever was decided before."""
+    global _chosen
+    before, _chosen = _chosen, native.choice_of("torch", "")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+GPUS = ("cuda",)
+"""Where Triton's kernels run; ROCm's devices are called so too."""
+
+
+@constant_when_compiled
+def triton_version() -> str | None:
+    """Triton's version, or None where it cannot be imported; it comes with torch's builds for GPUs."""
+    return _version()
+
+
+@functools.cache
+def _version() -> str | None:
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return None
+
+
+def used_on_gpu(device: torch.device) -> bool:
+    """Whether Triton computes for tensors of a device."""
+    return device.type in GPUS and choice().mode != "torch" and triton_version() is not None
+
+
+def describe() -> str:
+    """Lines that say what is used, on a CPU and on a GPU, and why."""
+    chosen, path, version = choice(), native.library_path(), triton_version()
+    lines = [
+        f"kernels       {chosen.used}{' with ' + chosen.instructions if chosen.instructions else ''}",
+        f"because       {chosen.reason}",
+        f"compiled part {path.name if path else 'none'}",
+    ]
+    if chosen.used == "c":
+        lines.append(f"threads       {'of torch' if native.team() else 'made for each call'}")
+    if chosen.mode == "torch":
+        on_gpu = f"torch: {native.MODE}=torch"
+    elif version is None:
+        on_gpu = "torch: triton cannot be imported (it comes with torch's builds for GPUs)"
+    elif not torch.cuda.is_available():
+        on_gpu = f"nothing: there is no GPU (triton {version} is there)"
+    else:
+        on_gpu = f"triton: triton {version} is there, for linear layers with binary inputs; the rest in torch"
+    return "\n".join([*lines, f"on a GPU      {on_gpu}"])
+
+
+# ---- which way ----
 
 
 class Route(enum.Enum):
@@ -113,10 +210,10 @@ def route(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         return Route.TORCH
     if torch.compiler.is_compiling():
-        return Route.OPERATOR if x.is_cpu or (triton and gpu.used_on(x.device)) else Route.TORCH
+        return Route.OPERATOR if x.is_cpu or (triton and used_on_gpu(x.device)) else Route.TORCH
     if x.is_cpu and choice().native is not None:
         kernel = Route.NATIVE
-    elif triton and gpu.used_on(x.device):
+    elif triton and used_on_gpu(x.device):
         kernel = Route.TRITON
     else:
         return Route.TORCH
@@ -127,6 +224,14 @@ def route(
 
 
 _PLAIN = (Tensor, Parameter)
+
+
+def trains_with(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled part is called with these tensors, all of float32."""
+    return (
+        all(t is None or t.dtype is torch.float32 for t in others)
+        and route(x, *others, dtypes=(torch.float32,)) is Route.NATIVE
+    )
 
 
 def has_tangent(*arguments: Any) -> bool:

@@ -1,17 +1,14 @@
-"""The compiled part: where it is, whether it is used, and with which instructions of this CPU.
+"""The compiled part: where it is, whether it can be used, and with which instructions of this CPU.
 
 STOMPP_KERNELS=torch|c|triton|auto   plain torch; compiled, or an error; Triton for tensors on a GPU, or an error (C as
     with auto); what is there (the default: of either kind)
 STOMPP_KERNELS_CPU=portable|avx2|avx512|neon   instructions that may be used at most; by default the best of this CPU
 """
 
-import contextlib
 import ctypes
 import importlib.machinery
 import importlib.util
-import os
 import platform
-from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,51 +68,8 @@ class Choice:
     mode: str = "auto"
 
 
-_chosen: Choice | None = None
-
-
-def choice() -> Choice:
-    """What is used in this process; decided at the first call, from the environment.
-
-    Raises:
-        KernelError: STOMPP_KERNELS=c without the compiled part, or a value that is none.
-    """
-    return _chosen if _chosen is not None else use()
-
-
-def use(mode: str | None = None, cpu: str | None = None) -> Choice:
-    """Decide anew what is used in this process.
-
-    Args:
-        mode: "torch", "c", "triton" or "auto"; None for what STOMPP_KERNELS says.
-        cpu: "portable", "avx2", "avx512" or "neon", what may be used at most; None for what STOMPP_KERNELS_CPU says.
-
-    Raises:
-        KernelError: "c" without the compiled part, "triton" without Triton, or a value that is none.
-    """
-    global _chosen
-    mode = os.environ.get(MODE, "auto") if mode is None else mode
-    cpu = os.environ.get(LIMIT, "") if cpu is None else cpu
-    for name, value, values in ((MODE, mode, MODES), (LIMIT, cpu, LIMITS)):
-        if value not in values:
-            known = ", ".join(word for word in values if word)
-            raise KernelError(f"{name} is {value!r}, and must be one of {known}.")
-    _chosen = _choose(mode, cpu)
-    return _chosen
-
-
-@contextlib.contextmanager
-def switched_off() -> Iterator[None]:
-    """Inside the block everything computes in plain torch, whatever was decided before."""
-    global _chosen
-    before, _chosen = _chosen, _choose("torch", "")
-    try:
-        yield
-    finally:
-        _chosen = before
-
-
-def _choose(mode: str, cpu: str) -> Choice:
+def choice_of(mode: str, cpu: str) -> Choice:
+    """What is used with this mode, one of MODES, and this limit, one of LIMITS."""
     if mode == "torch":
         return Choice("torch", "", f"{MODE}=torch", mode=mode)
     if mode == "triton" and importlib.util.find_spec("triton") is None:
@@ -154,7 +108,7 @@ def _load() -> ctypes.CDLL | str:
         return f"{path.name} cannot be loaded: {error}"
     for name, quick in _functions_of_python(path).items():
         setattr(native, name, quick)
-    native.stompp_set_team(_team())
+    native.stompp_set_team(team())
     return native
 
 
@@ -175,23 +129,9 @@ def _functions_of_python(path: Path) -> dict[str, Any]:
     return {name: function for name, function in vars(module).items() if name.startswith("stompp_")}
 
 
-def _team() -> int | None:
+def team() -> int | None:
     """The function of torch's own OpenMP that runs a team of threads, where it can be found."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
     except (OSError, AttributeError, TypeError):  # TypeError: Windows
         return None
-
-
-def describe() -> str:
-    """Lines that say what is used and why."""
-    chosen = choice()
-    path = library_path()
-    lines = [
-        f"kernels       {chosen.used}{' with ' + chosen.instructions if chosen.instructions else ''}",
-        f"because       {chosen.reason}",
-        f"compiled part {path.name if path else 'none'}",
-    ]
-    if chosen.used == "c":
-        lines.append(f"threads       {'of torch' if _team() else 'made for each call'}")
-    return "\n".join(lines)

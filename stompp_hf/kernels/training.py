@@ -1,4 +1,4 @@
-"""Calls of the compiled part that training makes: signs of latent weights as bits, and the masked mix in one pass.
+"""Calls of the compiled part that training alone makes: the masked mix in one pass, and what its gradients need.
 
 Everything here equals plain torch bit for bit, but for what in torch depends on where in a vector an entry lies: the
 sign of a zero, and whether a NaN weight is inside its clip. What is not on a CPU, not float32 or not laid out for it
@@ -8,13 +8,11 @@ gives None.
 import ctypes
 import math
 from ctypes import c_float, c_int, c_int64, c_void_p
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .choosing import Route, route
-from .native import choice
+from .choosing import choice, trains_with
 
 ABOVE, INSIDE, PASSING = 1, 2, 4
 """Flags of an entry: u >= b; within the clip; where the surrogate passes its gradient."""
@@ -33,27 +31,6 @@ class _Mixing(ctypes.Structure):
         *((name, c_float) for name in ("low", "high", "offset", "width")),
         *((name, c_int) for name in ("scale_step", "mask_of_entries", "flags", "windowed", "rule")),
     )
-
-
-def trains_with(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the compiled part is called with these tensors, all of float32."""
-    return (
-        all(t is None or t.dtype is torch.float32 for t in others)
-        and route(x, *others, dtypes=(torch.float32,)) is Route.NATIVE
-    )
-
-
-def pack(weight: Tensor, transposed: bool) -> Tensor:
-    """The signs of a float32 weight, 8 a byte, as `pack_signs` orders them: (rows, ceil(count / 8)).
-
-    Args:
-        weight: (rows, count), contiguous; (count, rows) if transposed.
-    """
-    rows, count = weight.shape[::-1] if transposed else weight.shape
-    bits = torch.empty((rows, (count + 7) // 8), dtype=torch.uint8, device=weight.device)
-    native: Any = choice().native
-    native.stompp_pack(weight.data_ptr(), rows, count, int(transposed), bits.data_ptr(), torch.get_num_threads())
-    return bits
 
 
 def mix(

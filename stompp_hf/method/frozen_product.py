@@ -11,29 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
-from .layer_product import Product
+from .layer_product import Product, affine
 from .mixing import Edge, hard, hard_above, inside, through_weight
 from .packed_product import packed_product
 from .sign_bits import SignBits
 from .surrogates import Rule, Surrogate
-
-
-def affine(
-    weight_scale: Tensor,
-    activation_scale: Tensor | None,
-    bias: Tensor | None,
-    row_sums: Tensor | None,
-    offset: float,
-) -> tuple[Tensor, Tensor | None]:
-    """What follows the product of a frozen layer, y = scale * z + shift: s * a, and bias + s * a * offset * row_sums.
-
-    In this order of operations, everywhere. Each is (out,) or (1,); row_sums is None where the offset is 0.
-    """
-    scale = weight_scale if activation_scale is None else weight_scale * activation_scale
-    if row_sums is None:
-        return scale, bias
-    own = scale * (row_sums * offset)
-    return scale, own if bias is None else bias + own
 
 
 class _FrozenProduct(torch.autograd.Function):

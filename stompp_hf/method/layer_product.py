@@ -17,6 +17,24 @@ Affine = tuple[Tensor | None, Tensor | None]
 """scale and shift, one an output channel or a single one; None for 1 and 0."""
 
 
+def affine(
+    weight_scale: Tensor,
+    activation_scale: Tensor | None,
+    bias: Tensor | None,
+    row_sums: Tensor | None,
+    offset: float,
+) -> tuple[Tensor, Tensor | None]:
+    """What follows the product of a frozen layer, y = scale * z + shift: s * a, and bias + s * a * offset * row_sums.
+
+    In this order of operations, everywhere. Each is (out,) or (1,); row_sums is None where the offset is 0.
+    """
+    scale = weight_scale if activation_scale is None else weight_scale * activation_scale
+    if row_sums is None:
+        return scale, bias
+    own = scale * (row_sums * offset)
+    return scale, own if bias is None else bias + own
+
+
 class Product(Protocol):
     """z = product(x, w), its two gradients, and where channels and features are."""
 
@@ -27,7 +45,7 @@ class Product(Protocol):
     groups: int
     """Number of groups of a convolution; 1 for everything else."""
 
-    def features(self, weight: Tensor) -> int:
+    def features(self, weight: Tensor | SignBits) -> int:
         """Number of input features (channels, for a convolution)."""
 
     def __call__(self, x: Tensor, weight: Tensor, pad: float = 0.0) -> Tensor:
@@ -81,14 +99,14 @@ class LinearProduct:
     feature_dim = 1
     groups = 1
 
-    def features(self, weight: Tensor) -> int:
+    def features(self, weight: Tensor | SignBits) -> int:
         return weight.shape[self.feature_dim]
 
     def __call__(self, x: Tensor, weight: Tensor, pad: float = 0.0) -> Tensor:
         return torch.nn.functional.linear(x, weight)
 
     def route(self, x: Tensor, bits: SignBits, *others: Tensor | None) -> Route:
-        return kernels.route(x, bits.bits, *others, fan_in=bits.fan_in, triton=True)
+        return kernels.route(x, bits.bits, *others, fan_in=self.features(bits), triton=True)
 
     def by_kernel(
         self,
@@ -102,7 +120,7 @@ class LinearProduct:
     ) -> Tensor | None:
         way = self.route(x, bits, threshold, *affine) if way is None else way
         call = {Route.NATIVE: kernels.linear, Route.TRITON: kernels.gpu.linear}.get(way)
-        if call is None or x.shape[-1:] != (bits.fan_in,):
+        if call is None or x.shape[-1:] != (self.features(bits),):
             return None
         return call(x, threshold, bits.bits, *affine, dtype)
 

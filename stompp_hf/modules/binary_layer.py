@@ -226,7 +226,7 @@ class BinaryLayer(KeptWeight, LayerState):
 
     def _frozen(self, x: Tensor) -> Tensor:
         # Signs are summed in float32 whatever the precision around: a sum of integers must not be rounded.
-        exact = torch.float64 if self.like.dtype == torch.float64 else torch.float32
+        exact = torch.float64 if self.weight_scale.dtype == torch.float64 else torch.float32
         kind = x.device.type
         mixed = not x.is_meta and torch.is_autocast_enabled(kind)
         narrow = torch.get_autocast_dtype(kind) if mixed else None

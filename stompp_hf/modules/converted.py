@@ -41,6 +41,9 @@ class Converted(Module):
         """Tensors whose size follows from the weight's, with that size, by what they are called."""
         return {}
 
+    def unfuse(self) -> None:
+        """Undo what was done to it for inference alone, in place; nothing, where nothing was."""
+
     def binary_weights_in(self, name: str) -> int:
         """How many binary weights one of its tensors stands for."""
         return 0

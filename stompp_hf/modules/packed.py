@@ -4,20 +4,16 @@ A frozen member is packed in place (its `__class__` changes), so names, hooks an
 Each packed class is a subclass of its binary class, and so of its nn class.
 """
 
-import contextlib
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from ..errors import PackingError, WeightError
-from ..inference.fused import Fused
-from ..inference.prechecked_linear import PreparedLinear
-from ..kernels import Route, has_tangent
-from ..method.frozen_product import affine
-from ..method.packed_operators import packed_forward, packed_real_forward, packed_reference
+from ..kernels import DTYPES, Route
+from ..method.layer_product import affine
+from ..method.packed_product import packed_operator
 from ..method.sign_bits import SignBits, unpack_signs
 from .attention import BinaryAttention
 from .binary_layer import BinaryLayer, rebind_forward
@@ -124,7 +120,6 @@ class PackedLayer(PackedMember, BinaryLayer):
 
         Their signs are those of the packed weight whatever became of s, and their size is what the scale started from.
         """
-        self.unfuse()
         signs, size = self._bits().signs(self.weight_scale.dtype), self.weight_scale.detach().abs()
         latents = signs.mul_(self._weight_shaped(size.clamp_min(torch.finfo(size.dtype).tiny)))
         layer: Any = self
@@ -146,24 +141,16 @@ class PackedLayer(PackedMember, BinaryLayer):
 
     # ---- forward ----
 
-    def forward(self, input: Tensor) -> Tensor:
-        # Fused, it is in one state for good; the quickest of them are not to ask for it.
-        return super().forward(input) if self.fused is None or self.observer is not None else self._frozen(input)
-
-    fused: Fused | None = None
-    fused_scale: Tensor
-    fused_shift: Tensor | None
-
     def _frozen(self, x: Tensor) -> Tensor:
-        if self.fused is not None:
-            return self._fused(x, *self.fused.affine(self))
         if self.activation_scale is not None and self.like.dtype == torch.float32:  # one kernel does it all
             threshold, bits = self._operands()
             own = (self.weight_scale, self.activation_scale, threshold, self.bias)
             way = self.product.route(x, bits, *own)
-            if way is not Route.TORCH:
-                dtype, product, pad = self._kind(x)
-                y = packed_forward(x, threshold, bits, self.scale_and_shift(), dtype, product, pad, way)
+            dtype, product, pad = self._kind(x)
+            if way is not Route.TORCH and dtype in DTYPES:
+                operands = (x, threshold, bits, self.scale_and_shift(), dtype)
+                in_graph = way is Route.OPERATOR
+                y = packed_operator(*operands, product, pad) if in_graph else product.by_kernel(*operands, pad, way)
                 if y is not None:
                     return y
         return super()._frozen(x)
@@ -183,49 +170,6 @@ class PackedLayer(PackedMember, BinaryLayer):
         mixed = not x.is_meta and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if mixed else self.output_dtype
         return dtype, self._product_of(x), self._pad_level() - self.activation_offset
-
-    # ---- fused for inference ----
-
-    def fuse(self, scale: Tensor, shift: Tensor | None, norm: Any = None) -> None:
-        """Compute y = scale * z + shift from now on, without a gradient; float32, one an output channel or one.
-
-        Made of the layer's tensors, with those of `norm`, a BatchNorm, in them: `Fused` follows these.
-        """
-        for name, value in (("fused_scale", scale), ("fused_shift", shift)):
-            self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
-        self.fused = Fused(norm)
-        self.fused.look(self)
-
-    def unfuse(self) -> None:
-        """Undo `fuse`."""
-        for name in ("fused", "prepared"):
-            self.__dict__.pop(name, None)
-        for name in ("fused_scale", "fused_shift"):
-            self._buffers.pop(name, None)
-            self._non_persistent_buffers_set.discard(name)
-
-    def _fused(self, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-        if (x.requires_grad and torch.is_grad_enabled()) or has_tangent(x):
-            raise PackingError(
-                f"{type(self).__name__} is fused for inference and gives no gradient: call it under torch.no_grad(), "
-                "or stompp_hf.unfuse(model) first."
-            )
-        (threshold, bits), (dtype, product, pad), kind = self._operands(), self._kind(x), x.device.type
-        real, wide = self.activation_scale is None, scale.dtype == torch.float64
-        mixed = not x.is_meta and torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
-            if real and not wide:
-                return packed_real_forward(x, bits, scale, shift, dtype, product)
-            if not wide:
-                y = packed_forward(x, threshold, bits, (scale, shift), dtype, product, pad)
-                if y is not None:
-                    return y
-            return packed_reference(x, threshold, not real, bits, (scale, shift), dtype, product, pad)
-
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*arguments, **options)
-        if self.fused is not None:
-            self.fused.seen = None
 
     def _bits(self) -> SignBits:
         return SignBits(self.weight_bits, self.weight_shape, self.product.channel_dim)
@@ -273,25 +217,6 @@ class PackedLayer(PackedMember, BinaryLayer):
         return f"{super().extra_repr()}, packed"
 
 
-class PackedLinearLayer(PackedLayer):
-    """A packed layer of rows of features. Fused and in eager mode, it computes without a detour."""
-
-    prepared: PreparedLinear | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        prepared = self.prepared
-        if prepared is not None and not is_dynamo_compiling():
-            y = prepared.quick(input)
-            if y is None and self.fused is not None and self.observer is None:
-                y = prepared(self, input)
-            if y is not None:
-                return y  # type: ignore[no-any-return]
-        elif self.fused is not None and not is_dynamo_compiling():
-            self.prepared = PreparedLinear()
-            return self.forward(input)
-        return super().forward(input)
-
-
 PACKED_CLASSES: dict[type[Member], type[PackedMember]] = {}
 _Packed = TypeVar("_Packed", bound=type[PackedMember])
 
@@ -303,14 +228,14 @@ def register_packed(packed_class: _Packed) -> _Packed:
 
 
 @register_packed
-class PackedLinear(PackedLinearLayer, BinaryLinear):
+class PackedLinear(PackedLayer, BinaryLinear):
     """A packed nn.Linear."""
 
     binary_class = BinaryLinear
 
 
 @register_packed
-class PackedConv1D(PackedLinearLayer, BinaryConv1D):
+class PackedConv1D(PackedLayer, BinaryConv1D):
     """A packed Conv1D of transformers; its bits lie in rows of output channels, as everywhere."""
 
     binary_class = BinaryConv1D

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 Maker = Callable[[Any, type], type]
-_MADE: dict[tuple[type, type], type] = {}
+_MADE: dict[tuple[Maker, type, type], type] = {}
 
 
 class Made:
@@ -18,22 +18,23 @@ class Made:
         return (_empty, (type(self).maker, *type(self).made_from), *rest)
 
 
-def made_class(maker: Maker, kind: Any, plain: type, inner: type | None = None, **attributes: Any) -> Any:
-    """The class that is to `plain` what `kind` is to kind.plain_class, a base of it; the same one each time.
+def made_class(maker: Maker, kind: Any, plain: type, name: str, bases: tuple[type, ...], **attributes: Any) -> Any:
+    """The class that `maker` makes of (kind, plain), the same one each time.
 
     Args:
         maker: gives this class for (kind, plain), in any process; a function of a module.
-        kind: a class with a `plain_class`.
-        plain: a subclass of kind.plain_class.
-        inner: what it is a subclass of beside `kind`; `plain` if None.
-        attributes: its own attributes.
+        kind, plain: classes that pickle finds by their names.
+        name, bases, attributes: its own.
     """
-    if (kind, plain) not in _MADE:
-        name = kind.__name__.replace(kind.plain_class.__name__, plain.__name__)
+    if (maker, kind, plain) not in _MADE:
         about = {"maker": staticmethod(maker), "made_from": (kind, plain), "__doc__": kind.__doc__}
-        about |= {"plain_class": plain, "__module__": __name__}
-        _MADE[kind, plain] = type(name, (kind, inner or plain, Made), {**about, **attributes})
-    return _MADE[kind, plain]
+        _MADE[maker, kind, plain] = type(name, (*bases, Made), {**about, "__module__": __name__, **attributes})
+    return _MADE[maker, kind, plain]
+
+
+def name_for(kind: Any, plain: type) -> str:
+    """The name of what is to `plain` what `kind` is to its plain class."""
+    return str(kind.__name__).replace(kind.plain_class.__name__, plain.__name__)
 
 
 def _empty(maker: Maker, kind: Any, plain: type) -> Any:

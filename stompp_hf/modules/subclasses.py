@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .binary_layer import BinaryLayer
 from .packed import PACKED_CLASSES, register_packed
-from .runtime_classes import Made, made_class
+from .runtime_classes import Made, made_class, name_for
 
 TOLERANCE = 1e-4
 """By how much the output of a subclass may differ from its base's, in parts of the largest."""
@@ -23,14 +23,18 @@ def class_for(kind: Any, plain: type) -> Any:
     """The binary or packed class `kind`, for a subclass of its plain class; restored, a layer is of that again."""
     binary_kind = getattr(kind, "binary_class", kind)
     packed_kind = PACKED_CLASSES.get(binary_kind)
-    binary = made_class(class_for, binary_kind, plain, forward=_forward_of(binary_kind))
+    own = {"plain_class": plain, "forward": forward_of(binary_kind)}
+    binary = made_class(class_for, binary_kind, plain, name_for(binary_kind, plain), (binary_kind, plain), **own)
     if packed_kind is not None and binary not in PACKED_CLASSES:
-        own = {"binary_class": binary, "forward": _forward_of(packed_kind)}
-        register_packed(made_class(class_for, packed_kind, plain, binary, **own))
+        own = {"plain_class": plain, "forward": forward_of(packed_kind), "binary_class": binary}
+        bases = (packed_kind, binary)
+        register_packed(made_class(class_for, packed_kind, plain, name_for(packed_kind, plain), bases, **own))
     return binary if kind is binary_kind else PACKED_CLASSES[binary]
 
 
-def _forward_of(kind: Any) -> Any:
+def forward_of(kind: Any) -> Any:
+    """The forward of a class, whatever its input is called."""
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())  # the subclass may have another name for its input
         return kind.forward(self, x)  # type: ignore[no-any-return]

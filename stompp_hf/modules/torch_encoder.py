@@ -13,7 +13,7 @@ from torch import nn
 
 from .activations import Changed
 from .binary_layer import BinaryLayer
-from .runtime_classes import made_class
+from .runtime_classes import made_class, name_for
 
 
 @contextlib.contextmanager
@@ -83,4 +83,7 @@ def unfuse_encoders(model: nn.Module) -> None:
 
 
 def _class_for(kind: Any, plain: type) -> type:
-    return kind if plain is kind.plain_class else made_class(_class_for, kind, plain)  # type: ignore[no-any-return]
+    if plain is kind.plain_class:
+        return kind
+    name, bases = name_for(kind, plain), (kind, plain)
+    return made_class(_class_for, kind, plain, name, bases, plain_class=plain)  # type: ignore[no-any-return]

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from ..config import StoMPPConfig
 from ..errors import CheckpointError, ConfigError
-from ..inference.fusing import unfuse
 from ..integrations.sharding import GATHER, refuse_sharded, refuse_unsupported
 from ..modules import BinaryAttention, BinaryEmbedding, BinaryLayer, Member, binary_class_of
 from ..modules.activations import BYPASSED, PAUSED, Changed, RPReLU
@@ -23,6 +22,7 @@ from .plan import Plan
 from .real_storage import widen
 from .selection import select
 from .unattended import attended, watch
+from .unfusing import unfuse
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)

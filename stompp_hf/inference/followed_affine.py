@@ -13,7 +13,7 @@ Sources = tuple[tuple[dict[str, Any], str, Tensor | None, Seen | None], ...]
 """Where each tensor is kept, its name there, the tensor, and as what it was seen."""
 
 
-class Fused:
+class FollowedAffine:
     """Keeps a fused layer's scale and shift true to the tensors that they are made of.
 
     Those are the layer's own, and those of a BatchNorm that was folded into it. Whatever changes them (a checkpoint, an
@@ -28,7 +28,7 @@ class Fused:
         self.seen: Sources | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Fused, (self.norm,)
+        return FollowedAffine, (self.norm,)
 
     def affine(self, layer: Any) -> tuple[Tensor, Tensor | None]:
         """Scale and shift of a layer as it is now.
