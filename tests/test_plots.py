@@ -1,7 +1,6 @@
 """Pictures of a real run: their numbers against what was watched from outside, and whether they can be read."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -229,16 +228,6 @@ def test_short_names() -> None:
     assert short_names(["r.s.0.c", "r.s.1.c"]) == ["s.0", "s.1"]
     assert short_names(["x", "x.y"]) == ["x", "x.y"]
     assert short_names(["a.b.query", "a.b.key"]) == ["query", "key"]
-
-
-def test_pictures_of_the_readme_are_there_and_small() -> None:
-    root = Path(__file__).parent.parent
-    named = set(
-        re.findall(r"!\[[^]]+\]\((examples/pictures/[^)]+)\)", (root / "README.md").read_text(encoding="utf-8"))
-    )
-    there = {str(path.relative_to(root)) for path in (root / "examples" / "pictures").rglob("*.png")}
-    assert named == there and len(named) >= 3
-    assert all((root / name).stat().st_size < 60_000 for name in named)
 
 
 def test_without_matplotlib_the_extra_is_named(
