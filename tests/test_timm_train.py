@@ -1,8 +1,7 @@
 """timm's training script, unmodified, on a model that becomes binary (marker `timm`).
 
-TIMM_TRAIN=path/to/train.py names a copy of the real one; without it stands for it scripts/timm_train.py: the same order
-of calls, of timm's own utilities. Versions from before 1.0 know of no device but CUDA (see `older`), and their
-ModelEmaV2 averages whole numbers too, which the library refuses: they are run without it.
+TIMM_TRAIN=path/to/train.py names a copy of the real one, of the installed timm's version; without it stands for it
+scripts/timm_train.py: the same order of calls, of timm's own utilities.
 """
 
 import os
@@ -19,7 +18,6 @@ pytestmark = pytest.mark.timm
 
 HERE = Path(__file__).parent
 SCRIPT = os.environ.get("TIMM_TRAIN", str(HERE / "scripts" / "timm_train.py"))
-TEXT = Path(SCRIPT).read_text(encoding="utf-8").replace("'", '"')
 PER_EPOCH, EPOCHS = 6, 2
 RESNET = ("--model", "resnet18", "--model-kwargs", "channels=(8,16,16,32)")
 VIT = ("--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", "depth=2", "embed_dim=32", "num_heads=2")
@@ -73,17 +71,10 @@ def train(images: Path, out: Path, *words: str, accumulate: int = 1) -> tuple[to
     steps = -(-PER_EPOCH // accumulate) * EPOCHS
     command = [str(HERE / "scripts" / "launch_timm.py"), str(steps), str(out / "logits.pt"), SCRIPT]
     command += ["--data-dir", str(images), "--num-classes", "2", "--img-size", "32", "--batch-size", "8", "--no-aug"]
-    command += ["--epochs", str(EPOCHS), "--workers", "0", "--grad-accum-steps", str(accumulate)]
+    command += ["--epochs", str(EPOCHS), "--device", "cpu", "--workers", "0", "--grad-accum-steps", str(accumulate)]
     out.mkdir(exist_ok=True)
-    command += ["--device", "cpu"] if '"--device"' in TEXT else older(out)
     printed = python(*command, "--warmup-epochs", "0", "--output", str(out), "--experiment", "run", *words)
     return torch.load(out / "logits.pt"), printed
-
-
-def older(out: Path) -> list[str]:
-    """Options for a script without --device: timm's functions read that one from its configuration all the same."""
-    (out / "options.yaml").write_text("device: cpu\n")
-    return ["-c", str(out / "options.yaml")]
 
 
 def reload(out: Path) -> dict[str, torch.Tensor]:
@@ -93,22 +84,14 @@ def reload(out: Path) -> dict[str, torch.Tensor]:
 
 
 def test_ends_binary_reloads_and_resumes(folder: Path, tmp_path: Path) -> None:
-    averages = "ModelEmaV2" not in TEXT
-    average = ("--model-ema", "--model-ema-decay", "0.5") if averages else ()
+    average = ("--model-ema", "--model-ema-decay", "0.5")
     whole, printed = train(folder, tmp_path / "whole", *RESNET, *average)
     assert "step 12 of 12, complete: True" in printed
     found = reload(tmp_path / "whole")
     assert torch.equal(found["state_dict"], whole)
-    if averages:
-        assert torch.isfinite(found["state_dict_ema"]).all() and not torch.equal(found["state_dict_ema"], whole)
+    assert torch.isfinite(found["state_dict_ema"]).all() and not torch.equal(found["state_dict_ema"], whole)
 
-    _, printed = train(
-        folder,
-        tmp_path / "half",
-        *RESNET,
-        *average,
-        *(("--stop-epoch", "1") if '"--stop-epoch"' in TEXT else ("--epochs", "1")),
-    )
+    _, printed = train(folder, tmp_path / "half", *RESNET, *average, "--stop-epoch", "1")
     assert "step 6 of 12, complete: False" in printed
     last = tmp_path / "half" / "run" / "last.pth.tar"
     resumed, printed = train(folder, tmp_path / "rest", *RESNET, *average, "--resume", str(last))

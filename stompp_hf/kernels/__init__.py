@@ -1,62 +1,39 @@
 """1-bit products in compiled C, on a GPU in Triton: what of it is used, and its calls. Plain torch is always there."""
 
-from . import choosing, gpu, native
-from .calls import conv, inner_loop, linear, memory_format, output_size, pack, real_linear, sizes_fit, unpack
-from .choosing import (
-    DTYPES,
-    EXACT,
-    QUESTIONS,
-    Route,
-    apply,
-    choice,
-    describe,
-    has_tangent,
-    is_eager,
-    is_watched,
-    route,
-    switched_off,
-    trains_with,
-    use,
+from . import choosing as choosing, gpu as gpu, native as native
+from .calls import (
+    conv as conv,
+    inner_loop as inner_loop,
+    linear as linear,
+    memory_format as memory_format,
+    output_size as output_size,
+    pack as pack,
+    real_linear as real_linear,
+    sizes_fit as sizes_fit,
+    unpack as unpack,
 )
-from .kept import Seen, countable, derived, unchanged
-from .native import Choice
-from .training import levels, mix, mix_backward, mix_weight_backward, through_window
-
-__all__ = [
-    "DTYPES",
-    "EXACT",
-    "QUESTIONS",
-    "Choice",
-    "Route",
-    "Seen",
-    "apply",
-    "choice",
-    "choosing",
-    "conv",
-    "countable",
-    "derived",
-    "describe",
-    "gpu",
-    "has_tangent",
-    "inner_loop",
-    "is_eager",
-    "is_watched",
-    "levels",
-    "linear",
-    "memory_format",
-    "mix",
-    "mix_backward",
-    "mix_weight_backward",
-    "native",
-    "output_size",
-    "pack",
-    "real_linear",
-    "route",
-    "sizes_fit",
-    "switched_off",
-    "through_window",
-    "trains_with",
-    "unchanged",
-    "unpack",
-    "use",
-]
+from .choosing import (
+    DTYPES as DTYPES,
+    EXACT as EXACT,
+    QUESTIONS as QUESTIONS,
+    Route as Route,
+    apply as apply,
+    choice as choice,
+    describe as describe,
+    has_tangent as has_tangent,
+    is_eager as is_eager,
+    is_watched as is_watched,
+    route as route,
+    switched_off as switched_off,
+    trains_with as trains_with,
+    use as use,
+)
+from .kept import Seen as Seen, countable as countable, derived as derived, unchanged as unchanged
+from .native import Choice as Choice
+from .training import (
+    levels as levels,
+    mix as mix,
+    mix_backward as mix_backward,
+    mix_weight_backward as mix_weight_backward,
+    through_window as through_window,
+)

@@ -123,19 +123,10 @@ def unpack(bits: Tensor, count: int) -> Tensor:
 
 
 def conv(
-    x: Tensor,
-    threshold: Tensor | None,
-    bits: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    dtype: torch.dtype,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    groups: int,
-    pad: int,
-) -> Tensor:
+    x: Tensor, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[tuple[int, int]], dilation: Sequence[int],
+    groups: int, pad: int,
+) -> Tensor:  # fmt: skip
     """y = scale * conv(pad(sign(x - b)), sign(w)) + shift, bit for bit; see `linear`.
 
     Args:
@@ -164,15 +155,9 @@ def conv(
 
 
 def make_shape(
-    x: Sequence[int],
-    y: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    groups: int,
-    pad: int,
-) -> Shape:
+    x: Sequence[int], y: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+    padding: Sequence[tuple[int, int]], dilation: Sequence[int], groups: int, pad: int,
+) -> Shape:  # fmt: skip
     """The sizes of a convolution, from the shapes of its input and output."""
     shape = Shape(x[0], x[1], y[1], groups)
     filled: dict[str, tuple[Sequence[int], int]] = {

@@ -186,11 +186,7 @@ def is_eager() -> bool:
 
 
 def route(
-    x: Tensor,
-    *others: Tensor | None,
-    dtypes: Collection[torch.dtype] = DTYPES,
-    fan_in: int = 1,
-    triton: bool = False,
+    x: Tensor, *others: Tensor | None, dtypes: Collection[torch.dtype] = DTYPES, fan_in: int = 1, triton: bool = False
 ) -> Route:
     """The way of a product of these tensors.
 

@@ -34,16 +34,9 @@ class _Mixing(ctypes.Structure):
 
 
 def mix(
-    u: Tensor,
-    real: Tensor | None,
-    scale: Tensor,
-    threshold: Tensor | None,
-    mask: Tensor,
-    edges: tuple[float, float],
-    offset: float = 0.0,
-    flags: int = 0,
-    window: float | None = None,
-) -> tuple[Tensor, Tensor | None] | None:
+    u: Tensor, real: Tensor | None, scale: Tensor, threshold: Tensor | None, mask: Tensor, edges: tuple[float, float],
+    offset: float = 0.0, flags: int = 0, window: float | None = None,
+) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """y = M * scale * (offset + sign(u - b)) + (1 - M) * clip(real or u, *edges), and a byte of `flags` an entry.
 
     None where plain torch is to do it.

@@ -1,7 +1,7 @@
 """The product of two activations that are both frozen: exact codes first, one scale for each head after it.
 
-The same idea as in `frozen`: a product of signs is a sum of integers, exact in float32 in any order, so that training,
-packed storage and kernels can agree bit for bit.
+The same idea as in `frozen_product`: a product of signs is a sum of integers, exact in float32 in any order, so that
+training, packed storage and kernels can agree bit for bit.
 """
 
 from dataclasses import dataclass, replace

@@ -45,15 +45,9 @@ class ConvProduct:
         return kernels.route(x, bits.bits, *others, fan_in=bits.fan_in)
 
     def by_kernel(
-        self,
-        x: Tensor,
-        threshold: Tensor | None,
-        bits: SignBits,
-        affine: Affine,
-        dtype: torch.dtype,
-        pad: float,
+        self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, pad: float,
         way: Route | None = None,
-    ) -> Tensor | None:
+    ) -> Tensor | None:  # fmt: skip
         way = self.route(x, bits, threshold, *affine) if way is None else way
         if way is not Route.NATIVE:
             return None

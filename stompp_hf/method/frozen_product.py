@@ -176,15 +176,9 @@ def _for_kernel(
 
 
 def _kept_of_input(
-    x: Tensor,
-    operand: Tensor | None,
-    threshold: Tensor | None,
-    scale: Tensor,
-    offset: float,
-    keeps_levels: bool,
-    reach: float | None,
-    surrogate: Surrogate,
-) -> tuple[Tensor | None, Tensor | None]:
+    x: Tensor, operand: Tensor | None, threshold: Tensor | None, scale: Tensor, offset: float, keeps_levels: bool,
+    reach: float | None, surrogate: Surrogate,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """For the backward pass, a byte an entry: the levels sign(x - b) + offset, and |x - b| < reach * |a|."""
     if not keeps_levels and reach is None:
         return None, None
@@ -203,20 +197,10 @@ def _signs(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:
 
 
 def frozen_product(
-    x: Tensor,
-    weight: Tensor | SignBits,
-    weight_scale: Tensor,
-    activation_scale: Tensor | None,
-    threshold: Tensor | None,
-    bias: Tensor | None,
-    clips: tuple[Edge, Edge, Edge],
-    product: Product,
-    offset: float,
-    pad: float,
-    surrogate: Surrogate,
-    width: float = 1.0,
-    narrow: torch.dtype | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor | SignBits, weight_scale: Tensor, activation_scale: Tensor | None,
+    threshold: Tensor | None, bias: Tensor | None, clips: tuple[Edge, Edge, Edge], product: Product, offset: float,
+    pad: float, surrogate: Surrogate, width: float = 1.0, narrow: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """Output of a layer whose entries are all frozen.
 
     Forward:  z = product(sign(x - b), sign(w));  y = (s * a) * z + (bias + (s * a) * offset * rowsum(sign(w)))
@@ -246,19 +230,6 @@ def frozen_product(
         narrow: what the operands of the backward pass's two products are rounded to, as autocast rounds those of a
             plain layer (their sums are not); None for no rounding. The forward pass is exact always.
     """
-    return kernels.apply(  # type: ignore[no-any-return]
-        _FrozenProduct,
-        x,
-        weight,
-        weight_scale,
-        activation_scale,
-        threshold,
-        bias,
-        clips,
-        product,
-        offset,
-        pad,
-        surrogate,
-        width,
-        narrow,
-    )
+    numbers = (clips, product, offset, pad, surrogate, width, narrow)
+    tensors = (x, weight, weight_scale, activation_scale, threshold, bias)
+    return kernels.apply(_FrozenProduct, *tensors, *numbers)  # type: ignore[no-any-return]

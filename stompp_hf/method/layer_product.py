@@ -18,11 +18,7 @@ Affine = tuple[Tensor | None, Tensor | None]
 
 
 def affine(
-    weight_scale: Tensor,
-    activation_scale: Tensor | None,
-    bias: Tensor | None,
-    row_sums: Tensor | None,
-    offset: float,
+    weight_scale: Tensor, activation_scale: Tensor | None, bias: Tensor | None, row_sums: Tensor | None, offset: float
 ) -> tuple[Tensor, Tensor | None]:
     """What follows the product of a frozen layer, y = scale * z + shift: s * a, and bias + s * a * offset * row_sums.
 
@@ -55,15 +51,9 @@ class Product(Protocol):
         """The way of this product (see `kernels.route`)."""
 
     def by_kernel(
-        self,
-        x: Tensor,
-        threshold: Tensor | None,
-        bits: SignBits,
-        affine: "Affine",
-        dtype: torch.dtype,
-        pad: float,
+        self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: "Affine", dtype: torch.dtype, pad: float,
         way: Route | None = None,
-    ) -> Tensor | None:
+    ) -> Tensor | None:  # fmt: skip
         """scale * product(sign(x - b), sign(w)) + shift by a kernel, without a gradient; None where the way (None: ask
         `route`) is another, or where torch is to say what is wrong with the shape of x."""
 
@@ -109,15 +99,9 @@ class LinearProduct:
         return kernels.route(x, bits.bits, *others, fan_in=self.features(bits), triton=True)
 
     def by_kernel(
-        self,
-        x: Tensor,
-        threshold: Tensor | None,
-        bits: SignBits,
-        affine: Affine,
-        dtype: torch.dtype,
-        pad: float,
+        self, x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, pad: float,
         way: Route | None = None,
-    ) -> Tensor | None:
+    ) -> Tensor | None:  # fmt: skip
         way = self.route(x, bits, threshold, *affine) if way is None else way
         call = {Route.NATIVE: kernels.linear, Route.TRITON: kernels.gpu.linear}.get(way)
         if call is None or x.shape[-1:] != (self.features(bits),):

@@ -256,18 +256,9 @@ class _MixActivation(torch.autograd.Function):
 
 
 def _mixed(
-    u: Tensor,
-    real: Tensor | None,
-    scale: Tensor,
-    threshold: Tensor | None,
-    mask: Tensor,
-    low: Edge,
-    high: Edge,
-    offset: float,
-    flags: int,
-    surrogate: Surrogate,
-    width: float,
-) -> tuple[Tensor, Tensor | None]:
+    u: Tensor, real: Tensor | None, scale: Tensor, threshold: Tensor | None, mask: Tensor, low: Edge, high: Edge,
+    offset: float, flags: int, surrogate: Surrogate, width: float,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """What `kernels.mix` gives, in plain torch."""
     levels = hard_above(u, threshold)
     unfrozen = u if real is None else real
@@ -318,17 +309,9 @@ def _packed(flags: dict[int, Tensor]) -> Tensor | None:
 
 
 def mix_activation(
-    u: Tensor,
-    scale: Tensor,
-    threshold: Tensor | None,
-    mask: Tensor,
-    low: Edge,
-    high: Edge,
-    offset: float,
-    surrogate: Surrogate,
-    real: Tensor | None = None,
-    width: float = 1.0,
-) -> Tensor:
+    u: Tensor, scale: Tensor, threshold: Tensor | None, mask: Tensor, low: Edge, high: Edge, offset: float,
+    surrogate: Surrogate, real: Tensor | None = None, width: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Input of a layer of a stage in transition: frozen features binary, the others real.
 
     Forward:  u' = M * (o + a * sign(u - b)) + (1 - M) * clip(u, low, high), with o = offset * a

@@ -46,7 +46,6 @@ def packed_product(
         z = product.by_kernel(operand, threshold, bits, (None, None), x.dtype, pad)
         if z is not None:
             return z
-    if binary_input:
         operand = hard_above(x, None if threshold is None else product.per_feature(threshold, x))
     channels = bits.shape[bits.channel_dim]
     step = max(1, TILE // max(1, bits.fan_in))
@@ -58,14 +57,9 @@ def packed_product(
 
 
 def packed_forward(
-    x: Tensor,
-    threshold: Tensor | None,
-    bits: SignBits,
-    affine: Affine,
-    dtype: torch.dtype,
-    product: Product,
+    x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, product: Product,
     pad: float,
-) -> Tensor | None:
+) -> Tensor | None:  # fmt: skip
     """y = scale * product(sign(x - b), sign(w)) + shift in the dtype given, or None where only plain torch can.
 
     Bit for bit what plain torch gives, for every input. There is no gradient.
@@ -82,21 +76,8 @@ def packed_forward(
     way = product.route(x, bits, threshold, *affine)
     if dtype not in kernels.DTYPES:
         return None
-    if way is Route.OPERATOR:
-        return packed_operator(x, threshold, bits, affine, dtype, product, pad)
-    return product.by_kernel(x, threshold, bits, affine, dtype, pad, way)
-
-
-def packed_operator(
-    x: Tensor,
-    threshold: Tensor | None,
-    bits: SignBits,
-    affine: Affine,
-    dtype: torch.dtype,
-    product: Product,
-    pad: float,
-) -> Tensor | None:
-    """`packed_forward` as an operator of a graph, where `product.route` says so."""
+    if way is not Route.OPERATOR:
+        return product.by_kernel(x, threshold, bits, affine, dtype, pad, way)
     if not isinstance(product, ConvProduct):
         return torch.ops.stompp_hf.packed_linear(x, threshold, bits.bits, *affine, dtype)
     if product.mode != "zeros":
@@ -109,20 +90,14 @@ def packed_operator(
 
 
 def packed_reference(
-    x: Tensor,
-    threshold: Tensor | None,
-    binary_input: bool,
-    bits: SignBits,
-    affine: Affine,
-    dtype: torch.dtype,
-    product: Product,
-    pad: float,
-) -> Tensor:
+    x: Tensor, threshold: Tensor | None, binary_input: bool, bits: SignBits, affine: Affine, dtype: torch.dtype,
+    product: Product, pad: float,
+) -> Tensor:  # fmt: skip
     """The same in plain torch, on any device; also for a real input (not binary_input), which has no threshold."""
     wide = any(values is not None and values.dtype == torch.float64 for values in affine)
     y = packed_product(x.double() if wide else x.float(), threshold, binary_input, bits, product, pad)
     if binary_input and isinstance(product, ConvProduct) and y.device.type != "cpu":
-        y = y.round_()  # as in `frozen`
+        y = y.round_()  # as in `frozen_product`
     for values, apply in zip(affine, (y.mul_, y.add_), strict=True):
         if values is not None:
             apply(product.per_channel(values, y))
@@ -150,14 +125,9 @@ def _real(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tenso
 
 
 def _compute(
-    x: Tensor,
-    threshold: Tensor | None,
-    bits: SignBits,
-    affine: Affine,
-    dtype: torch.dtype,
-    product: Product,
+    x: Tensor, threshold: Tensor | None, bits: SignBits, affine: Affine, dtype: torch.dtype, product: Product,
     pad: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     with torch.no_grad():  # a graph is run whatever its parameters want
         y = product.by_kernel(x, threshold, bits, affine, dtype, pad)
         return packed_reference(x, threshold, True, bits, affine, dtype, product, pad) if y is None else y
@@ -179,19 +149,10 @@ def _(x: Tensor, threshold: Any, bits: Tensor, scale: Any, shift: Any, dtype: to
 
 @torch.library.custom_op("stompp_hf::packed_conv", mutates_args=())
 def packed_conv(
-    x: Tensor,
-    threshold: Tensor | None,
-    bits: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    dtype: torch.dtype,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    x: Tensor, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
     pad: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The operator of convolutions: x (batch, channels, *size); padding before and after, dimension by dimension."""
     signs = SignBits(bits, torch.Size((bits.shape[0], x.shape[1] // groups, *kernel)))
     product = ConvProduct(tuple(stride), _pairs(padding), tuple(dilation), groups)
@@ -200,19 +161,9 @@ def packed_conv(
 
 @packed_conv.register_fake
 def _(
-    x: Tensor,
-    threshold: Any,
-    bits: Tensor,
-    scale: Any,
-    shift: Any,
-    dtype: torch.dtype,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad: int,
-) -> Tensor:
+    x: Tensor, threshold: Any, bits: Tensor, scale: Any, shift: Any, dtype: torch.dtype, kernel: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, pad: int,
+) -> Tensor:  # fmt: skip
     size = kernels.output_size(x.shape[2:], kernel, stride, _pairs(padding), dilation)
     y = x.new_empty((x.shape[0], bits.shape[0], *size), dtype=dtype)
     return y.contiguous(memory_format=kernels.memory_format(x, (*kernel, *stride, *dilation)))

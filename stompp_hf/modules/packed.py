@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..errors import PackingError, WeightError
 from ..kernels import DTYPES, Route
 from ..method.layer_product import affine
-from ..method.packed_product import packed_operator
+from ..method.packed_product import packed_forward
 from ..method.sign_bits import SignBits, unpack_signs
 from .attention import BinaryAttention
 from .binary_layer import BinaryLayer, rebind_forward
@@ -91,7 +91,7 @@ class PackedMember(Member):
 class PackedLayer(PackedMember, BinaryLayer):
     """A frozen layer whose latent weight is replaced by its signs, 8 a byte.
 
-    Forward and gradients: those of the frozen binary layer, bit for bit in float32 (see `modules.frozen`); there is no
+    Forward and gradients: those of the frozen binary layer, bit for bit in float32 (see `frozen_product`); there is no
     weight to get a gradient.
     Tensors: weight_bits uint8 (out, ceil(weights of one output channel / 8)), and those of `BinaryLayer`, in float32 or
     float64; bias as it was. `weight`, read-only, is made on the fly: s * sign(w), in the dtype of the output.
@@ -150,7 +150,7 @@ class PackedLayer(PackedMember, BinaryLayer):
             if way is not Route.TORCH and dtype in DTYPES:
                 operands = (x, threshold, bits, self.scale_and_shift(), dtype)
                 in_graph = way is Route.OPERATOR
-                y = packed_operator(*operands, product, pad) if in_graph else product.by_kernel(*operands, pad, way)
+                y = packed_forward(*operands, product, pad) if in_graph else product.by_kernel(*operands, pad, way)
                 if y is not None:
                     return y
         return super()._frozen(x)
