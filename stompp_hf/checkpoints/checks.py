@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, NonFiniteError
 from ..integrations.sharding import everywhere, local
+from ..integrations.torch import saved_tensors
+from ..integrations.transformers import is_initialized, may_be_missing, not_saved
 from ..modules.converted import Converted
 from ..surgery.members import members_of
 from ..surgery.ownership import plans_of
@@ -38,7 +40,7 @@ def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {
         f"{name}.{own}": tensor.detach().to("meta")
         for name, module in _converted(model).items()
-        for own, tensor in _tensors(module).items()
+        for own, tensor in saved_tensors(module).items()
     }
 
 
@@ -58,7 +60,7 @@ def check_names(model: PreTrainedModel, found: Iterable[Header]) -> set[str]:
         if place is not None and own in OWNERS and "F" in header.dtype:  # transformers would cast it
             raise CheckpointError(f"{header.name} is {header.dtype} in the checkpoint, and must be of whole numbers.")
         owned = (*module.own_names, *OWNERS) if isinstance(module, Converted) else OWNERS
-        if module is not None and own in owned and own not in _tensors(module):
+        if module is not None and own in owned and own not in saved_tensors(module):
             raise CheckpointError(
                 f"the checkpoint holds {header.name}, which by its config.json should not be there: {BELONGS}"
             )
@@ -94,7 +96,7 @@ def check_loaded(model: PreTrainedModel, expected: Mapping[str, Tensor], names: 
         if isinstance(tensor, nn.Parameter):
             _check_float(name, tensor)
     if type(model).__name__ in (getattr(model.config, "architectures", None) or []):
-        _check_complete(model, {*loaded, *names, *(model._keys_to_ignore_on_save or [])})
+        _check_complete(model, {*loaded, *names, *not_saved(model)})
 
 
 def check_written(model: PreTrainedModel, written: Mapping[str, Tensor]) -> None:
@@ -115,7 +117,7 @@ def check_written(model: PreTrainedModel, written: Mapping[str, Tensor]) -> None
     check_names(model, [Header(n, "F" if t.is_floating_point() else "I", list(t.shape), 0) for n, t in written.items()])
     _check_covered(expected_tensors(model), written)
     _check_values(model, converted, written)
-    _check_complete(model, {*written, *(model._keys_to_ignore_on_save or [])})
+    _check_complete(model, {*written, *not_saved(model)})
 
 
 def _check_own_shapes(name: str, module: Converted) -> None:
@@ -139,7 +141,7 @@ def _check_covered(expected: Mapping[str, Tensor], held: Mapping[str, Tensor]) -
 
 def _check_values(model: PreTrainedModel, converted: Mapping[str, Converted], held: Mapping[str, Tensor]) -> None:
     for name, module in converted.items():
-        for own in () if module.always_real else _tensors(module):
+        for own in () if module.always_real else saved_tensors(module):
             tensor = held[f"{name}.{own}"]
             if tensor.is_floating_point() and not own.endswith(OPEN_ENDED) and not _is_finite(tensor):
                 raise NonFiniteError(
@@ -173,7 +175,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _check_complete(model: PreTrainedModel, names: set[str]) -> None:
     """Everything that is real, too, must be there; what is tied to something that is there counts as such."""
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
+    ignored = [re.compile(pattern) for pattern in may_be_missing(model)]
     saved = _saved(model)
     there = {id(tensor) for name, tensor in saved.items() if name in names}
     for name, tensor in saved.items():
@@ -206,7 +208,7 @@ def _refuse_missing(name: str) -> None:
 
 
 def _was_loaded(tensor: Tensor) -> bool:
-    return tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
+    return tensor.is_meta or is_initialized(tensor)
 
 
 def _converted(model: PreTrainedModel) -> dict[str, Converted]:
@@ -219,16 +221,10 @@ def _converted(model: PreTrainedModel) -> dict[str, Converted]:
     return found
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module itself that a state dict holds."""
-    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    return {name: tensor for name, tensor in own.items() if name not in module._non_persistent_buffers_set}
-
-
 def _saved(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a state dict holds, without making one."""
     return {
         f"{name}.{own}" if name else own: tensor
         for name, module in model.named_modules()
-        for own, tensor in _tensors(module).items()
+        for own, tensor in saved_tensors(module).items()
     }

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from ..config import METHOD, StoMPPConfig
 from ..errors import CheckpointError, StoMPPError
+from ..integrations.transformers import mark_initialized, mark_plain
 from ..modules import TRANSITION, BinaryEmbedding, binary_class_of
 from ..surgery.binarize import binarize_model, convert
 from ..surgery.members import members
@@ -128,7 +129,7 @@ def _prepare(root: PreTrainedModel, plan: Plan) -> None:
         ) from error
     if plan.packed:
         for member in members(root).values():
-            member._is_hf_initialized = True  # type: ignore[assignment]  # init_weights() would look at its weight
+            mark_initialized(member)  # init_weights() would look at its weight
 
 
 def _finish(root: PreTrainedModel, plan: Plan) -> None:
@@ -157,7 +158,7 @@ def _unmark(model: PreTrainedModel) -> None:
             delattr(model, attribute)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = False
+            mark_plain(module.config)
 
 
 def _align(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 
 from ..errors import CheckpointError
+from ..integrations.transformers import auto_class_for
 from .files import read_config
 
 MODULE = "modeling_stompp"
@@ -45,10 +46,6 @@ def add_remote_code(folder: str | Path) -> Path:
 
 def _auto_classes(model_type: Any) -> dict[str, str]:
     """The class that each of transformers' AutoModel classes gives a model type, by the Auto class's name."""
-    found = {}
-    for auto in dir(transformers):
-        mapping = getattr(getattr(transformers, auto), "_model_mapping", None) if auto.startswith("AutoModel") else None
-        name = None if mapping is None else mapping._model_mapping.get(model_type)
-        if isinstance(name, str):
-            found[auto] = name
-    return found
+    autos = {auto: getattr(transformers, auto) for auto in dir(transformers) if auto.startswith("AutoModel")}
+    names = {auto: auto_class_for(cls, model_type) for auto, cls in autos.items()}
+    return {auto: name for auto, name in names.items() if name is not None}

@@ -16,6 +16,7 @@ from transformers.quantizers import HfQuantizer
 from ..config import METHOD
 from ..errors import CheckpointError
 from ..integrations.sharding import is_sharded
+from ..integrations.transformers import saves_adapter_alone
 from ..surgery.ownership import plans_of
 from ..surgery.quantization_config import StoMPPQuantizationConfig
 from . import quantizer  # noqa: F401  # it registers the format
@@ -56,7 +57,7 @@ def save_pretrained(
         NonFiniteError: a latent weight, a scale or a threshold is NaN or infinite.
         NotBinarizedError: a binary layer was replaced or removed after binarize_model.
     """
-    if getattr(self, "_hf_peft_config_loaded", False):  # the adapter alone is saved
+    if saves_adapter_alone(self):  # the adapter alone is saved
         return save(self, save_directory, is_main_process, state_dict, *args, **options)
     plans = plans_of(self)
     if not plans:

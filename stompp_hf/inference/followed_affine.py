@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PackingError
+from ..integrations.torch import buffers_of, parameters_of
 from ..kernels import Seen, countable, is_watched
 from .folded_batchnorm import fold, is_folded_well
 
@@ -70,11 +71,11 @@ class FollowedAffine:
         if self.norm is not None:
             of += [(self.norm, name) for name in ("running_mean", "running_var", "weight", "bias")]
         for module in (layer, self.norm) if self.norm is not None else (layer,):
-            for home in (module._buffers, module._parameters):
+            for home in (buffers_of(module), parameters_of(module)):
                 home.update({name: countable(tensor) for name, tensor in home.items()})
         seen = []
         for module, name in of:
-            home = module._buffers if name in module._buffers else module._parameters
+            home = buffers_of(module) if name in buffers_of(module) else parameters_of(module)
             seen.append((home, name, home[name], None if home[name] is None else Seen(home[name])))
         self.seen = tuple(seen)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..errors import PackingError
+from ..integrations.accelerate import rebind_forward
 from ..kernels import has_tangent
 from ..method.layer_product import LinearProduct
 from ..method.packed_product import packed_forward, packed_real_forward, packed_reference
-from ..modules.binary_layer import rebind_forward
 from ..modules.packed import PackedLayer
 from ..modules.runtime_classes import Made, made_class, name_for
 from ..modules.stage_member import Member

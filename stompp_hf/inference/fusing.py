@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import PackingError
+from ..integrations.torch import has_forward_hooks, tensors_in
 from ..modules.embedding import BinaryEmbedding
 from ..modules.packed import PackedLayer
 from ..surgery.members import binary_layers, get_plan, planned_model
-from ..surgery.recorder import Recorder, tensors_in
+from ..surgery.recorder import Recorder
 from ..surgery.running import example_inputs_of
 from ..surgery.unfusing import GRADIENTS
 from .folded_batchnorm import FOLDED, is_folded_well
@@ -112,7 +113,7 @@ class _Readers(Recorder):
     def watches(self, name: str, module: Any) -> bool:
         """Hooks of others could read or replace what passes by."""
         known = id(module) in self.names or module in self.reads_of
-        return known and not module._forward_hooks and not module._forward_pre_hooks
+        return known and not has_forward_hooks(module)
 
     def operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         self._note(tensors_in((args, kwargs)), self.inside)

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, get_num_threads, is_autocast_enabled
 
 from .. import kernels
+from ..integrations.torch import VERSION, buffers_of, parameters_of
 from ..kernels import DTYPES, choice, choosing, is_watched
 
 FEW = 4
 """Rows up to which calls are made in C altogether: it keeps an empty output of the shape seen last."""
 SHARED = (
     Tensor, torch.empty_like, get_num_threads, is_autocast_enabled, "cpu",
-    "is_cpu", "requires_grad", "dtype", "shape", "is_contiguous", "data_ptr", "_version", kernels.QUESTIONS,
+    "is_cpu", "requires_grad", "dtype", "shape", "is_contiguous", "data_ptr", VERSION, kernels.QUESTIONS,
 )  # fmt: skip
 """What such calls need, in the order of python.c."""
 
@@ -95,8 +96,8 @@ class PreparedLinear:
         )
 
     def _look_up(self, layer: Any) -> None:
-        chosen, buffers, dtype = choice(), layer._buffers, layer.output_dtype
-        home = buffers if "activation_threshold" in buffers else layer._parameters
+        chosen, buffers, dtype = choice(), buffers_of(layer), layer.output_dtype
+        home = buffers if "activation_threshold" in buffers else parameters_of(layer)
         names = ("weight_bits", "fused_scale", "fused_shift", "activation_threshold")
         found = [(buffers, name) for name in names[:3]] + [(home, names[3])]
         tensors = [place[name] for place, name in found]

@@ -41,3 +41,18 @@ def guard_family(root: Any, checks: dict[str, Check]) -> None:
 
     root.__init_subclass__ = classmethod(init_subclass)
     _guard(root, checks)
+
+
+def with_targets(tuner: Any, config: Any, model: Any) -> Any:
+    """An adapter's configuration with the targets that PEFT takes by default: `_prepare_adapter_config`."""
+    return tuner._prepare_adapter_config(config, tuner.get_model_config(model))
+
+
+def is_target(tuner: Any, config: Any, name: str) -> bool:
+    """Whether an adapter is to stand around the module of this name: `_check_target_module_exists`."""
+    return bool(tuner._check_target_module_exists(config, name))
+
+
+def adapters_of(layer: Any) -> set[str]:
+    """Names of the adapters in a layer of PEFT's: `_get_available_adapters`."""
+    return set(layer._get_available_adapters())

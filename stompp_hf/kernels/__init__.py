@@ -1,5 +1,11 @@
 """1-bit products in compiled C, on a GPU in Triton: what of it is used, and its calls. Plain torch is always there."""
 
+from ..integrations.torch import (
+    QUESTIONS as QUESTIONS,
+    Seen as Seen,
+    has_tangent as has_tangent,
+    is_watched as is_watched,
+)
 from . import choosing as choosing, gpu as gpu, native as native
 from .calls import (
     conv as conv,
@@ -15,20 +21,17 @@ from .calls import (
 from .choosing import (
     DTYPES as DTYPES,
     EXACT as EXACT,
-    QUESTIONS as QUESTIONS,
     Route as Route,
     apply as apply,
     choice as choice,
     describe as describe,
-    has_tangent as has_tangent,
     is_eager as is_eager,
-    is_watched as is_watched,
     route as route,
     switched_off as switched_off,
     trains_with as trains_with,
     use as use,
 )
-from .kept import Seen as Seen, countable as countable, derived as derived, unchanged as unchanged
+from .kept import countable as countable, derived as derived, unchanged as unchanged
 from .native import Choice as Choice
 from .training import (
     levels as levels,

@@ -4,8 +4,6 @@ A kernel is called by address, past torch's dispatcher, and nobody who listens t
 empty tensor in its place, a counter nothing, and a transformation would lose its values. So a kernel is called only
 where nobody listens, with tensors that are nothing but numbers in memory, and without a gradient of torch's own. In all
 other cases plain torch gives the same numbers, bit for bit.
-
-The private names of torch that say who listens stand here, and in no other file.
 """
 
 import contextlib
@@ -19,19 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _dispatch_tls_is_dispatch_key_included as _is_included,  # type: ignore[attr-defined]
-    _is_tracing,  # type: ignore[attr-defined]
-    _len_torch_dispatch_stack as _dispatch_modes,
-    _len_torch_function_stack as _function_modes,
-)
-from torch._C._functorch import maybe_current_level as _functorch_level
-from torch.autograd import forward_ad as _forward_ad
 from torch.nn import Parameter
-from torch.utils._device import DeviceContext
 
 from ..errors import DerivativeError, KernelError
-from ..integrations.torch import constant_when_compiled
+from ..integrations.torch import constant_when_compiled, functorch_level, has_tangent, is_tracing, is_watched
 from . import native
 from .native import Choice
 
@@ -145,41 +134,6 @@ class Route(enum.Enum):
     TRITON = "Triton, by address"
 
 
-_has_python_dispatcher = functools.partial(_is_included, torch._C.DispatchKey.PythonDispatcher)
-"""Of make_fx before autograd, whose modes are not among the others."""
-
-QUESTIONS: tuple[tuple[Any, str | None, Any], ...] = (
-    (_dispatch_modes, None, 0),  # TorchDispatchMode: FlopCounterMode, FakeTensorMode, make_fx
-    (_functorch_level, None, None),  # torch.func: vmap, grad, jvp, functionalize
-    (_is_tracing, None, False),  # torch.jit.trace, and the older ONNX exporter
-    (_function_modes, None, 0),
-    (_forward_ad, "_current_level", -1),
-    (_has_python_dispatcher, None, False),
-)
-"""Who may listen: what is called, or whose attribute is read, and the answer where nobody does (python.c asks so)."""
-
-
-def is_watched() -> bool:
-    """Whether anybody listens to torch's operations, or changes them, in this thread and at this moment: `QUESTIONS`.
-
-    For eager code: what is compiled has to ask `torch.compiler.is_compiling` before.
-    """
-    return (
-        _dispatch_modes() != 0
-        or _functorch_level() is not None
-        or _is_tracing()
-        or (_function_modes() != 0 and _has_function_mode())
-        or _forward_ad._current_level >= 0
-        or _has_python_dispatcher()
-    )
-
-
-def _has_function_mode() -> bool:
-    """Whether there is a TorchFunctionMode that is more than a default device."""
-    modes: Any = torch.overrides._get_current_function_mode_stack()  # type: ignore[attr-defined]
-    return any(type(mode) is not DeviceContext for mode in modes)
-
-
 def is_eager() -> bool:
     """Whether Python computes, and nothing records or watches what it does: only then may anything be kept."""
     return not torch.compiler.is_compiling() and not is_watched()
@@ -230,13 +184,6 @@ def trains_with(x: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def has_tangent(*arguments: Any) -> bool:
-    """Whether a forward-mode derivative comes with any of these (torch.func.jvp, torch.autograd.forward_ad)."""
-    if torch.compiler.is_compiling() or _forward_ad._current_level < 0:
-        return False
-    return any(isinstance(t, Tensor) and _forward_ad.unpack_dual(t).tangent is not None for t in arguments)
-
-
 def apply(function: Any, *arguments: Any) -> Any:
     """`function.apply(*arguments)` of an autograd function, or its forward alone where that cannot be.
 
@@ -249,13 +196,13 @@ def apply(function: Any, *arguments: Any) -> Any:
     if torch.compiler.is_compiling() or not is_watched():
         return function.apply(*arguments)
     wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
-    if has_tangent(*arguments) or (wanted and _functorch_level() is not None):
+    if has_tangent(*arguments) or (wanted and functorch_level() is not None):
         raise DerivativeError(
             "a binary layer gives no derivative to torch.func (vmap, grad, jvp and the like) or in forward mode: its "
             "surrogate gradient is one of loss.backward() or torch.autograd.grad. To map a model over inputs without "
             "a gradient, call torch.func.vmap(model)(inputs) under torch.no_grad()."
         )
-    if wanted and not _is_tracing():
+    if wanted and not is_tracing():
         return function.apply(*arguments)
     if wanted:
         _say_that_traces_do_not_train()

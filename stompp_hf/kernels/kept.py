@@ -12,36 +12,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..integrations.torch import Seen
 from .choosing import is_eager
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-class Seen:
-    """A tensor as it was: whether it is another by now.
-
-    torch counts the changes of a tensor, and holding its memory makes sure that other numbers lie elsewhere. It counts
-    none of a tensor of inference mode, whose numbers are copied and compared.
-    """
-
-    __slots__ = ("memory", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        uncounted = tensor.is_inference()
-        self.version = None if uncounted else tensor._version
-        self.memory = tensor.detach().clone() if uncounted else tensor.detach()
-
-    def is_still(self, tensor: Tensor) -> bool:
-        """Whether the tensor holds what it held."""
-        if self.version is None or tensor.is_inference():
-            return self.memory.dtype is tensor.dtype and torch.equal(_wide(self.memory), _wide(tensor))
-        return tensor._version == self.version and tensor.data_ptr() == self.memory.data_ptr()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """A tensor's bytes as whole numbers of eight, where they are: they are compared four times as fast."""
-    whole = tensor.is_contiguous() and tensor.dim() and tensor.shape[-1] * tensor.element_size() % 8 == 0
-    return tensor.view(torch.int64) if whole and tensor.storage_offset() * tensor.element_size() % 8 == 0 else tensor
 
 
 def countable(tensor: Any) -> Any:

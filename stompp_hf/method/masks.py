@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..integrations.torch import version_of
+
 _LEVELS = 1 << 16  # a draw is a 16-bit number: two bytes an entry, and p is resolved to 1/65536
 
 
@@ -40,7 +42,7 @@ class SoftRefreshMask:
         self.refresh_rate = refresh_rate
         self._draws = torch.zeros(numel, dtype=torch.int16)
         self._step: int | None = None
-        self._filled: tuple[int, int, int, int] | None = None
+        self._filled: tuple[int, int | None, int, int] | None = None
 
     def _random(self, what: object, count: int) -> Any:
         """`count` uniform 16-bit numbers of this tensor, always the same for one `what`."""
@@ -70,7 +72,7 @@ class SoftRefreshMask:
     def fill(self, mask: torch.Tensor, step: int, p: float) -> torch.Tensor:
         """Write the mask at `step` and frozen fraction `p` into `mask` (any shape and float dtype), and return it."""
         level = min(_LEVELS, max(0, round(p * _LEVELS)))
-        if self._filled == (id(mask), mask._version, step, level):
+        if self._filled == (id(mask), version_of(mask), step, level):
             return mask  # Trainer's callback asks at the end of one step and at the begin of the next
         draws = self.draws(step)
         if level == 0:
@@ -78,5 +80,5 @@ class SoftRefreshMask:
         else:
             frozen = draws <= level - 1 - _LEVELS // 2
             mask.copy_(frozen.view(mask.shape), non_blocking=False)
-        self._filled = (id(mask), mask._version, step, level)
+        self._filled = (id(mask), version_of(mask), step, level)
         return mask

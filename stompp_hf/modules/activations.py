@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import activations as hub
 
+from ..integrations.transformers import mark_initialized
 from ..kernels import apply
 from .converted import Converted
 
@@ -107,7 +108,7 @@ class RPReLU(Changed, nn.ReLU):
         """Add the parameters, (channels,) each; `trailing` dimensions of x come after its channels."""
         for name in RPRELU_TENSORS:
             parameter = nn.Parameter(like.new_zeros(channels))
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
+            mark_initialized(parameter)
             self.register_parameter(name, parameter)
         self.trailing = trailing
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
 from ..integrations.sharding import assign
+from ..integrations.transformers import mark_initialized
 from ..method.attention_product import Edges, Operand, binary_matmul
 from .calibration import MAX_ROWS, NO_EDGE, Observer, activation_values
 from .layer_state import finite_edge
@@ -127,7 +128,7 @@ class BinaryAttention(Member, nn.Module):
         super().__init__()
         self.heads, self.key_heads, head_size, value_size = shape
         self.sizes = {"query": head_size, "key": head_size, "value": value_size}
-        self._is_hf_initialized = True  # init_weights() leaves it alone
+        mark_initialized(self)
         value: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         clip = config.activation_clip or NO_EDGE
         learns, fixed = config.learn_activation_threshold, config.activation_threshold == "none"

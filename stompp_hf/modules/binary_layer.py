@@ -13,6 +13,7 @@ from torch.nn.functional import hardtanh
 
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError, ShapeError
+from ..integrations.accelerate import rebind_forward
 from ..method.frozen_product import frozen_product
 from ..method.layer_product import Product
 from ..method.mixing import Edge, hard, mix_activation, mix_weight
@@ -292,9 +293,3 @@ def _mask(mask: Tensor | None, like: Tensor) -> Tensor:
     if mask is None:
         raise RuntimeError("a layer in transition has no mask; its state is set by Progression.step(step)")
     return mask.to(like.dtype)  # FSDP2 may gather parameters in half precision
-
-
-def rebind_forward(layer: Any) -> None:
-    """accelerate's hooks keep the bound forward of the class that a module had when they were added."""
-    if "_old_forward" in layer.__dict__:
-        layer._old_forward = type(layer).forward.__get__(layer)

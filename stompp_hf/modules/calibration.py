@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..integrations.torch import is_in_backward
+
 MAX_ROWS = 2048
 """Rows (positions) kept of one call; more are thinned out evenly."""
 
@@ -27,11 +29,6 @@ def padding_masks(kwargs: dict[str, object]) -> list[Tensor]:
     """The (batch, positions) attention masks among a model's keyword arguments."""
     found = [kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")]
     return [mask for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
-
-
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward pass: activation checkpointing, on data that was seen already."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 @dataclass
@@ -71,8 +68,11 @@ class Observer:
         self.watch.masks = value
 
     def looks(self) -> bool:
-        """Whether this call is one to learn from: a teacher's or a metric's forward without gradients is not."""
-        return self.watch.by_hand or ((torch.is_grad_enabled() or self.watch.trains) and not recomputing())
+        """Whether this call is one to learn from: a teacher's or a metric's forward without gradients is not.
+
+        Nor is one inside a backward pass: activation checkpointing recomputes, on data that was seen already.
+        """
+        return self.watch.by_hand or ((torch.is_grad_enabled() or self.watch.trains) and not is_in_backward())
 
     def at(self, place: str) -> "Observer":
         """The observer of another tensor of the same module; it knows the same masks."""

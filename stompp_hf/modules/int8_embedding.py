@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations.transformers import mark_initialized
 from .converted import Converted
 
 HALF = (torch.float16, torch.bfloat16)
@@ -39,7 +40,7 @@ class Int8Embedding(Converted, nn.Embedding):
         table.output_dtype = weight.dtype
         table.register_buffer("weight_int8", numbers)
         table.register_buffer("weight_step", step)
-        table._is_hf_initialized = True  # init_weights() would look at its weight
+        mark_initialized(table)  # init_weights() would look at its weight
         return table  # type: ignore[no-any-return]
 
     def restore(self) -> nn.Embedding:

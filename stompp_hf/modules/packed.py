@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import PackingError, WeightError
+from ..integrations.accelerate import rebind_forward
 from ..kernels import DTYPES, Route
 from ..method.layer_product import affine
 from ..method.packed_product import packed_forward
 from ..method.sign_bits import SignBits, unpack_signs
 from .attention import BinaryAttention
-from .binary_layer import BinaryLayer, rebind_forward
+from .binary_layer import BinaryLayer
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding

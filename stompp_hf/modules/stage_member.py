@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..config import StoMPPConfig
 from ..errors import CheckpointError, NonFiniteError
+from ..integrations.torch import buffers_of, copy_all, is_in_functorch, version_of
+from ..integrations.transformers import mark_initialized
 from ..kernels import countable
 from ..method.masks import SoftRefreshMask
 from ..method.surrogates import SURROGATES, Surrogate
@@ -85,7 +87,7 @@ class Member(Converted):
         value = countable(value)  # a state is followed by the changes of its buffers
         if learnable and value is not None:
             parameter = nn.Parameter(value, requires_grad=True)
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # init_weights() leaves it alone
+            mark_initialized(parameter)
             self.register_parameter(name, parameter)
         else:
             self.register_buffer(name, value)
@@ -192,17 +194,18 @@ class Member(Converted):
         A compiled graph holds one state, and is not asked.
         """
         if not torch.compiler.is_compiling():
+            buffers = buffers_of(self)
             for name, tensor, version in self._seen:
-                now = self._buffers[name]
-                if now is not tensor or version is None or version != _version(now):
+                now: Any = buffers[name]
+                if now is not tensor or version is None or version != version_of(now):
                     self._take()
                     break
         return self.freezing
 
     def _looked(self) -> None:
         """Note which buffers, in which version, the state was taken from."""
-        buffers = ((name, self._buffers[name]) for name in ("stompp_state", *self.edge_names))
-        self._seen = [(name, buffer, _version(buffer)) for name, buffer in buffers if buffer is not None]
+        buffers = ((name, buffers_of(self)[name]) for name in ("stompp_state", *self.edge_names))
+        self._seen = [(name, buffer, version_of(buffer)) for name, buffer in buffers if buffer is not None]
 
     def _take(self) -> None:
         """Take state, edges and masks from the buffers.
@@ -372,16 +375,11 @@ def write_states(members: list[Member]) -> None:
             by_device.setdefault(member.stompp_state.device, []).append(member)
     for device, found in by_device.items():
         values = torch.tensor([member.freezing.saved() for member in found]).to(device)
-        torch._foreach_copy_([member.stompp_state for member in found], list(values))
+        copy_all([member.stompp_state for member in found], list(values))
     for member in members:
         member._looked()
 
 
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written; None for those that do not count it, which are taken anew each time."""
-    return None if tensor.is_inference() else tensor._version
-
-
 def _is_readable(tensor: Tensor) -> bool:
     """Whether a buffer has numbers of its own: not offloaded, and no tracer's stand-in."""
-    return type(tensor) is Tensor and not tensor.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) is Tensor and not tensor.is_meta and not is_in_functorch(tensor)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations.torch import buffers_of, modules_of, parameters_of
+from ..integrations.transformers import INIT_WEIGHTS
 from .binary_layer import BinaryLayer
 from .packed import PACKED_CLASSES, register_packed
 from .runtime_classes import Made, made_class, name_for
@@ -15,7 +17,7 @@ from .runtime_classes import Made, made_class, name_for
 TOLERANCE = 1e-4
 """By how much the output of a subclass may differ from its base's, in parts of the largest."""
 
-_HARMLESS = ("__init__", "_init_weights", "reset_parameters", "extra_repr", "__repr__")
+_HARMLESS = ("__init__", INIT_WEIGHTS, "reset_parameters", "extra_repr", "__repr__")
 """Methods that compute nothing while a model runs."""
 
 
@@ -45,8 +47,8 @@ def forward_of(kind: Any) -> Any:
 def has_plain_tensors(layer: nn.Module) -> bool:
     """Whether a layer holds a weight, perhaps a bias, and no other tensor or module that it could compute with."""
     others = any(isinstance(value, Tensor) for value in vars(layer).values())
-    named = "weight" in layer._parameters and set(layer._parameters) <= {"weight", "bias"}
-    return named and not (others or layer._buffers or layer._modules)
+    named = parameters_of(layer).keys() in ({"weight"}, {"weight", "bias"})
+    return named and not (others or buffers_of(layer) or modules_of(layer))
 
 
 def unlike_its_base(layer: nn.Module, binary: type[BinaryLayer]) -> str | None:

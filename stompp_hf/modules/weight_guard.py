@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightError
+from ..integrations.torch import parameters_of
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -27,7 +28,7 @@ class KeptWeight(_Module):
     _is_loading = False
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        own = self._parameters.get(name)
+        own = parameters_of(self).get(name)
         if own is not None and own is not param and not (own.is_meta or self._is_loading):
             taken = param is None and name in ("weight", *self.own_names)
             replaced = param is not None and name == "weight" and not _equal(own, param)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..surgery.recorder import plain_outputs, tensors_in
+from ..integrations.torch import tensors_in
+from ..surgery.recorder import plain_outputs
 from ..surgery.running import example_inputs_of, run, undisturbed
 
 SAMPLES = 16

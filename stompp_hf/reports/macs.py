@@ -10,11 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .. import kernels
+from ..integrations.torch import CPU_ATTENTION, tensors_in
 from ..modules import PENDING, Member
 from ..modules.torch_encoder import module_by_module
-from ..surgery.recorder import Recorder, on_inputs, tensors_in
-
-_CPU_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+from ..surgery.recorder import Recorder, on_inputs
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class _MacsRecorder(Recorder):
     """What was counted since the last entry or exit belongs to the module that is running."""
 
     def __init__(self) -> None:
-        self.counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _cpu_attention})
+        self.counter = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _cpu_attention})
         self.counts: dict[str, int] = {}
         self.running = [""]
         self.seen = 0

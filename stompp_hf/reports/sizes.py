@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..integrations.torch import saved_tensors
+from ..integrations.transformers import not_saved
 from ..modules.converted import Converted
 
 
@@ -30,12 +32,12 @@ def sizes(model: nn.Module) -> dict[str, Size]:
     A tensor that several modules share counts once, for the first of them. Scales, thresholds, clips and states that
     binarization adds are bytes and no parameters.
     """
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    ignored = not_saved(model)
     seen: set[int] = set()
     found: dict[str, Size] = {}
     for name, module in model.named_modules():
         size = Size()
-        for own, tensor in _saved(module).items():
+        for own, tensor in saved_tensors(module).items():
             if id(tensor) in seen or f"{name}.{own}" in ignored:
                 continue
             seen.add(id(tensor))
@@ -43,12 +45,6 @@ def sizes(model: nn.Module) -> dict[str, Size]:
         if size != Size():
             found[name] = size
     return found
-
-
-def _saved(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own tensors that are saved."""
-    buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-    return {n: t for n, t in {**module._parameters, **buffers}.items() if t is not None}
 
 
 def _add(size: Size, module: Any, own: str, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import ConfigError, NotBinarizedError
+from ..integrations.torch import parameters_of
 from ..modules import FROZEN, Member
 from ..surgery.blocks import block_of
 from ..surgery.embedding_and_attention import word_embedding
@@ -211,7 +212,7 @@ def _row(root: nn.Module, plan: Plan | None, name: str, size: Size, macs: Macs |
     products = None if macs is None else macs.by_module.get(name, 0)
     are_1bit = final_1bit and module.stage_state == FROZEN
     kind, state, frozen = type(module).__name__, REAL, None
-    shape = getattr(module, "weight_shape", None) or getattr(module._parameters.get("weight"), "shape", None)
+    shape = getattr(module, "weight_shape", None) or getattr(parameters_of(module).get("weight"), "shape", None)
     if member is not None:
         kind, frozen = member.plain_kind, member.frozen_share
         state = PACKED if member.is_packed else member.stage_state
@@ -238,9 +239,9 @@ def _row(root: nn.Module, plan: Plan | None, name: str, size: Size, macs: Macs |
 
 def _real_bits(root: nn.Module, module: Any) -> tuple[list[int], list[int]]:
     """Bits of an entry of a real module's weight, and of what it reads."""
-    own = [p for p in (*module._parameters.values(), *root.parameters()) if p is not None and p.is_floating_point()]
+    own = [p for p in (*parameters_of(module).values(), *root.parameters()) if p is not None and p.is_floating_point()]
     real = 8 * own[0].element_size() if own else 32
-    weight = module._parameters.get("weight")
+    weight: Any = parameters_of(module).get("weight")
     product = weight is not None and weight.dim() > 1
     reads = [] if isinstance(module, nn.Embedding) or (weight is not None and not product) else [real]
     return ([8 * weight.element_size()] if product else []), reads

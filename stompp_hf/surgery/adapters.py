@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterError
+from ..integrations.peft import adapters_of, is_target, with_targets
 from ..modules import FROZEN, BinaryConv1D, BinaryLayer, BinaryLinear, Member
 from .members import plain_name
 
@@ -115,7 +116,7 @@ def check_adapter(tuner: Any, model: nn.Module, adapter_name: str, state_dict: A
     reasons: dict[str, str] = {}
     if _option(config, "layer_replication"):
         reasons["the model"] = "layer_replication copies layers to places that the plan does not know"
-    config = tuner._prepare_adapter_config(config, tuner.get_model_config(model))  # targets that PEFT takes by default
+    config = with_targets(tuner, config, model)  # targets that PEFT takes by default
     reason, tokens = _needs_weight(config), _option(config, "trainable_token_indices")
     for name, member in found.items():
         if whole := [key for key in _option(config, "modules_to_save") if _inside(name, key)]:
@@ -148,7 +149,7 @@ def _is_target(tuner: Any, config: Any, name: str, layer: BinaryLayer, state_dic
         return any(str(key).startswith(f"{name}.") for key in state_dict)
     if str(_option(config, "target_modules")).lower() == "all-linear":
         return isinstance(layer, (BinaryLinear, BinaryConv1D))
-    return bool(tuner._check_target_module_exists(config, name))
+    return is_target(tuner, config, name)
 
 
 def check_wrapped(model: nn.Module, names: Iterable[str]) -> None:
@@ -169,7 +170,7 @@ def check_wrapped(model: nn.Module, names: Iterable[str]) -> None:
                 reasons[outer] = "it is merged into the layer; call unmerge_adapter() first"
             elif hasattr(layer, "parameter_name"):
                 reasons[outer] = "target_parameters adds to the layer's weight"
-            for adapter in layer._get_available_adapters() & set(configs):
+            for adapter in adapters_of(layer) & set(configs):
                 if reason := _needs_weight(configs[adapter]):
                     reasons[outer] = reason
     _refuse(reasons, "an adapter")
@@ -194,7 +195,7 @@ def _merges(layer: Any, adapters: Any) -> bool:
     if not isinstance(layer.get_base_layer(), BinaryLayer):
         return False
     asked = layer.active_adapters if adapters is None else adapters
-    return bool(set(asked) & layer._get_available_adapters())
+    return bool(set(asked) & adapters_of(layer))
 
 
 def check_layer_merge(layer: Any, adapter_names: Any = None, **unused: Any) -> None:

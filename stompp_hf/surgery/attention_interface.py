@@ -17,6 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ConfigError
+from ..integrations.torch import remove_forward_pre_hook
+from ..integrations.transformers import attention_of, set_attention
 from ..modules.attention import BinaryAttention, Call
 
 NAMES = {"sdpa": "stompp_sdpa", "eager": "stompp_eager"}
@@ -83,20 +85,20 @@ def configs_of(model: nn.Module) -> list[Any]:
 
 def implementations(model: nn.Module) -> set[str]:
     """The names that the configs of a model give now."""
-    return {config._attn_implementation for config in configs_of(model) if config._attn_implementation is not None}
+    return {name for name in map(attention_of, configs_of(model)) if name is not None}
 
 
 def switch(model: nn.Module, to: dict[str, str]) -> None:
     """Rename implementations in every config of a model; names that are no keys of `to` stay."""
     for config in configs_of(model):
-        name = config._attn_implementation
-        config._attn_implementation_internal = to.get(name, name)  # the public setter would change sub-configs as well
+        name = attention_of(config)
+        set_attention(config, to.get(name or "", name))
 
 
 def _still_asked(module: nn.Module, args: Any) -> None:
     """Hook before an attention module's forward: binary attention must not be left out in silence."""
     config = getattr(module, "config", None)
-    name = getattr(config, "_attn_implementation", None)
+    name = attention_of(config)
     if hasattr(config, "sub_configs") and name not in NAMES.values():
         raise ConfigError(
             f"{type(module).__name__} has binary attention, and its attention implementation was changed to {name!r} "
@@ -116,16 +118,14 @@ def detach_all(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(getattr(module, CHILD, None), BinaryAttention):
             delattr(module, CHILD)
-            hooks = module._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is _still_asked]:
-                del hooks[key]
+            remove_forward_pre_hook(module, _still_asked)
     switch(model, {new: old for old, new in NAMES.items()})
 
 
 @contextlib.contextmanager
 def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """Inside the block the watcher is told of every attention call that goes through the interface."""
-    before = [(config, config._attn_implementation) for config in configs_of(model)]
+    before = [(config, attention_of(config)) for config in configs_of(model)]
     switch(model, NAMES)
     _watchers.append(watcher)
     try:
@@ -133,7 +133,7 @@ def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     finally:
         _watchers.remove(watcher)
         for config, name in before:
-            config._attn_implementation_internal = name
+            set_attention(config, name)
 
 
 for _name, _ours in NAMES.items():

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..config import StoMPPConfig
 from ..errors import CheckpointError, ConfigError
 from ..integrations.sharding import GATHER, refuse_sharded, refuse_unsupported
+from ..integrations.torch import NOT_BROADCAST
 from ..modules import BinaryAttention, BinaryEmbedding, BinaryLayer, Member, binary_class_of
 from ..modules.activations import BYPASSED, PAUSED, Changed, RPReLU
 from ..modules.torch_encoder import unfuse_encoders
@@ -136,10 +137,6 @@ def _train_as(weight: Tensor, added: Iterable[Tensor]) -> None:
             tensor.requires_grad_(False)
 
 
-_NOT_BROADCAST = "_ddp_params_and_buffers_to_ignore"
-"""Where DistributedDataParallel looks for names that it is not to send from rank 0 to the others at each forward."""
-
-
 def _own_buffers(model: nn.Module) -> list[str]:
     """Names of the buffers that binarization added: equal on all processes, since they come from sums over them."""
     found = {name: member for name, member in model.named_modules() if isinstance(member, Member)}
@@ -148,9 +145,9 @@ def _own_buffers(model: nn.Module) -> list[str]:
 
 def _keep_from_broadcast(model: nn.Module, keep: bool = True) -> None:
     own = _own_buffers(model)
-    names = [name for name in model.__dict__.pop(_NOT_BROADCAST, []) if name not in own] + (own if keep else [])
+    names = [name for name in model.__dict__.pop(NOT_BROADCAST, []) if name not in own] + (own if keep else [])
     if names:
-        setattr(model, _NOT_BROADCAST, names)
+        setattr(model, NOT_BROADCAST, names)
 
 
 def _put_back(model: nn.Module) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..integrations.torch import tensors_in
 from ..modules.activations import BYPASSED, PAUSED
-from .recorder import Recorder, tensors_in
+from .recorder import Recorder
 
 EMBEDDING = "<embedding>"
 """Stands in `parents` for any embedding."""

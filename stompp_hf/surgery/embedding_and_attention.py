@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import StoMPPConfig
 from ..errors import ConfigError
+from ..integrations.torch import parameters_of
 from ..modules.attention import Call, grouped, probabilities
 from ..modules.embedding import BinaryEmbedding
 from .attention_interface import CHILD, NAMES, configs_of, implementations, watched
@@ -55,8 +56,8 @@ def find_embedding(model: nn.Module, beyond: Beyond, excluded: Excluded) -> None
         return
     reason = excluded(name) or BinaryEmbedding.unfit(module)
     if reason is None:
-        weights = {other: m._parameters.get("weight") for other, m in model.named_modules() if m is not module}
-        tied = [other for other, weight in weights.items() if weight is module._parameters["weight"]]
+        weights = {other: parameters_of(m).get("weight") for other, m in model.named_modules() if m is not module}
+        tied = [other for other, weight in weights.items() if weight is parameters_of(module)["weight"]]
         reason = f"its weight is tied to {', '.join(tied)}" if tied else None
     if reason is None:
         beyond.embedding = name

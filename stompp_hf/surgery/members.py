@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..errors import ConfigError, NotBinarizedError
+from ..integrations.torch import modules_of
 from ..modules import BinaryLayer, Member
 from ..modules.converted import Converted
 from .plan import Plan
@@ -94,7 +95,7 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     """
     module: Any = model
     for part in name.split("."):
-        while part not in module._modules and (inner := _wrapped(module)) is not None:
+        while part not in modules_of(module) and (inner := _wrapped(module)) is not None:
             module = inner
         module = module.get_submodule(part)
     while not isinstance(module, Member) and (inner := _wrapped(module)) is not None:
@@ -103,7 +104,7 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
-    inner = (module._modules.get(name) for name in ("base_layer", "original_module"))
+    inner = (modules_of(module).get(name) for name in ("base_layer", "original_module"))
     return next((module for module in inner if module is not None), None)
 
 

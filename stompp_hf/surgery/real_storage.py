@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PackingError
+from ..integrations.torch import remove_state_dict_hook
 from ..modules import BinaryEmbedding
 from ..modules.int8_embedding import Int8Embedding
 from .members import get_plan, own_tensors
@@ -86,9 +87,7 @@ def narrow_tables(model: nn.Module, plan: Plan) -> None:
 
 def write_narrow(model: nn.Module, plan: Plan) -> None:
     """From here on state dicts of the model hold its real parameters in the plan's dtype."""
-    hooks = model._state_dict_hooks
-    for key in [key for key, hook in hooks.items() if hook is _narrowed]:
-        del hooks[key]
+    remove_state_dict_hook(model, _narrowed)
     if plan.real != FLOAT32:
         model.register_state_dict_post_hook(_narrowed)
 

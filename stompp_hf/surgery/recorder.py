@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ..integrations.torch import TorchDispatchMode, tensors_in
 from .running import example_inputs_of, run, undisturbed
 
 logger = logging.getLogger(__name__)
@@ -99,11 +98,6 @@ def on_inputs(
             raise
         logger.warning("no %s of %s (%s: %s): %s", what, kind, type(error).__name__, error, advice)
         return None
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """The tensors in nested lists, tuples and mappings, in order."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:

@@ -10,6 +10,8 @@ import numpy
 import torch
 from torch import nn
 
+from ..integrations.torch import buffers_of
+
 
 def example_inputs_of(model: nn.Module, seed: int = 0) -> dict[str, Any] | None:
     """Small inputs made from a transformers model's config, by its `main_input_name`; None if there is no way."""
@@ -81,8 +83,8 @@ def undisturbed(model: nn.Module, except_for: Iterable[nn.Module] = ()) -> Itera
             module.training = mode
         with torch.no_grad():
             for module, name, buffer, before in buffers:
-                if module._buffers.get(name) is not buffer:  # replaced, and not written to
-                    module._buffers[name] = buffer
+                if (held := buffers_of(module)).get(name) is not buffer:  # replaced, and not written to
+                    held[name] = buffer
                 if buffer.shape == before.shape:
                     buffer.copy_(before)
 

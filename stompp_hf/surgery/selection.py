@@ -10,6 +10,8 @@ from torch import nn
 
 from ..config import StoMPPConfig
 from ..errors import ConfigError, NothingToBinarizeError, PatternError
+from ..integrations.accelerate import has_replaced_forward
+from ..integrations.torch import ConvTranspose, parameters_of
 from ..modules import BINARY_CLASSES, binary_class_of
 from ..modules.registry import unlike_its_base
 from .adapters import adapter_reason
@@ -65,7 +67,7 @@ def _reasons_in_itself(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str
                 candidates[name] = module
             else:
                 left[name] = reason
-        elif isinstance(module, (*WEIGHTED, *BINARY_CLASSES, nn.modules.conv._ConvTransposeNd)):
+        elif isinstance(module, (*WEIGHTED, *BINARY_CLASSES, ConvTranspose)):
             left[name] = _of_another_class(module)
         for key, parameter in module.named_parameters(recurse=False):
             if isinstance(module, (*WEIGHTED, _PARAMETRIZED)) or nn.parameter.is_lazy(parameter):
@@ -89,7 +91,7 @@ def _tied_keys(model: nn.Module) -> set[str]:
 
 
 def _unfit(model: nn.Module, name: str, module: nn.Module, owners: dict[int, list[str]], tied: set[str]) -> str | None:
-    weight: Any = module._parameters.get("weight")
+    weight: Any = parameters_of(module).get("weight")
     if weight is None or nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrized"
     if type(weight) is not nn.Parameter:
@@ -103,7 +105,7 @@ def _unfit(model: nn.Module, name: str, module: nn.Module, owners: dict[int, lis
         return "its weight is on the meta device (offloaded?): load the model without offloading to binarize it"
     if weight.dtype not in _REAL:
         return f"its weight is stored as {weight.dtype}"
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+    if has_replaced_forward(module):
         return "its forward was replaced on the instance (kernelize, a monkey patch), so a new class has no effect"
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..integrations.transformers import prepared
 from ..training.progression import Progression
 
 
@@ -44,7 +45,7 @@ def evaluate_twice(
 
 
 def _first_batches(trainer: Any, count: int) -> list[Any]:
-    return [trainer._prepare_inputs(batch) for batch in itertools.islice(trainer.get_train_dataloader(), count)]
+    return [prepared(trainer, batch) for batch in itertools.islice(trainer.get_train_dataloader(), count)]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from ..console import say, warn_once
 from ..errors import CheckpointError, NotBinarizedError, ShardingError
 from ..integrations.sharding import ONE_PROCESS
+from ..integrations.transformers import wait_after_random_state
 from ..modules import FROZEN
 from ..surgery.adapters import has_adapters
 from ..surgery.members import binary_layers, driven_model, members
@@ -113,14 +114,7 @@ class StoMPPTrainerCallback(TrainerCallback):
             return train(resume_from_checkpoint, *args, **kwargs)
 
         trainer.train = train_checked
-        save_random_state = getattr(trainer, "_save_rng_state", None)
-        if trainer.args.world_size > 1 and save_random_state is not None:
-
-            def save_together(output_dir: str) -> None:
-                save_random_state(output_dir)
-                trainer.accelerator.wait_for_everyone()  # rank 0 goes on to trainer_state.json, and deletes older ones
-
-            trainer._save_rng_state = save_together
+        wait_after_random_state(trainer)
         return self
 
     # ---- Trainer's events ----

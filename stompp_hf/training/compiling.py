@@ -7,33 +7,24 @@ torch's settings are those of the whole process. They are changed for the length
 for nobody else.
 """
 
-import contextlib
 import functools
-import gc
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..errors import ConfigError
+from ..integrations.torch import anything_is_compiled, compiled_call, compiled_wrappers, compiling
+from ..integrations.transformers import attention_of
 from ..surgery.attention_interface import configs_of
 
 GRAPHS_A_MEMBER = 4
 """Pending, in transition, frozen, and one to spare."""
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether a model, or any module in it, was given to torch.compile."""
-    return any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )
-
-
 def refuse_untraceable(model: nn.Module) -> None:
     """Raise ConfigError for attention whose backward pass torch.compile cannot trace without a gradient."""
-    names = {config._attn_implementation for config in configs_of(model)} - {"eager", "stompp_eager", None}
+    names = {attention_of(config) or "eager" for config in configs_of(model)} - {"eager", "stompp_eager"}
     if names:
         raise ConfigError(
             f"frozen_gradient='zero' under torch.compile: frozen layers pass no gradient, and torch cannot trace the "
@@ -60,27 +51,18 @@ class Held:
     def renew(self, looks: bool) -> None:
         """Before a step; `looks`: there are hooks on layers in this step."""
         self._looks = looks
-        if not self._searched and _asked():
+        if not self._searched and anything_is_compiled():
             self._held = [_around(module, self._settings) for module in self._compiled()]
         self._searched = True
 
     def _compiled(self) -> list[nn.Module]:
         """The compiled modules in the model, and the wrappers that torch.compile put around it or parts of it."""
         inside = set(self._model.modules())
-        found = [module for module in inside if getattr(module, "_compiled_call_impl", None) is not None]
-        wrapper: Any = sys.modules["torch._dynamo"].eval_frame.OptimizedModule
-        wrappers = [one for one in gc.get_referrers(wrapper) if type(one) is wrapper]  # a model does not know its own
-        return found + [one for one in wrappers if not inside.isdisjoint(one.modules())]
+        found = [module for module in inside if compiled_call(module) is not None]
+        return found + [one for one in compiled_wrappers() if not inside.isdisjoint(one.modules())]
 
-    @contextlib.contextmanager
-    def _settings(self) -> Iterator[None]:
-        dynamo: Any = sys.modules["torch._dynamo"]
-        config, limit = dynamo.config, self._limit
-        wider = {"recompile_limit": limit, "accumulated_recompile_limit": 16 * limit}
-        wider = {name: max(getattr(config, name), value) for name, value in wider.items()}
-        stance = dynamo.set_stance("force_eager") if self._looks else contextlib.nullcontext()
-        with stance, config.patch(fail_on_recompile_limit_hit=True, **wider):
-            yield
+    def _settings(self) -> Any:
+        return compiling(self._limit, eager=self._looks)
 
     def release(self) -> None:
         """Let go of the calls."""
@@ -89,15 +71,9 @@ class Held:
         self._searched, self._held = False, []
 
 
-def _asked() -> bool:
-    """Whether anything was given to torch.compile in this process: to look for it takes a while."""
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    return dynamo is not None and any(one is not None for one in dynamo.eval_frame.cached_backends.values())
-
-
 def _around(module: Any, settings: Callable[[], Any]) -> Callable[[], None]:
     """Run a compiled module's calls under settings; returns what undoes it."""
-    name = "_compiled_call_impl" if getattr(module, "_compiled_call_impl", None) is not None else "forward"
+    name = compiled_call(module) or "forward"
     call = getattr(module, name)
 
     @functools.wraps(call)
@@ -112,10 +88,3 @@ def _around(module: Any, settings: Callable[[], Any]) -> Callable[[], None]:
             object.__setattr__(module, name, call)
 
     return undo
-
-
-def forget_graphs() -> None:
-    """Compile anew at the next call: hooks were added or removed, which graphs do not notice."""
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.reset()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, logsigmoid, mse_loss
 
 from ..errors import ConfigError, DistillationError
+from ..integrations.torch import forget_graphs
 from ..surgery.blocks import block_of
 from ..surgery.members import get_plan, members, planned_model
-from .compiling import forget_graphs
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -12,6 +12,7 @@ from ..config import StoMPPConfig
 from ..console import warn_once
 from ..errors import CheckpointError, ConfigError, NonFiniteError, NotCalibratedError
 from ..integrations.sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
+from ..integrations.torch import BatchNorm, clamp_min_all, is_compiled
 from ..modules import PENDING, BinaryLayer, Member
 from ..modules.calibration import Observer, Watch, padding_masks, reduced
 from ..modules.stage_member import write_states
@@ -67,7 +68,7 @@ class Progression:
         self.model, self.plan = driven_model(model), get_plan(model)
         self.layers: dict[str, Member] = members(model)
         self._roots = list(planned_models(model).values())
-        if self.config.is_ste_free and compiling.is_compiled(model):
+        if self.config.is_ste_free and any(map(is_compiled, model.modules())):
             compiling.refuse_untraceable(self.model)
         self.total_steps = self._settle_total(total_steps, rescale)
         self.windows = {name: layer.place.window(self.total_steps) for name, layer in self.layers.items()}
@@ -201,7 +202,7 @@ class Progression:
     def _keep_scales_positive(self) -> None:
         scales = [local(scale.detach()) for layer in self.layers.values() for scale in layer.scales()]
         if scales:
-            torch._foreach_clamp_min_(scales, SCALE_FLOOR)
+            clamp_min_all(scales, SCALE_FLOOR)
 
     def _observe(self, step: int) -> None:
         due = [
@@ -350,7 +351,7 @@ class Progression:
         Layers that have no activation values yet get some from `batches`, and batch-norm statistics are re-estimated
         on them, all of it for the time of the block.
         """
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in self.model.modules() if isinstance(m, BatchNorm)]
         saved = [(b, b.detach().clone()) for norm in norms for b in norm.buffers()]
         with contextlib.ExitStack() as stack:
             reshard(self.model)
@@ -397,7 +398,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
         for layer in members(root).values()
         if layer.stage_state != PENDING and layer.needs_activation_values and not layer.activation_ready
     ]
-    norms = [m for m in root.modules() if batch_norm and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in root.modules() if batch_norm and isinstance(m, BatchNorm)]
     if not due and not norms:
         return model
     handles = write_after_forward(root, [layer for layer, _ in due])
