@@ -221,7 +221,7 @@ def listeners() -> list[Any]:
 
 def asked() -> bool:
     """What python.c would find."""
-    answers = [(getattr(thing, name) if name else thing()) is good for thing, name, good in choosing.QUESTIONS]
+    answers = [(getattr(thing, name) if name else thing()) is good for thing, name, good in kernels.QUESTIONS]
     return not all(answers)
 
 
