@@ -281,11 +281,11 @@ ELSEWHERE = {
     "is_dynamo_compiling": {"inference/fused_layers.py"},  # dynamo does not follow a call in C
     "is_in_onnx_export": {"method/mixing.py"},  # signs by other operators
     "is_tracing": set(),
-    "_C._functorch": {"modules/stage_member.py"},  # whether a state can be read
+    "is_in_functorch": {"modules/stage_member.py"},  # whether a state can be read
     "_dispatch_stack": set(),
 }
 COMPUTING = ("kernels/", "method/", "modules/", "inference/", "surgery/attention_interface", "checkpoints/packing")
-CALLS = {"calls.py", "training.py", "triton_linear.py", "kept.py", "prechecked_linear.py"}
+CALLS = {"calls.py", "training.py", "triton_linear.py", "torch.py", "prechecked_linear.py"}
 """The files that call kernels, or compare addresses, where `route` or `is_watched` was asked."""
 
 
