@@ -218,7 +218,7 @@ def compiling(graphs: int, eager: bool) -> Iterator[None]:
     config = _dynamo().config
     limits = {"recompile_limit": graphs, "accumulated_recompile_limit": 16 * graphs}
     limits = {name: max(getattr(config, name), value) for name, value in limits.items()}
-    stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
+    stance = _dynamo().set_stance("force_eager") if eager else contextlib.nullcontext()
     with stance, config.patch(fail_on_recompile_limit_hit=True, **limits):
         yield
 
