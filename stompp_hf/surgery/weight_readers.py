@@ -20,7 +20,7 @@ def read_elsewhere(model: nn.Module, layers: dict[str, nn.Module], inputs: Any, 
 
     Without hooks, every weight is NaN while its own layer does not run. Outputs that stay what they were show that
     nobody else computes with one; otherwise halves of the layers are looked at, and halves of those. torch's fused
-    encoder layers are switched off: they have a class of their own once they hold binary layers (`modules.torch_encoder`).
+    encoder layers are switched off: they have a class of their own once they hold binary layers (`torch_encoder`).
     A model that generates, and whose code names a weight, does so as well: with a cache it may go another way.
 
     Args:
