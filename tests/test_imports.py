@@ -12,7 +12,7 @@ import stompp_hf
 from stompp_hf import binarize_model
 
 HEAVY = (
-    *("transformers.trainer", "transformers.trainer_callback", "transformers.modeling_utils"),
+    *("transformers.trainer", "transformers.trainer_callback", "transformers.modeling_utils", "torch._dynamo"),
     *("peft", "scipy", "matplotlib", "rich", "onnx", "onnxscript", "sklearn"),
 )
 
