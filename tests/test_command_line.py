@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import binarize_model, get_plan
-from stompp_hf.__main__ import main
 from stompp_hf.checkpoints.inspection import inspect
+from stompp_hf.cli import main
 from stompp_hf.surgery.members import binary_layers
 
 BERT = CASES["bert"]

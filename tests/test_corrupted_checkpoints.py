@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 
 import stompp_hf
 from stompp_hf import StoMPPError, binarize_model, pack_model
-from stompp_hf.__main__ import main
+from stompp_hf.cli import main
 from stompp_hf.errors import CheckpointError
 
 BERT = CASES["bert"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stompp_hf import kernels
-from stompp_hf.__main__ import main
+from stompp_hf.cli import main
 from stompp_hf.errors import KernelError, ShapeError
 from stompp_hf.kernels import native
 from stompp_hf.method.conv_product import ConvProduct

@@ -15,8 +15,8 @@ from models import CASES, logits, quick, train
 from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import StoMPPConfig, binarize_model, model_card, pack_model, write_model_card
-from stompp_hf.__main__ import main
 from stompp_hf.checkpoints.inspection import inspect
+from stompp_hf.cli import main
 from stompp_hf.errors import CheckpointError
 
 BERT = CASES["bert"]

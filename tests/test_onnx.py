@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stompp_hf import BinaryAttention, Progression, StoMPPConfig, binarize_model, calibrate, export_onnx, pack_model
-from stompp_hf.__main__ import main
+from stompp_hf.cli import main
 from stompp_hf.errors import ExportError, NonFiniteError, NotBinarizedError, PackingError
 from stompp_hf.export.forms import Form, code_table, export_form, sign_table
 from stompp_hf.modules.packed import PackedAttention

@@ -34,8 +34,8 @@ from stompp_hf import (
     pack_model,
     record_run,
 )
-from stompp_hf.__main__ import main
 from stompp_hf.checkpoints.inspection import inspect
+from stompp_hf.cli import main
 from stompp_hf.method.schedules import SCHEDULES
 from stompp_hf.method.surrogates import SURROGATES
 from stompp_hf.modules import BINARY_CLASSES

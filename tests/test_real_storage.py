@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stompp_hf import binarize_model, get_plan, pack_model, restore_model, unpack_model
-from stompp_hf.__main__ import main
 from stompp_hf.checkpoints.inspection import inspect
+from stompp_hf.cli import main
 from stompp_hf.errors import CheckpointError, PackingError
 from stompp_hf.modules.int8_embedding import Int8Embedding
 from stompp_hf.surgery.members import members

@@ -11,7 +11,7 @@ from models import CASES, logits, quick, same_tensors, train
 from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import add_remote_code, binarize_model
-from stompp_hf.__main__ import main
+from stompp_hf.cli import main
 from stompp_hf.errors import CheckpointError
 
 BERT = CASES["bert"]

@@ -22,7 +22,7 @@ from recorded_run import STEPS, run_trainer
 from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import pack_model, read_run, record_run
-from stompp_hf.__main__ import main
+from stompp_hf.cli import main
 from stompp_hf.errors import RunError
 from stompp_hf.reports.html_report import write_report
 from stompp_hf.reports.runs import run_of

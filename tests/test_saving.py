@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, CLIPConfig, CLIPModel
 
 from stompp_hf import BinaryLayer, Progression, binarize_model, calibrate, get_plan, pack_model, restore_model
-from stompp_hf.__main__ import main
+from stompp_hf.cli import main
 from stompp_hf.errors import AlreadyBinarizedError, CheckpointError, ConfigError, NotBinarizedError
 from stompp_hf.surgery.members import planned_models
 

@@ -16,8 +16,8 @@ from test_kernels import DTYPES, SPECIAL, numbers
 from torch import Tensor, nn
 
 from stompp_hf import StoMPPConfig, kernels
-from stompp_hf.__main__ import main
 from stompp_hf.checkpoints.packing import pack_members
+from stompp_hf.cli import main
 from stompp_hf.errors import KernelError, ShapeError
 from stompp_hf.inference.fused_layers import fuse
 from stompp_hf.kernels import choosing, gpu, native

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from stompp_hf import read_run, restore_model
-from stompp_hf.__main__ import main
 from stompp_hf.checkpoints.inspection import inspect
+from stompp_hf.cli import main
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "walk_through.py"

@@ -303,13 +303,3 @@ def write_report(
     except OSError as error:
         raise RunError(f"the report cannot be written to {path}: {error}. Choose another file with --out.") from error
     return path
-
-
-def add_report(commands: Any) -> Any:
-    """Add `report` to the subcommands of the command line, and return it."""
-    report = commands.add_parser("report", help="one HTML file about one or several runs")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="Trainer's output_dir")
-    report.add_argument("--out", type=Path, metavar="FILE.html", help="default: report.html in the first RUN_DIR")
-    report.add_argument("--before", type=Path, metavar="FOLDER", help="checkpoint with the weights before training")
-    report.add_argument("--pictures", type=Path, metavar="FOLDER", help="write the pictures as PNG files too")
-    return report

@@ -1,0 +1,17 @@
+"""what is binary, bytes on disk, compression"""
+
+import argparse
+from typing import Any
+
+from ..checkpoints.inspection import inspect
+from . import folder
+
+
+def add(added: argparse.ArgumentParser) -> None:
+    """Add its options."""
+    folder(added)
+
+
+def run(args: argparse.Namespace) -> Any:
+    """What is printed."""
+    return inspect(args.source)
