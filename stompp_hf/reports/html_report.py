@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,7 @@ def render(runs: Sequence[Run], before: Path | None = None, pictures: Path | Non
         ),
     ]
     body = "".join(f"<h2>{heading}</h2>{content}" for heading, content in sections)
-    made = f"{shlex.join(['python', *sys.argv])}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, " + ", ".join(
+    made = f"{shlex.join(['python', *sys.argv])}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, " + ", ".join(
         f"{name} {version}" for name, version in versions().items()
     )
     return (

@@ -6,7 +6,7 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -316,7 +316,7 @@ def record_run(folder: str | Path, options: Mapping[str, Any] | None = None, arg
     }
     values = {
         "command": _without_secrets(["python", *sys.argv] if argv is None else argv),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "options": shown,
     }

@@ -1,7 +1,8 @@
 /* The calls that are worth it, as functions of a Python module: ctypes needs a microsecond more for so many arguments.
  *
  * They take what the functions of the same name take, addresses as whole numbers or None. Where Python's headers are
- * missing, this file is empty, and all calls go through ctypes.
+ * missing, this file is empty, and all calls go through ctypes. Only what the stable ABI of Python 3.11 has is used, so
+ * that one file serves all later Pythons; what has no global lock gets a file of its own.
  */
 #if defined(__has_include)
 #if __has_include(<Python.h>)
@@ -19,6 +20,18 @@ int stompp_real_linear(const float *x, const uint8_t *bits, const float *scale, 
                        int64_t shift_step, float *y, int64_t M, int64_t K, int64_t N, int threads);
 
 #define MOST_ARGUMENTS 14
+#define MOST_PARTS 32 /* of a tuple */
+
+/* The items of a tuple of a length, borrowed: the stable ABI hands them out one by one. */
+static int items(PyObject *tuple, Py_ssize_t count, PyObject **found) {
+    if (!PyTuple_CheckExact(tuple) || PyTuple_Size(tuple) != count) {
+        PyErr_Format(PyExc_TypeError, "a tuple of %zd is needed", count);
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < count; i++)
+        found[i] = PyTuple_GetItem(tuple, i);
+    return 1;
+}
 
 /* Every argument as a number of 64 bits; an address is one, and None is 0. */
 static int numbers(PyObject *const *arguments, Py_ssize_t count, Py_ssize_t wanted, int64_t *found) {
@@ -95,7 +108,7 @@ static int64_t number(PyObject *answer) {
 }
 
 static int64_t address(PyObject *tensor, PyObject *const *shared) {
-    return tensor == Py_None ? 0 : number(PyObject_CallMethodNoArgs(tensor, shared[DATA_PTR]));
+    return tensor == Py_None ? 0 : number(PyObject_CallFunctionObjArgs(shared[DATA_PTR], tensor, NULL));
 }
 
 /* Whether an answer is this very object, which something else keeps. */
@@ -106,9 +119,10 @@ static int is(PyObject *answer, PyObject *wanted) {
 
 /* Whether every question (a function, or an object and an attribute of it, and one answer) has that answer. */
 static int is_quiet(PyObject *questions) {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(questions); i++) {
-        PyObject *const *question = PySequence_Fast_ITEMS(PyTuple_GET_ITEM(questions, i));
-        if (!is(question[1] == Py_None ? PyObject_CallNoArgs(question[0]) : PyObject_GetAttr(question[0], question[1]),
+    PyObject *question[3];
+    for (Py_ssize_t i = 0; i < PyTuple_Size(questions); i++) {
+        if (!items(PyTuple_GetItem(questions, i), 3, question) ||
+            !is(question[1] == Py_None ? PyObject_CallNoArgs(question[0]) : PyObject_GetAttr(question[0], question[1]),
                 question[2]))
             return 0;
     }
@@ -117,8 +131,10 @@ static int is_quiet(PyObject *questions) {
 
 /* Whether the layer's tensors are those that they were, where they were and what they were; an error may be set. */
 static int are_there(PyObject *const *shared, PyObject *tensors) {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); i++) {
-        PyObject *const *one = PySequence_Fast_ITEMS(PyTuple_GET_ITEM(tensors, i));
+    PyObject *one[PARTS];
+    for (Py_ssize_t i = 0; i < PyTuple_Size(tensors); i++) {
+        if (!items(PyTuple_GetItem(tensors, i), PARTS, one))
+            return 0;
         PyObject *found = PyDict_GetItemWithError(one[HOME], one[KEY]);
         if ((found ? found : Py_None) != one[ITSELF])
             return 0;
@@ -140,37 +156,33 @@ static int fits(PyObject *const *shared, PyObject *const *own, PyObject *x) {
     PyObject *shape = PyObject_GetAttr(x, shared[SHAPE]);
     int same = shape && PyObject_RichCompareBool(shape, own[X_SHAPE], Py_EQ) == 1;
     Py_XDECREF(shape);
-    return same && is(PyObject_CallMethodNoArgs(x, shared[IS_CONTIGUOUS]), Py_True) &&
-           is(PyObject_CallOneArg(shared[AUTOCAST], shared[CPU]), Py_False) && is_quiet(shared[QUESTIONS]) &&
-           are_there(shared, own[TENSORS]);
-}
-
-/* Whether an object is a tuple of tuples of a length. */
-static int is_table(PyObject *rows, Py_ssize_t length) {
-    int right = PyTuple_CheckExact(rows);
-    for (Py_ssize_t i = 0; right && i < PyTuple_GET_SIZE(rows); i++)
-        right = PyTuple_CheckExact(PyTuple_GET_ITEM(rows, i)) && PyTuple_GET_SIZE(PyTuple_GET_ITEM(rows, i)) == length;
-    return right;
+    return same && is(PyObject_CallMethodObjArgs(x, shared[IS_CONTIGUOUS], NULL), Py_True) &&
+           is(PyObject_CallFunctionObjArgs(shared[AUTOCAST], shared[CPU], NULL), Py_False) &&
+           is_quiet(shared[QUESTIONS]) && are_there(shared, own[TENSORS]);
 }
 
 /* stompp_whole_call(shared, own, x): the output, or None where the call has to go another way. */
 static PyObject *whole_call(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
     (void)self;
-    if (count != 3 || !PyTuple_CheckExact(arguments[0]) || !PyTuple_CheckExact(arguments[1]) ||
-        PyTuple_GET_SIZE(arguments[0]) != SHARED || PyTuple_GET_SIZE(arguments[1]) < ARGUMENTS ||
-        !is_table(PyTuple_GET_ITEM(arguments[0], QUESTIONS), 3) ||
-        !is_table(PyTuple_GET_ITEM(arguments[1], TENSORS), PARTS))
-        return PyErr_Format(PyExc_TypeError, "two tuples of their lengths and a tensor are needed");
-    PyObject *const *shared = PySequence_Fast_ITEMS(arguments[0]), *const *own = PySequence_Fast_ITEMS(arguments[1]);
+    PyObject *shared[SHARED], *own[MOST_PARTS];
+    Py_ssize_t parts = count == 3 ? PyTuple_Size(arguments[1]) : 0;
+    if (parts < ARGUMENTS || parts > MOST_PARTS || !items(arguments[0], SHARED, shared) ||
+        !items(arguments[1], parts, own) || PyTuple_Size(shared[QUESTIONS]) < 0 || PyTuple_Size(own[TENSORS]) < 0)
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "two tuples and a tensor are needed");
     PyObject *x = arguments[2], *y = NULL;
+    /* The function, since it is called often, and looking a method up takes as long as calling it; Tensor keeps it. */
+    shared[DATA_PTR] = PyObject_GetAttr(shared[TENSOR], shared[DATA_PTR]);
+    if (!shared[DATA_PTR])
+        return NULL;
+    Py_DECREF(shared[DATA_PTR]);
     if (fits(shared, own, x)) {
         int real = own[REAL] == Py_True, wanted = real ? 11 : 14, to = real ? 6 : 8;
         int64_t a[MOST_ARGUMENTS];
-        if (!numbers(own + ARGUMENTS, PyTuple_GET_SIZE(arguments[1]) - ARGUMENTS, wanted, a))
+        if (!numbers(own + ARGUMENTS, parts - ARGUMENTS, wanted, a))
             return NULL;
         a[0] = address(x, shared);
         a[wanted - 1] = number(PyObject_CallNoArgs(shared[THREADS]));
-        y = PyErr_Occurred() ? NULL : PyObject_CallOneArg(shared[EMPTY_LIKE], own[LIKE]);
+        y = PyErr_Occurred() ? NULL : PyObject_CallFunctionObjArgs(shared[EMPTY_LIKE], own[LIKE], NULL);
         a[to] = y ? address(y, shared) : 0;
         if (!PyErr_Occurred() && compute(real ? call_real_linear : call_linear, a, wanted) == DONE)
             return y;
