@@ -26,6 +26,7 @@ from .choosing import (
     choice as choice,
     describe as describe,
     is_eager as is_eager,
+    is_exported as is_exported,
     route as route,
     switched_off as switched_off,
     trains_with as trains_with,

@@ -139,6 +139,11 @@ def is_eager() -> bool:
     return not torch.compiler.is_compiling() and not is_watched()
 
 
+def is_exported() -> bool:
+    """Whether a graph is recorded for other runtimes, which know torch's core operators (Core ATen) and no others."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
 def route(
     x: Tensor, *others: Tensor | None, dtypes: Collection[torch.dtype] = DTYPES, fan_in: int = 1, triton: bool = False
 ) -> Route:

@@ -30,7 +30,7 @@ def hard(u: Tensor) -> Tensor:
     Shape and dtype: those of `u` (any float dtype; the sign does not depend on it). A NaN becomes +1 or -1.
     Source:   Smith and Islam (2026); the value at 0 is this library's choice.
     """
-    return _signs_of(u.detach() + 0.0)  # adding 0 turns -0 into +0
+    return hard_above(u, None)
 
 
 def hard_above(u: Tensor, threshold: Tensor | None) -> Tensor:
@@ -38,13 +38,12 @@ def hard_above(u: Tensor, threshold: Tensor | None) -> Tensor:
 
     A difference can be -0 only if b is +0, so b is given a -0 instead: that spares a pass over u.
     """
-    return hard(u) if threshold is None else _signs_of(u.detach() - torch.rsub(threshold.detach(), 0.0).neg_())
-
-
-def _signs_of(fresh: Tensor) -> Tensor:
-    """Overwrite a tensor, which holds no -0, with its signs."""
-    if torch.onnx.is_in_onnx_export():  # which has no copysign
-        return torch.where(fresh >= 0.0, 1.0, -1.0).to(fresh.dtype)
+    if kernels.is_exported():  # copysign is no core operator; and a comparison cannot underflow
+        return torch.where(u.detach() >= (0.0 if threshold is None else threshold.detach()), 1.0, -1.0).to(u.dtype)
+    if threshold is None:
+        fresh = u.detach() + 0.0  # adding 0 turns -0 into +0
+    else:
+        fresh = u.detach() - torch.rsub(threshold.detach(), 0.0).neg_()
     return torch.copysign(fresh.new_ones(()), fresh, **_into(fresh))
 
 

@@ -5,7 +5,7 @@ kernel: an operator's own way there costs more than a small layer (`kernels.rout
 is no kernel for a device, the operators compute in plain torch, so that an exported program runs anywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,14 +79,14 @@ def packed_forward(
     if way is not Route.OPERATOR:
         return product.by_kernel(x, threshold, bits, affine, dtype, pad, way)
     if not isinstance(product, ConvProduct):
-        return torch.ops.stompp_hf.packed_linear(x, threshold, bits.bits, *affine, dtype)
+        return _operator("linear")(x, threshold, bits.bits, *affine, dtype)
     if product.mode != "zeros":
         x, product = product.padded(x, pad), product.bare()
     if x.dim() != len(product.stride) + 2:
         return None
     around = [size for pair in product.padding for size in pair]
     sizes = (list(bits.shape[2:]), list(product.stride), around, list(product.dilation), product.groups, int(pad))
-    return torch.ops.stompp_hf.packed_conv(x, threshold, bits.bits, *affine, dtype, *sizes)
+    return _operator("conv")(x, threshold, bits.bits, *affine, dtype, *sizes)
 
 
 def packed_reference(
@@ -111,7 +111,7 @@ def packed_real_forward(
     if isinstance(product, ConvProduct):
         return packed_reference(x, None, False, bits, (scale, shift), dtype, product, 0.0)
     if LinearProduct().route(x, bits, scale, shift) is Route.OPERATOR:
-        return torch.ops.stompp_hf.packed_real_linear(x, bits.bits, scale, shift).to(dtype)
+        return _operator("real_linear")(x, bits.bits, scale, shift).to(dtype)
     return _real(x, bits.bits, scale, shift).to(dtype)
 
 
@@ -133,7 +133,31 @@ def _compute(
         return packed_reference(x, threshold, True, bits, affine, dtype, product, pad) if y is None else y
 
 
-@torch.library.custom_op("stompp_hf::packed_linear", mutates_args=())
+_LIBRARY = torch.library.Library("stompp_hf", "FRAGMENT")
+
+
+def _operators(name: str) -> Callable[[Callable[..., Tensor]], Any]:
+    """Decorator: make a function two operators that compute it.
+
+    packed_*, for torch.compile, stays whole in every graph. exported_* stays whole in a program of torch.export, which
+    then calls the kernel, and comes apart into what plain torch does where a backend runs torch's default
+    decompositions: torch.onnx, ExecuTorch, OpenVINO, AOTInductor.
+    """
+
+    def decorate(compute: Callable[..., Tensor]) -> Any:
+        exported = f"exported_{name}"
+        _LIBRARY.define(exported + torch.library.infer_schema(compute, mutates_args=()))
+        _LIBRARY.impl(exported, compute, "CompositeImplicitAutograd")
+        return torch.library.custom_op(f"stompp_hf::packed_{name}", compute, mutates_args=())
+
+    return decorate
+
+
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.stompp_hf, f"{'exported' if kernels.is_exported() else 'packed'}_{name}")
+
+
+@_operators("linear")
 def packed_linear(
     x: Tensor, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -147,7 +171,7 @@ def _(x: Tensor, threshold: Any, bits: Tensor, scale: Any, shift: Any, dtype: to
     return x.new_empty((*x.shape[:-1], bits.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("stompp_hf::packed_conv", mutates_args=())
+@_operators("conv")
 def packed_conv(
     x: Tensor, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype,
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
@@ -169,7 +193,7 @@ def _(
     return y.contiguous(memory_format=kernels.memory_format(x, (*kernel, *stride, *dilation)))
 
 
-@torch.library.custom_op("stompp_hf::packed_real_linear", mutates_args=())
+@_operators("real_linear")
 def packed_real_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """The operator of linear layers with a real input: x (..., K), y (..., N) float32."""
     with torch.no_grad():

@@ -24,6 +24,9 @@ def pack_signs(u: Tensor) -> Tensor:
 
 def unpack_signs(bits: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `pack_signs`: +1 and -1, contiguous, (..., count) from uint8 (..., ceil(count / 8))."""
+    if kernels.is_exported():  # shifts are no core operators
+        ones = torch.stack([(bits & 2**place) > 0 for place in range(8)], -1)
+        return torch.where(ones.flatten(-2)[..., :count], 1.0, -1.0).to(dtype)
     places, bytes_ = torch.arange(8, device=bits.device), torch.arange(256, device=bits.device)
     table = ((bytes_[:, None] >> places) & 1).to(dtype).mul_(2.0).sub_(1.0)  # the 8 signs of each byte
     return F.embedding(bits.int(), table).flatten(-2)[..., :count].contiguous()
@@ -72,6 +75,8 @@ class SignBits:
 
     def row_sums(self, dtype: torch.dtype) -> Tensor:
         """Sum of the signs of each output channel, (channels,), exact; kept with the bits."""
+        if kernels.is_exported():
+            return unpack_signs(self.bits, self.fan_in, dtype).sum(-1)
         make = lambda: (2 * count_ones(self.bits) - self.fan_in).to(dtype)  # noqa: E731
         return kernels.derived(self.bits, f"row sums {dtype}", make)
 
