@@ -55,6 +55,7 @@ def test_what_it_says(packed: tuple[Path, torch.Tensor]) -> None:
     card = model_card(packed[0], metrics={"accuracy": 0.875}, base_model="a/base", repo_id="user/tiny")
     assert card.data.tags == ["stompp", "1-bit", "binary"] and card.data.base_model == "a/base"
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-classification"
+    assert card.data.base_model_relation == "quantized" and "relation" not in str(model_card(packed[0]))
     found, text = inspect(packed[0]), str(card)
     for words in (
         "import stompp_hf  # registers", 'BertForSequenceClassification.from_pretrained("user/tiny")',

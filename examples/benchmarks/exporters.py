@@ -173,7 +173,9 @@ def cell(way: str, model: Any, whole: bool) -> str:
             return f"not installed: {error}" if whole else "not installed"
         except Exception as error:  # whatever a backend raises is what is asked for
             return f"{type(error).__name__}: {error}" if whole else type(error).__name__
-    return f"{(found - expected).abs().mean() / expected.abs().mean():.0e}" if found.shape == expected.shape else "shape"
+    return (
+        f"{(found - expected).abs().mean() / expected.abs().mean():.0e}" if found.shape == expected.shape else "shape"
+    )
 
 
 def main() -> None:

@@ -43,6 +43,8 @@ def model_card(
     data.tags = tags + [tag for tag in TAGS if tag not in tags]
     data.library_name = data.library_name or "transformers"
     data.base_model = base_model or data.base_model
+    if data.base_model:  # how the hub lists it beside that model, unless the card says otherwise
+        data.base_model_relation = data.get("base_model_relation") or "quantized"
     tasks = (task for task, names in TASK_MAPPING.items() if found.architecture in names.values())
     data.pipeline_tag = data.pipeline_tag or next(tasks, None)
     before, _, rest = card.text.partition(BEGIN)

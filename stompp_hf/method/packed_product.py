@@ -2,7 +2,8 @@
 
 Plain torch is the oracle: it is exact, and makes few float copies of a weight at a time. Eager calls go straight to the
 kernel: an operator's own way there costs more than a small layer (`kernels.route` says which it is to be). Where there
-is no kernel for a device, the operators compute in plain torch, so that an exported program runs anywhere.
+is no kernel for a device, the operators compute in plain torch, so that an exported program runs anywhere; and other
+backends see those operations instead.
 """
 
 from collections.abc import Callable, Sequence
