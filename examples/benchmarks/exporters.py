@@ -3,9 +3,10 @@
     python examples/benchmarks/exporters.py                     # every way that is installed, a few minutes
     python examples/benchmarks/exporters.py --ways torch.onnx OnnxExporter --models bert --attention binarize
 
-Small models with random weights, frozen (latent weights) and packed (bits), each exported, saved, loaded by its runtime,
-and run on another batch than the example. A cell holds the mean difference of the logits from the model's own, over
-their mean size; "not installed", where a package is missing; or what the exporter says. Prints a Markdown table.
+Small models with random weights, frozen (latent weights) and packed (bits), each exported, saved, loaded by its
+runtime, and run on another batch than the example. A cell holds the mean difference of the logits from the model's
+own, over their mean size; "not installed", where a package is missing; or what the exporter says. Prints a Markdown
+table.
 
 ExecuTorch: pip install executorch. OpenVINO: pip install openvino. AOTInductor needs a C++ compiler.
 """
