@@ -137,19 +137,18 @@ def _compute(
 _LIBRARY = torch.library.Library("stompp_hf", "FRAGMENT")
 
 
-def _operators(name: str) -> Callable[[Callable[..., Tensor]], Any]:
-    """Decorator: make a function two operators that compute it.
+def _exported(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorator: make what an operator computes another operator, for torch.export.
 
-    packed_*, for torch.compile, stays whole in every graph. exported_* stays whole in a program of torch.export, which
-    then calls the kernel, and comes apart into what plain torch does where a backend runs torch's default
-    decompositions: torch.onnx, ExecuTorch, OpenVINO, AOTInductor.
+    torch.compile leaves packed_* whole in every graph. A program of torch.export leaves exported_* whole, and calls the
+    kernel; backends that run torch's default decompositions (torch.onnx, ExecuTorch, OpenVINO, AOTInductor) take it
+    apart into what plain torch does.
     """
 
-    def decorate(compute: Callable[..., Tensor]) -> Any:
-        exported = f"exported_{name}"
-        _LIBRARY.define(exported + torch.library.infer_schema(compute, mutates_args=()))
-        _LIBRARY.impl(exported, compute, "CompositeImplicitAutograd")
-        return torch.library.custom_op(f"stompp_hf::packed_{name}", compute, mutates_args=())
+    def decorate(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        _LIBRARY.define(f"exported_{name}{torch.library.infer_schema(compute, mutates_args=())}")
+        _LIBRARY.impl(f"exported_{name}", compute, "CompositeImplicitAutograd")
+        return compute
 
     return decorate
 
@@ -158,7 +157,8 @@ def _operator(name: str) -> Any:
     return getattr(torch.ops.stompp_hf, f"{'exported' if kernels.is_exported() else 'packed'}_{name}")
 
 
-@_operators("linear")
+@torch.library.custom_op("stompp_hf::packed_linear", mutates_args=())
+@_exported("linear")
 def packed_linear(
     x: Tensor, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -172,7 +172,8 @@ def _(x: Tensor, threshold: Any, bits: Tensor, scale: Any, shift: Any, dtype: to
     return x.new_empty((*x.shape[:-1], bits.shape[0]), dtype=dtype)
 
 
-@_operators("conv")
+@torch.library.custom_op("stompp_hf::packed_conv", mutates_args=())
+@_exported("conv")
 def packed_conv(
     x: Tensor, threshold: Tensor | None, bits: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype,
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
@@ -194,7 +195,8 @@ def _(
     return y.contiguous(memory_format=kernels.memory_format(x, (*kernel, *stride, *dilation)))
 
 
-@_operators("real_linear")
+@torch.library.custom_op("stompp_hf::packed_real_linear", mutates_args=())
+@_exported("real_linear")
 def packed_real_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """The operator of linear layers with a real input: x (..., K), y (..., N) float32."""
     with torch.no_grad():
