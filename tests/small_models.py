@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from stompp_hf.surgery.probe import example_inputs_of
+from stompp_hf.surgery.running import example_inputs_of
 
 LARGEST = 70_000_000
 """Parameters of the largest model that counts as small."""
