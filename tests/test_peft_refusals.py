@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from importlib import metadata
 from typing import Any
 
 import beyond
@@ -199,6 +200,14 @@ def test_other_ways_to_the_weight_are_refused(bases: Any) -> None:
     refused(bases, LoraConfig(target_modules=["query"], layer_replication=[(0, 2), (1, 2)]), "layer_replication")
     refused(bases, LoraConfig(target_modules=["convolution"], use_dora=True), "use_dora", "resnet")
     refused(bases, LoraConfig(use_dora=True), "use_dora", "gpt2")  # PEFT's own choice of targets
+
+
+def test_an_older_peft_is_refused(bases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", {"peft": "0.20.0"}.__getitem__)
+    refused(bases, LoraConfig(target_modules=["query"]), "PEFT 0.20.0 does not say .* pip install -U 'peft>=0.21'")
+    wrapped = get_peft_model(CASES["bert"].build(), LoraConfig(target_modules=["query"]))
+    with pytest.raises(AdapterError, match="PEFT 0"):
+        binarize_model(wrapped, quick())
 
 
 def test_a_second_adapter_is_looked_at_too(bases: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -55,7 +56,12 @@ class StoMPPQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if isinstance(self.quantization_config, StoMPPConfig):
             return  # the probe needs weights: binarize_model runs once they are there
-        files = [Path(file) for file in kwargs.get("checkpoint_files") or [] if str(file).endswith(".safetensors")]
+        if "checkpoint_files" not in kwargs:
+            raise CheckpointError(
+                f"transformers {transformers.__version__} does not tell a quantization method which files it loads, "
+                "and names and checksums of binary layers could not be checked: pip install -U 'transformers>=5.20'."
+            )
+        files = [Path(file) for file in kwargs["checkpoint_files"] or [] if str(file).endswith(".safetensors")]
         plans = self.quantization_config.plans()
         modules = dict(model.named_modules())
         for name, plan in plans.items():

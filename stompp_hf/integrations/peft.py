@@ -3,7 +3,15 @@
 import functools
 import inspect
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
+
+from packaging.version import Version
+
+from ..errors import AdapterError
+
+OLDEST = "0.21"
+"""Before it, UniLoRA names none of its adapters, and is merged unasked; before 0.20, LoRA's variants are not marked."""
 
 Check = Callable[..., None]
 
@@ -41,6 +49,15 @@ def guard_family(root: Any, checks: dict[str, Check]) -> None:
 
     root.__init_subclass__ = classmethod(init_subclass)
     _guard(root, checks)
+
+
+def check_version() -> None:
+    """Raise AdapterError if PEFT is older than what is known here."""
+    if Version(found := metadata.version("peft")) < Version(OLDEST):
+        raise AdapterError(
+            f"PEFT {found} does not say of all adapters whether they read, change or are merged into a layer's weight, "
+            f"and beside binary layers none of them may: pip install -U 'peft>={OLDEST}'."
+        )
 
 
 def with_targets(tuner: Any, config: Any, model: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterError
-from ..integrations.peft import adapters_of, is_target, with_targets
+from ..integrations.peft import adapters_of, check_version, is_target, with_targets
 from ..modules import FROZEN, BinaryConv1D, BinaryLayer, BinaryLinear, Member
 from .members import plain_name
 
@@ -31,7 +31,7 @@ VARIANTS = (
     *("use_dora", "use_bdlora", "use_qalora", "alora_invocation_tokens"),
     *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
 )
-"""Options of LoRA that change how its layers compute. PEFT marks them since 0.20; older releases have some of them."""
+"""Options of LoRA that change how its layers compute. PEFT marks most of them."""
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of LoRA's init_lora_weights of which the same is true."""
 
@@ -86,6 +86,7 @@ def adapter_reason(model: nn.Module, name: str) -> str | None:
 
 def _needs_weight(config: Any) -> str | None:
     """Why the adapters of a PEFT configuration cannot stand beside a binary layer, or None."""
+    check_version()
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in BESIDE:
         return f"{kind} reads or changes the layer's weight, or is not known to leave it alone"
