@@ -13,7 +13,7 @@ import nox
 
 ROOT = Path(__file__).parents[1]
 CORE = (
-    *("callback", "functional", "packed_checkpoints", "packed_layers", "peft", "peft_refusals", "progression"),
+    *("callback", "mixing", "packed_checkpoints", "packed_layers", "peft", "peft_refusals", "progression"),
     *("resuming", "save_reload", "saving", "surgery"),
 )
 """Files of tests that meet torch, transformers, accelerate and PEFT where their versions differ."""

@@ -22,7 +22,7 @@ LANES = 64
 """Of kernels.h."""
 VERSION = 6
 """STOMPP_VERSION of the sources that these calls belong to."""
-BUILD = 'pip install "stompp-hf" from its sources where a C compiler is (in a checkout: pip install -e .)'
+BUILD = "pip install --force-reinstall --no-deps --no-cache-dir stompp-hf (in a checkout: pip install -e .)"
 
 
 class Shape(ctypes.Structure):
