@@ -137,7 +137,12 @@ class StoMPPConfig:
                 "stompp_hf.method.surrogates.register_surrogate(name), also before a model is loaded that uses it",
             )
         if self.schedule not in SCHEDULES:
-            self._refuse("schedule", f"is not one of {', '.join(map(repr, SCHEDULES))}")
+            known = ", ".join(map(repr, SCHEDULES))
+            self._refuse(
+                "schedule",
+                f"is not one of {known}; one of your own is added first, stompp_hf.method.schedules.SCHEDULES[name] = "
+                "function, also before a model is loaded that uses it",
+            )
         if not self.order_patterns and self.order not in ORDERS:
             self._refuse("order", f"is empty; use one of {', '.join(ORDERS)}, or a list of module names")
         if self.stages not in ("module", "block") and not (self.stages.isdecimal() and int(self.stages) > 0):

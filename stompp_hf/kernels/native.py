@@ -95,7 +95,10 @@ def _load() -> ctypes.CDLL | str:
     """The compiled part, or why there is none."""
     path = library_path()
     if path is None:
-        return "the compiled part was not built (no C compiler when this was installed, or a checkout without a build)"
+        return (
+            f"the compiled part was not built in {Path(__file__).parent}: no C compiler when this was installed, or a "
+            "clone, which hides an installed copy from a Python that starts in it (pip install -e . builds it there)"
+        )
     try:
         native = ctypes.CDLL(str(path))
         version = native.stompp_version()

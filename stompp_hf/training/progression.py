@@ -126,9 +126,9 @@ class Progression:
         if short and self.config.end > self.config.start and self.config.binarize != "nothing":
             warn_once(
                 logger, self.model,
-                "stages freeze within %d steps, less than twice the refresh rate (%d): few entries get a second draw. "
-                "Train longer, use fewer stages (stages=...), or lower refresh_rate.",
-                min(short), rate,
+                "stages freeze within %d steps, less than twice the refresh rate (%d): few entries are drawn anew "
+                "before they are frozen for good. Train longer, use fewer stages (stages=...), or refresh_rate=%d.",
+                min(short), rate, max(1, min(short) // 5),
             )  # fmt: skip
 
     # ---- pure functions of the step ----
