@@ -27,8 +27,9 @@ LEFT_BY_RUNS = r"(^|/)(runs|__pycache__|\.[^/]*_cache)/|\.(so|pyd|pyc)$"
 NO_KERNELS = """
   =====================================================================================
   stompp-hf: THE COMPILED KERNELS COULD NOT BE BUILT. Everything works without them, and
-  packed models are slower than real ones. A C compiler, and this installation once more
-  (pip install --force-reinstall --no-deps --no-cache-dir), gives them.
+  packed models are slower than real ones. With a C compiler, this gives them, where
+  pip's cache would give this build again:
+  pip install --force-reinstall --no-deps --no-cache-dir stompp-hf
   What failed: {}
   =====================================================================================
 """
@@ -66,7 +67,10 @@ class BuildExt(build_ext):
 
 
 class BdistWheel(bdist_wheel):
-    """A wheel whose tag says what it holds: without kernels py3-none-any, as which pip's cache keeps it."""
+    """A wheel whose tag says what it holds: py3-none-any without kernels, which no index can take for more.
+
+    pip's cache goes by the name of the sources, and hands out either kind again: hence --no-cache-dir above.
+    """
 
     def run(self) -> None:
         self.run_command("build")
