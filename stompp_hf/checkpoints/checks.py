@@ -82,7 +82,7 @@ def check_loaded(model: PreTrainedModel, expected: Mapping[str, Tensor], names: 
         CheckpointError: a tensor is missing, or has another shape or dtype, or values that cannot be.
     """
     saved, converted = _saved(model), _converted(model)
-    loaded = {name: tensor for name, tensor in saved.items() if _was_loaded(tensor)}
+    loaded = {name: tensor for name, tensor in saved.items() if tensor.is_meta or is_initialized(tensor)}
     _check_covered(expected, loaded)
     for name, module in converted.items():
         reason = module.damage()
@@ -205,10 +205,6 @@ def _refuse_missing(name: str) -> None:
         f"{name} is missing in the checkpoint, although its config.json says that it belongs to the model: the weights "
         "were saved without it, or the file is not the one that belongs here."
     )
-
-
-def _was_loaded(tensor: Tensor) -> bool:
-    return tensor.is_meta or is_initialized(tensor)
 
 
 def _converted(model: PreTrainedModel) -> dict[str, Converted]:

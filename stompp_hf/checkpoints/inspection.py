@@ -15,6 +15,7 @@ from .files import architecture, headers, model_class, read_config, weight_files
 
 STATE = ".stompp_state"
 """Ending of the tensor that everything binary has."""
+MAIN_PARTS = {"weight_bits": "bits", "weight_scale": "weight scales", "weight": "latent weights"}
 OTHERS = (*OWN_TENSORS, *BinaryAttention.own_names, "padding_lives")
 """What binarization adds beside bits, scales and latents."""
 
@@ -81,7 +82,7 @@ def inspect(folder: str | Path) -> Inspection:
     config = read_config(folder)
     plan = StoMPPQuantizationConfig(**config["quantization_config"]).plan()
     found = Inspection(architecture(config), plan)
-    found.sizes = dict.fromkeys(("bits", "weight scales", "latent weights", "other binary parts", "real"), 0)
+    found.sizes = dict.fromkeys((*MAIN_PARTS.values(), "other binary parts", "real"), 0)
     tensors = list(headers(weight_files(folder)))
     # By what the file itself says: some classes save their tensors under other names than those of their modules.
     members = {header.name.removesuffix(STATE) for header in tensors if header.name.endswith(STATE)}
@@ -116,10 +117,5 @@ def _plain_model(folder: Path, found: Inspection) -> Any:
 
 
 def _kind(binary: bool, own: str) -> str:
-    if binary and own == "weight_bits":
-        return "bits"
-    if binary and own == "weight_scale":
-        return "weight scales"
-    if binary and own == "weight":
-        return "latent weights"
-    return "other binary parts" if binary and own in OTHERS else "real"
+    kinds = {**dict.fromkeys(OTHERS, "other binary parts"), **MAIN_PARTS}
+    return kinds.get(own, "real") if binary else "real"

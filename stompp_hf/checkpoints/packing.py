@@ -97,18 +97,15 @@ def _check(plan: Plan, found: Mapping[str, Member], commit: bool) -> None:
 
 def pack_members(found: Mapping[str, Member]) -> None:
     """Pack members in place, without a look at their state: also those of a model on the meta device."""
-    classes = {name: PACKED_CLASSES.get(type(member)) for name, member in found.items()}
-    for name, packed_class in classes.items():
+    plans: list[tuple[Any, Member, Any]] = []
+    for name, member in found.items():
+        packed_class = PACKED_CLASSES.get(type(member))
         if packed_class is None:
             raise PackingError(
-                f"pack_model: {name} is a {type(found[name]).__name__}, which has no packed class; declare one with "
+                f"pack_model: {name} is a {type(member).__name__}, which has no packed class; declare one with "
                 "stompp_hf.modules.packed.register_packed."
             )
-    plans: list[tuple[Any, Member, Any]] = [
-        (packed_class, found[name], packed_class.buffers_of(found[name]))
-        for name, packed_class in classes.items()
-        if packed_class is not None
-    ]
+        plans.append((packed_class, member, packed_class.buffers_of(member)))
     for packed_class, member, buffers in plans:
         packed_class.pack(member, buffers)
 

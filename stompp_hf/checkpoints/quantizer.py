@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 class StoMPPQuantizer(HfQuantizer):
     """Re-creates binary layers for `from_pretrained`; afterwards the model is an ordinary, trainable one."""
 
-    requires_calibration = False
     quantization_config: StoMPPQuantizationConfig | StoMPPConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -218,11 +217,7 @@ def _entry_in(model: PreTrainedModel, modules: dict[str, Any], entry: Entry, pre
     return f"{found}{dot}{child}"
 
 
-def _register() -> None:
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(StoMPPQuantizationConfig)
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(StoMPPQuantizer)
-
-
-_register()
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(StoMPPQuantizationConfig)
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(METHOD)(StoMPPQuantizer)

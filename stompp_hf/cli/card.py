@@ -1,7 +1,6 @@
 """write README.md: how to load it, what is binary, sizes, metrics"""
 
 import argparse
-from typing import Any
 
 from ..checkpoints.model_card import write_model_card
 from . import folder
@@ -14,7 +13,7 @@ def add(added: argparse.ArgumentParser) -> None:
     added.add_argument("--metric", action="append", type=_metric, default=[], metavar="NAME=VALUE")
 
 
-def run(args: argparse.Namespace) -> Any:
+def run(args: argparse.Namespace) -> object:
     """What is printed."""
     return write_model_card(args.source, metrics=dict(args.metric), base_model=args.base_model)
 

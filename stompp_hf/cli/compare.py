@@ -1,7 +1,6 @@
 """how far two checkpoints' outputs lie apart, on random inputs"""
 
 import argparse
-from typing import Any
 
 from ..checkpoints.rewriting import load
 from ..reports.comparison import output_difference
@@ -13,6 +12,6 @@ def add(added: argparse.ArgumentParser) -> None:
     folder(added, "of the same class")
 
 
-def run(args: argparse.Namespace) -> Any:
+def run(args: argparse.Namespace) -> object:
     """What is printed."""
     return output_difference(load(args.source), load(args.target))

@@ -3,7 +3,6 @@
 import argparse
 import platform
 from importlib.metadata import version
-from typing import Any
 
 from .. import kernels
 
@@ -12,7 +11,7 @@ def add(added: argparse.ArgumentParser) -> None:
     """Add its options."""
 
 
-def run(args: argparse.Namespace) -> Any:
+def run(args: argparse.Namespace) -> object:
     """What is printed."""
     versions = ", ".join(f"{package} {version(package)}" for package in ("stompp_hf", "torch", "transformers"))
     return f"{versions}, Python {platform.python_version()}, {platform.machine()}\n{kernels.describe()}"

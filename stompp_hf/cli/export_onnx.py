@@ -1,7 +1,6 @@
 """an ONNX file, 8 weights a byte, signs summed as integers"""
 
 import argparse
-from typing import Any
 
 from ..checkpoints.rewriting import load
 from ..export.onnx_export import CHOICES, export_onnx
@@ -15,7 +14,7 @@ def add(added: argparse.ArgumentParser) -> None:
         added.add_argument(f"--{option.replace('_', '-')}", choices=choices, default=choices[0], help="as export_onnx")
 
 
-def run(args: argparse.Namespace) -> Any:
+def run(args: argparse.Namespace) -> object:
     """What is printed."""
     path = export_onnx(load(args.source), args.target, **{option: getattr(args, option) for option in CHOICES})
     return f"{path}: {path.stat().st_size:,} bytes"

@@ -1,7 +1,6 @@
 """what is binary, bytes on disk, compression"""
 
 import argparse
-from typing import Any
 
 from ..checkpoints.inspection import inspect
 from . import folder
@@ -12,6 +11,6 @@ def add(added: argparse.ArgumentParser) -> None:
     folder(added)
 
 
-def run(args: argparse.Namespace) -> Any:
+def run(args: argparse.Namespace) -> object:
     """What is printed."""
     return inspect(args.source)

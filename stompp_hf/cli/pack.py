@@ -2,7 +2,6 @@
 
 import argparse
 from functools import partial
-from typing import Any
 
 from ..checkpoints.inspection import inspect
 from ..checkpoints.packing import pack_model
@@ -21,7 +20,7 @@ def add(added: argparse.ArgumentParser) -> None:
     added.add_argument("--remote-code", action="store_true", help="load with trust_remote_code, without an import")
 
 
-def run(args: argparse.Namespace) -> Any:
+def run(args: argparse.Namespace) -> object:
     """What is printed."""
     rewrite(args.source, args.target, partial(pack_model, commit=args.commit, real=args.real), args.remote_code)
     return inspect(args.target)

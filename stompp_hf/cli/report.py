@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from ..reports.html_report import write_report
 
@@ -15,6 +14,6 @@ def add(added: argparse.ArgumentParser) -> None:
     added.add_argument("--pictures", type=Path, metavar="FOLDER", help="write the pictures as PNG files too")
 
 
-def run(args: argparse.Namespace) -> Any:
+def run(args: argparse.Namespace) -> object:
     """What is printed."""
     return write_report(args.runs, args.out, args.before, args.pictures)

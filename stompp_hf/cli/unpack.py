@@ -1,7 +1,6 @@
 """back to the training format, every stage frozen"""
 
 import argparse
-from typing import Any
 
 from ..checkpoints.inspection import inspect
 from ..checkpoints.packing import unpack_model
@@ -15,7 +14,7 @@ def add(added: argparse.ArgumentParser) -> None:
     added.add_argument("--remote-code", action="store_true", help="load with trust_remote_code, without an import")
 
 
-def run(args: argparse.Namespace) -> Any:
+def run(args: argparse.Namespace) -> object:
     """What is printed."""
     rewrite(args.source, args.target, unpack_model, args.remote_code)
     return inspect(args.target)

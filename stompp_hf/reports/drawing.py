@@ -23,6 +23,8 @@ LINES = (
 )  # fmt: skip
 NO_VALUE = {"facecolor": "white", "edgecolor": "0.75", "hatch": "////"}
 """What stands where a map has nothing to show."""
+NAMED_ROWS = 14
+"""Rows of a map that are named at most: an even choice of them."""
 
 
 def new_figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, Any]:
@@ -102,14 +104,6 @@ def short_names(names: Sequence[str]) -> list[str]:
     return [".".join(p[head : len(p) - tail]) for p in parts]
 
 
-def name_rows(axis: Any, names: Sequence[str], most: int = 14) -> None:
-    """Name the rows of a map, top down, an even choice of them if there are many."""
-    every = -(-len(names) // most)
-    chosen = range(0, len(names), every)
-    short = short_names(names)
-    axis.set_yticks([row + 0.5 for row in chosen], [cut(short[row]) for row in chosen], fontsize=9)
-
-
 def cut(name: str, most: int = 28) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
 
@@ -120,5 +114,6 @@ def draw_map(axis: Any, values: Any, edges: Sequence[float], names: Sequence[str
     rows = np.arange(len(names) + 1)
     image = axis.pcolormesh(np.asarray(edges), rows, np.ma.masked_invalid(values), cmap="Blues", **options)
     axis.set_ylim(len(names), 0)
-    name_rows(axis, names)
+    chosen, short = range(0, len(names), -(-len(names) // NAMED_ROWS)), short_names(names)
+    axis.set_yticks([row + 0.5 for row in chosen], [cut(short[row]) for row in chosen], fontsize=9)
     return image

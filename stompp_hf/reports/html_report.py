@@ -179,9 +179,10 @@ def _columns(runs: Sequence[Run], cells: Sequence[str]) -> str:
     return f'<div class="runs">{"".join(parts)}</div>'
 
 
-def _command(run: Run) -> str | None:
+def _origin(run: Run) -> dict[str, Any]:
     words = run.record.get("command")
-    return shlex.join(map(str, words)) if isinstance(words, list) else None
+    command = shlex.join(map(str, words)) if isinstance(words, list) else None
+    return {"command": command, "started": run.record.get("started")}
 
 
 def _group(run: Run, key: str) -> dict[str, Any]:
@@ -246,7 +247,7 @@ def render(runs: Sequence[Run], before: Path | None = None, pictures: Path | Non
         ("Model", _columns(runs, models)),
         (
             "What made it",
-            _table(names, [("command", [_command(run) for run in runs]), ("started", [_started(run) for run in runs])])
+            _table(names, _merged([_origin(run) for run in runs]))
             + f"<h3>Versions</h3>{_table(names, _merged([_group(run, 'versions') for run in runs]))}"
             + f"<h3>Options of the run</h3>{_table(names, _merged([_group(run, 'options') for run in runs]))}",
         ),
@@ -261,10 +262,6 @@ def render(runs: Sequence[Run], before: Path | None = None, pictures: Path | Non
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><h1>{escape(title)}</h1>{body}<footer><p>Report: {escape(made)}</p></footer></body></html>\n"
     )
-
-
-def _started(run: Run) -> Any:
-    return run.record.get("started")
 
 
 def write_report(

@@ -123,26 +123,19 @@ def _number(value: Any) -> float | None:
     return value if good else None
 
 
-def _read_json(path: Path) -> Any:
-    """The file's content; raises RunError where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise RunError(f"{path} is damaged ({error}); restore it, or delete it.") from error
-
-
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     """A JSON object, or an empty one; damage is noted."""
     if not path.is_file():
         return {}
     try:
-        found = _read_json(path)
-        if not isinstance(found, dict):
-            raise RunError(f"{path} is damaged: it holds no JSON object.")
-    except RunError as error:
-        notes.append(str(error))
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        notes.append(f"{path} is damaged ({error}); restore it, or delete it.")
         return {}
-    return found
+    if isinstance(found, dict):
+        return found
+    notes.append(f"{path} is damaged: it holds no JSON object.")
+    return {}
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -57,6 +57,19 @@ def example_inputs_of(model: nn.Module, seed: int = 0) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put back every global random state: loaders draw from torch's even in order, collators from any of them."""
+    drawn, drawn_by_numpy = random.getstate(), numpy.random.get_state()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        random.setstate(drawn)
+        numpy.random.set_state(drawn_by_numpy)
+
+
+@contextlib.contextmanager
 def undisturbed(model: nn.Module, except_for: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Run the model in eval mode without gradients, then put back its modes, its buffers and the random states.
 
@@ -70,15 +83,11 @@ def undisturbed(model: nn.Module, except_for: Iterable[nn.Module] = ()) -> Itera
         for name, buffer in module.named_buffers(recurse=False)
         if id(buffer) not in changing
     ]
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    drawn, drawn_by_numpy = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        with random_states_kept(), torch.no_grad():
             model.eval()
             yield
     finally:
-        random.setstate(drawn)
-        numpy.random.set_state(drawn_by_numpy)
         for module, mode in training.items():
             module.training = mode
         with torch.no_grad():

@@ -1,15 +1,11 @@
 """A second evaluation, as if the model were fully binary already."""
 
-import contextlib
 import itertools
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-
 from ..integrations.transformers import prepared
+from ..surgery.running import random_states_kept
 from ..training.progression import Progression
 
 
@@ -35,7 +31,7 @@ def evaluate_twice(
         prefix = kwargs.get("metric_key_prefix", "eval")
         inside = True
         try:
-            with _random_states_kept(), driving.committed(_first_batches(trainer, batches)):
+            with random_states_kept(), driving.committed(_first_batches(trainer, batches)):
                 metrics.update(evaluate(*args, **{**kwargs, "metric_key_prefix": f"{prefix}_binary"}))
         finally:
             inside = False
@@ -46,16 +42,3 @@ def evaluate_twice(
 
 def _first_batches(trainer: Any, count: int) -> list[Any]:
     return [prepared(trainer, batch) for batch in itertools.islice(trainer.get_train_dataloader(), count)]
-
-
-@contextlib.contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Put back every global random state: loaders draw from torch's even in order, collators from any of them."""
-    python, arrays = random.getstate(), np.random.get_state()
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=cuda):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)

@@ -36,14 +36,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, lr: float | None = N
         if parameter.requires_grad:
             spare = id(parameter) in own or id(parameter) in norms or name.endswith("bias")
             (spared if spare else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    for group in groups:
-        if lr is not None:
-            group["lr"] = lr
-    return [group for group in groups if group["params"]]
+    rate = {} if lr is None else {"lr": lr}
+    groups = ((decayed, weight_decay), (spared, 0.0))
+    return [{"params": parameters, "weight_decay": decay, **rate} for parameters, decay in groups if parameters]
 
 
 def create_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
