@@ -166,6 +166,13 @@ def remove_state_dict_hook(module: nn.Module, hook: Any) -> None:
     _remove(module._state_dict_hooks, hook)
 
 
+def remove_all(handles: list[Any]) -> None:
+    """Remove hooks by their handles, and forget these."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
 def _remove(hooks: dict[int, Any], hook: Any) -> None:
     for key in [key for key, found in hooks.items() if found is hook]:
         del hooks[key]

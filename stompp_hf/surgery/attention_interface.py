@@ -63,10 +63,9 @@ def _answer(
     )
     for watcher in _watchers:
         watcher(module, query, key, value, call)
-    answer: tuple[Tensor, Tensor | None] = (
-        call.plain(query, key, value) if binary is None else binary(query, key, value, call)
-    )
-    return answer
+    if binary is None:
+        return call.plain(query, key, value)
+    return binary(query, key, value, call)  # type: ignore[no-any-return]
 
 
 def configs_of(model: nn.Module) -> list[Any]:

@@ -146,12 +146,11 @@ class DataFlow(Recorder):
     def _leave_passing(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._inside.pop()
         before: frozenset[str] = self._tags.get(args[0], frozenset()) if args else frozenset()
-        passed = frozenset(tag for tag in before if self._commutes(tag, module))
         if not isinstance(output, Tensor):
-            passed = frozenset()
-        self.elsewhere |= before - passed
-        if not isinstance(output, Tensor):
+            self.elsewhere |= before
             return
+        passed = frozenset(tag for tag in before if self._commutes(tag, module))
+        self.elsewhere |= before - passed
         if type(module) in BYPASSED:
             passed = frozenset([name])
             self._kinds[name] = type(module)

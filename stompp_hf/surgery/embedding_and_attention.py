@@ -13,7 +13,7 @@ from ..integrations.torch import parameters_of
 from ..modules.attention import Call, grouped, probabilities
 from ..modules.embedding import BinaryEmbedding
 from .attention_interface import CHILD, NAMES, configs_of, implementations, watched
-from .recorder import Recorder, tensors_of
+from .recorder import Recorder, same, tensors_of
 from .running import example_inputs_of, run, undisturbed
 
 Excluded = Callable[[str], str | None]
@@ -68,14 +68,6 @@ def find_embedding(model: nn.Module, beyond: Beyond, excluded: Excluded) -> None
 # ---- the products of attention ----
 
 
-@dataclass
-class _Seen:
-    """One attention module in the probe."""
-
-    shape: list[int]
-    unlike: bool = False
-
-
 class _Calls(Recorder):
     """The layers in the order of their first call, and the modules called attention that ran."""
 
@@ -109,26 +101,28 @@ def find_attention(
     _check_implementations(model)
     inputs, plain = _first_run(model, example_inputs)
     names = {id(module): name for name, module in model.named_modules()}
-    seen: dict[str, _Seen] = {}
+    shapes: dict[str, list[int]] = {}
+    unlike: set[str] = set()
     calls = _Calls(layers)
 
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
         name = f"{names[id(module)]}.{CHILD}"
         calls.order.setdefault(name)
-        found = seen.setdefault(name, _Seen([query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]]))
-        found.unlike |= not _is_softmax_attention(query, key, value, call)
+        shapes.setdefault(name, [query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]])
+        if not _is_softmax_attention(query, key, value, call):
+            unlike.add(name)
 
     with watched(model, note):
         renamed = tensors_of(calls.record(model, inputs))
 
-    dispatched = [name.removesuffix(f".{CHILD}") for name in seen]
+    dispatched = [name.removesuffix(f".{CHILD}") for name in shapes]
     others = [f"{name}.{CHILD}" for name in _otherwise(sorted(calls.ran), dispatched)]
-    reasons = {name: excluded(name) for name in (*seen, *others)}
+    reasons = {name: excluded(name) for name in (*shapes, *others)}
     beyond.left.update({name: reason for name, reason in reasons.items() if reason})
     wrong = {name: "it computes attention itself" for name in others if not reasons[name]}
-    wrong |= {n: "it is not softmax(q k^T + mask) v" for n, found in seen.items() if found.unlike and not reasons[n]}
-    if not wrong and not (len(plain) == len(renamed) and all(map(_same, plain, renamed))):
-        wrong = dict.fromkeys(seen, "what it computes depends on the name of its attention implementation")
+    wrong |= {n: "it is not softmax(q k^T + mask) v" for n in shapes if n in unlike and not reasons[n]}
+    if not wrong and not same(plain, renamed):
+        wrong = dict.fromkeys(shapes, "what it computes depends on the name of its attention implementation")
     if not wrong and not reasons:
         wrong = {type(model).__name__: "it has no attention that goes through the interface"}
     if wrong:
@@ -138,7 +132,7 @@ def find_attention(
             f"{len(wrong)} module{'s' if len(wrong) > 1 else ''} cannot have it: {listed}. Use attention='keep', or "
             "exclude_modules=[...] to leave these real."
         )
-    beyond.attention = {name: found.shape for name, found in seen.items() if not reasons[name]}
+    beyond.attention = {name: shape for name, shape in shapes.items() if not reasons[name]}
     beyond.called = list(calls.order)
     if beyond.attention:
         (beyond.implementation,) = implementations(model)
@@ -204,10 +198,6 @@ def _is_softmax_attention(query: Tensor, key: Tensor, value: Tensor, call: Call)
         blind = blind.flatten(1, 2).transpose(1, 2)[..., None]
         own, theirs = own.masked_fill(blind, 0.0), theirs.masked_fill(blind, 0.0)
     return bool((own - theirs).abs().max() <= 1e-2 * theirs.abs().max())
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left, right) or (left.shape == right.shape and bool(((left == right) | left.isnan()).all()))
 
 
 def find(

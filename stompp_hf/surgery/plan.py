@@ -166,19 +166,14 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values, with a digest of them."""
+        held = asdict(self)
         values = {
             "format": PACKED_FORMAT if self.packed else TRAINING_FORMAT,
             "format_version": FORMAT_VERSION,
             "names": OWN_NAMES,
-            "config": self.config.to_dict(),
-            "modules": [asdict(entry) for entry in self.entries],
-            "left": dict(self.left),
-            "bypassed": dict(self.bypassed),
-            "paused": {name: list(readers) for name, readers in self.paused.items()},
-            "shifted": {name: list(readers) for name, readers in self.shifted.items()},
-            "attention": self.attention,
-            "real": self.real,
-            "int8": list(self.int8),
+            "config": held["config"],
+            "modules": held["entries"],
+            **{name: held[name] for name in (*_DICTIONARIES, "attention", "real", "int8")},
         }
         return {**values, "digest": digest(values)}
 

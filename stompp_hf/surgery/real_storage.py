@@ -5,6 +5,7 @@ packed, what is saved and what is loaded again are the same numbers; a hook on `
 """
 
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -54,10 +55,7 @@ def int8_tables(model: nn.Module, real: str) -> list[str]:
     """The embedding tables that are stored in int8: those whose weight nothing else uses."""
     if real != INT8:
         return []
-    used: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            used[id(parameter)] = used.get(id(parameter), 0) + 1
+    used = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     tables = {name: table for name, table in model.named_modules() if BinaryEmbedding.unfit(table) is None}
     return [name for name, table in tables.items() if used[id(table.weight)] == 1]
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..integrations.torch import TorchDispatchMode, tensors_in
@@ -38,12 +39,7 @@ class Recorder:
     def outputs(self, found: list[Tensor]) -> None:
         """The model gave these."""
 
-    def record(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        around: Callable[[nn.Module], contextlib.AbstractContextManager] = undisturbed,
-    ) -> Any:
+    def record(self, model: nn.Module, inputs: Any, around: Around = undisturbed) -> Any:
         """Run the model on `inputs`, inside of `around(model)`, and return its outputs. No hook is left."""
         handles: list[Any] = []
         try:
@@ -103,6 +99,15 @@ def on_inputs(
 def tensors_of(outputs: Any) -> list[Tensor]:
     """The tensors among a model's outputs, in order."""
     return tensors_in(plain_outputs(outputs))
+
+
+def same(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether outputs are the same, to the bit; where the first ones are NaN, the others may be anything."""
+    return len(before) == len(after) and all(map(_equal, before, after))
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left, right) or (left.shape == right.shape and bool(((left == right) | left.isnan()).all()))
 
 
 def plain_outputs(outputs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +32,8 @@ logger = logging.getLogger(__name__)
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a dotted name is `pattern`, ends in it, lies inside it, or fits it as a shell-style pattern."""
-    return (
-        fnmatch.fnmatchcase(name, pattern)
-        or fnmatch.fnmatchcase(name, f"*.{pattern}")
-        or fnmatch.fnmatchcase(name, f"{pattern}.*")
-        or fnmatch.fnmatchcase(name, f"*.{pattern}.*")
-    )
+    forms = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
+    return any(fnmatch.fnmatchcase(name, form) for form in forms)
 
 
 @dataclass
@@ -169,12 +166,8 @@ def _staged(
         stages = [(stage, f"part {stage + 1} of {count}") for stage, _ in stages]
     else:
         keys = [(blocks[name] or name) if config.stages == "block" else name for name in names]
-        numbers: dict[str, int] = {}
-        if config.stages == "block":  # a block is one stage even where an explicit order takes its layers apart
-            for key in keys:
-                numbers.setdefault(key, len(numbers))
-        else:
-            numbers = {key: index for index, key in enumerate(keys)}
+        # A block is one stage even where an explicit order takes its layers apart.
+        numbers = {key: index for index, key in enumerate(dict.fromkeys(keys))}
         stages = [(numbers[key], key) for key in keys]
     entries = []
     for name, (stage, label) in zip(names, stages, strict=True):
@@ -191,6 +184,7 @@ def _staged(
     return sorted(entries, key=lambda entry: entry.stage)
 
 
+_NOT_CALLED = "bypassed: the model did not call it in the probe (its weight may be used elsewhere)"
 _READ_ELSEWHERE = (
     "bypassed: its weight moved the model's output in the probe by a way that does not lead through the layer (a fused "
     "operator, or a module that computes with it)"
@@ -214,10 +208,8 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
     flow = probe(model, candidates, example_inputs)
     names = list(candidates)
     if flow is not None:
-        for name in names:
-            if name not in flow.called:
-                left[name] = "bypassed: the model did not call it in the probe (its weight may be used elsewhere)"
         bypassed = [name for name in names if name not in flow.called]
+        left.update(dict.fromkeys(bypassed, _NOT_CALLED))
         if bypassed:
             logger.warning("left real because the model never calls them: %s", ", ".join(bypassed))
         left.update(dict.fromkeys(flow.bypassed, _READ_ELSEWHERE))
@@ -235,9 +227,8 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
     named = _by_pattern(names, [*more, *beyond.left], config, left)
     left.update(beyond.left)
     for name, reason in beyond.left.items():
-        if _pattern_reason(name, config):  # the user says so
-            continue
-        logger.warning("%s stays real, although it was asked for: %s", name, reason)
+        if not _pattern_reason(name, config):  # else the user says so
+            logger.warning("%s stays real, although it was asked for: %s", name, reason)
     misplaced = real_by_place(model, names, flow, config) if names else {}
     left.update({name: reason for name, reason in misplaced.items() if name in named})
     kept = [name for name in named if name not in misplaced]
@@ -279,7 +270,5 @@ def _warn_of_dead_signs(near: Neighbours, entries: list[Entry], config: StoMPPCo
 
 
 def _why_not(left: dict[str, str]) -> str:
-    reasons: dict[str, int] = {}
-    for reason in left.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
+    reasons = Counter(left.values())
     return "Left: " + "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) + "." if reasons else ""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..modules.subclasses import methods_with_weight
 from ..modules.torch_encoder import module_by_module
-from .recorder import tensors_of
+from .recorder import same, tensors_of
 from .running import run, untouched
 
 
@@ -36,17 +36,17 @@ def read_elsewhere(model: nn.Module, layers: dict[str, nn.Module], inputs: Any, 
             return _outputs(model, inputs, decodes)
         return []  # a model that raises has looked at NaN
 
-    if not decodes and _same(_tensors(seen), hidden(list(layers))):
+    if not decodes and same(_tensors(seen), hidden(list(layers))):
         return set()
     before = _outputs(model, inputs, decodes)
 
     def moved(names: list[str]) -> bool:
         after = hidden(names)
-        if _same(before, after):
+        if same(before, after):
             return False
         if _shows_more_nan(before, after):
             return True
-        return _same(before, _outputs(model, inputs, decodes))  # or it is never the same
+        return same(before, _outputs(model, inputs, decodes))  # or it is never the same
 
     def among(names: list[str]) -> set[str]:
         if not names or not moved(names):
@@ -113,15 +113,6 @@ def _outputs(model: Any, inputs: Any, decodes: bool) -> list[Tensor]:
 
 def _tensors(outputs: Any) -> list[Tensor]:
     return [leaf.clone() for leaf in tensors_of(outputs) if not leaf.is_nested]
-
-
-def _same(before: list[Tensor], after: list[Tensor]) -> bool:
-    pairs = zip(before, after, strict=False)
-    return len(before) == len(after) and all(torch.equal(left, right) or _equal(left, right) for left, right in pairs)
-
-
-def _equal(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and bool(((left == right) | left.isnan()).all())
 
 
 def _shows_more_nan(before: list[Tensor], after: list[Tensor]) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, logsigmoid, mse_loss
 
 from ..errors import ConfigError, DistillationError
-from ..integrations.torch import forget_graphs
+from ..integrations.torch import forget_graphs, remove_all
 from ..surgery.blocks import block_of
 from ..surgery.members import get_plan, members, planned_model
 
@@ -184,9 +184,7 @@ class Distiller:
 
     @teacher.setter
     def teacher(self, teacher: nn.Module | None) -> None:
-        for handle in self._teacher_handles:
-            handle.remove()
-        self._teacher_handles = []
+        remove_all(self._teacher_handles)
         self._teacher = teacher
         if teacher is None:
             return
@@ -201,7 +199,8 @@ class Distiller:
 
     def _teacher_blocks(self, teacher: nn.Module) -> list[nn.Module]:
         """As many of the teacher's blocks as the student has, evenly spaced, the last one among them."""
-        names = dict.fromkeys(block_of(teacher, name) for name, module in teacher.named_modules() if _is_leaf(module))
+        leaves = [name for name, module in teacher.named_modules() if next(module.children(), None) is None]
+        names = dict.fromkeys(block_of(teacher, name) for name in leaves)
         theirs, mine = _by_container(name for name in names if name is not None), _by_container(self._names)
         chosen: dict[str, nn.Module] = {}
         for container, blocks in mine.items():
@@ -310,9 +309,9 @@ class Distiller:
 
     def detach(self) -> None:
         """Remove all hooks; the model's forward is its own again."""
-        for handle in (*self._handles, *self._teacher_handles):
-            handle.remove()
-        self._handles, self._teacher_handles, self._teacher = [], [], None
+        remove_all(self._handles)
+        remove_all(self._teacher_handles)
+        self._teacher = None
         forget_graphs()
 
 
@@ -322,10 +321,6 @@ def _by_container(blocks: Iterable[str]) -> dict[str, list[str]]:
     for block in blocks:
         found.setdefault(".".join(part for part in block.split(".") if not part.isdecimal()), []).append(block)
     return found
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
 
 
 def _first_tensor(output: Any) -> Tensor:

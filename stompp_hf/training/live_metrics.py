@@ -8,17 +8,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..modules import Member
-from .metrics import (
-    ClippedInputs,
-    FlipRatio,
-    Flow,
-    blocked_unfrozen,
-    blocked_upstream,
-    clipped_weights,
-    frozen_share,
-    gradient_flow,
-    norms_around,
-)
+from . import metrics
 from .progression import Progression
 
 ALWAYS = ("stompp_frozen_fraction", "stompp_stage", "stompp_stage_fraction", "stompp_flip_ratio")
@@ -35,19 +25,19 @@ class Sample:
 
     model: nn.Module
     stage: int
-    flow: Flow
+    flow: metrics.Flow
     clipped_inputs: float
 
 
 Metric = Callable[[Sample], float | None]
 
 SAMPLED: dict[str, Metric] = {
-    "stompp_clipped_weights": lambda sample: clipped_weights(sample.model),
+    "stompp_clipped_weights": lambda sample: metrics.clipped_weights(sample.model),
     "stompp_clipped_inputs": lambda sample: sample.clipped_inputs,
-    "stompp_blocked_share": lambda sample: blocked_unfrozen(sample.model, sample.flow),
-    "stompp_blocked_upstream": lambda sample: blocked_upstream(sample.model, sample.flow),
-    "stompp_grad_norm_before": lambda sample: norms_around(sample.model, sample.stage, sample.flow)[0],
-    "stompp_grad_norm_behind": lambda sample: norms_around(sample.model, sample.stage, sample.flow)[1],
+    "stompp_blocked_share": lambda sample: metrics.blocked_unfrozen(sample.model, sample.flow),
+    "stompp_blocked_upstream": lambda sample: metrics.blocked_upstream(sample.model, sample.flow),
+    "stompp_grad_norm_before": lambda sample: metrics.norms_around(sample.model, sample.stage, sample.flow)[0],
+    "stompp_grad_norm_behind": lambda sample: metrics.norms_around(sample.model, sample.stage, sample.flow)[1],
 }
 """The sampled metrics, by the names under which they are logged; one that gives None is left out. A metric of your own
 is a function and a row here: `SAMPLED["stompp_mine"] = mine`."""
@@ -87,8 +77,8 @@ class LiveMetrics:
     def __init__(self, progression: Progression, every: int = 50) -> None:
         check_every(every)
         self._progression, self._every = progression, every
-        self._flips = FlipRatio(progression.model)
-        self._inputs: ClippedInputs | None = None
+        self._flips = metrics.FlipRatio(progression.model)
+        self._inputs: metrics.ClippedInputs | None = None
         self._samples: list[dict[str, float]] = []
         self._stages: dict[int, list[Member]] = {}
         for entry in progression.plan.entries:
@@ -98,7 +88,7 @@ class LiveMetrics:
         """Before the forward pass of a step, after `progression.step(step)`."""
         self.end()
         if self._every and step % self._every == 0:
-            self._inputs = ClippedInputs(self._progression.model)
+            self._inputs = metrics.ClippedInputs(self._progression.model)
 
     def sample(self) -> None:
         """After backward() and before the optimizer's step; does nothing in a step that is not sampled."""
@@ -106,7 +96,7 @@ class LiveMetrics:
             return
         model = self._progression.model
         stage = self._progression.stage_in_transition()[0] - 1
-        sample = Sample(model, stage, gradient_flow(model), self._inputs.read())
+        sample = Sample(model, stage, metrics.gradient_flow(model), self._inputs.read())
         found = {name: value for name, metric in SAMPLED.items() if (value := metric(sample)) is not None}
         self._samples.append(found)
         self._inputs = None
@@ -115,9 +105,9 @@ class LiveMetrics:
         """Those that cost next to nothing, as they stand."""
         stage = self._progression.stage_in_transition()[0]
         return {
-            "stompp_frozen_fraction": frozen_share(list(self._progression.layers.values())),
+            "stompp_frozen_fraction": metrics.frozen_share(list(self._progression.layers.values())),
             "stompp_stage": stage,
-            "stompp_stage_fraction": frozen_share(self._stages[stage - 1]),
+            "stompp_stage_fraction": metrics.frozen_share(self._stages[stage - 1]),
         }
 
     def record(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.sharding import local, summed, whole
+from ..integrations.torch import remove_all
 from ..modules import FROZEN, TRANSITION, BinaryLayer, Member
 from ..surgery.members import binary_layers, get_plan, members, weighted
 
@@ -235,9 +236,7 @@ class ClippedInputs:
 
     def read(self) -> float:
         """The share; then the object is used up."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove_all(self._handles)
         return _share(self._counts)
 
 

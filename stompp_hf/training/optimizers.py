@@ -13,6 +13,7 @@ from ..config import StoMPPConfig
 from ..console import warn_once
 from ..errors import ConfigError, HoldError
 from ..integrations.sharding import complete_states, is_sharded, refuse_optimizer, reshard
+from ..integrations.torch import remove_all
 from ..modules import FROZEN, BinaryLayer, Member
 from ..modules.calibration import in_processes
 from ..surgery.adapters import has_adapters
@@ -137,9 +138,8 @@ class Optimizers:
 
     def release(self) -> None:
         """Let go of all of them."""
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks, self._optimizers = [], []
+        remove_all(self._hooks)
+        self._optimizers = []
 
 
 # ---- which object really steps ----
@@ -199,8 +199,7 @@ def require_parameters(optimizer: Any, model: nn.Module, holds: bool) -> None:
 def replace_hooks(optimizer: Any, model: nn.Module, handles: list[Any]) -> None:
     """Note the hooks that an optimizer has for a model, and remove those that it had: nothing is held twice."""
     of_models = _hooks.setdefault(optimizer, {})
-    for handle in of_models.get(id(model), []):
-        handle.remove()
+    remove_all(of_models.get(id(model), []))
     of_models[id(model)] = handles
 
 

@@ -12,8 +12,8 @@ from ..config import StoMPPConfig
 from ..console import warn_once
 from ..errors import CheckpointError, ConfigError, NonFiniteError, NotCalibratedError
 from ..integrations.sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
-from ..integrations.torch import BatchNorm, clamp_min_all, is_compiled
-from ..modules import PENDING, BinaryLayer, Member
+from ..integrations.torch import BatchNorm, clamp_min_all, is_compiled, remove_all
+from ..modules import PENDING, Member
 from ..modules.calibration import Observer, Watch, padding_masks, reduced
 from ..modules.stage_member import write_states
 from ..surgery.members import driven_model, get_plan, members, planned_models, weighted
@@ -87,9 +87,6 @@ class Progression:
     def config(self) -> StoMPPConfig:
         """The configuration that the model was binarized with."""
         return self.plan.config
-
-    def _weighted(self) -> dict[str, BinaryLayer]:
-        return weighted(self.layers)
 
     def _settle_total(self, asked: int, rescale: bool) -> int:
         known = {layer.total_steps: layer.step for layer in self.layers.values()}
@@ -226,7 +223,7 @@ class Progression:
         def leave(*_: Any) -> None:
             watch.trains = False
 
-        self._drop_handles()
+        remove_all(self._handles)
         self._handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(leave, always_call=True))
         self._handles += write_after_forward(self.model, [layer for layer in due if layer.frozen_share > 0.0])
@@ -248,7 +245,7 @@ class Progression:
                 elif what != SAW_NO_RUN and step >= self._closes(name):
                     self._close_unseen(name, layer, what)
         if all(layer.observer is None for layer in self.layers.values()):
-            self._drop_handles()
+            remove_all(self._handles)
 
     def _closes(self, name: str) -> int:
         """The step before which a layer must have seen something; one that is committed at once has the whole run."""
@@ -269,11 +266,6 @@ class Progression:
         )  # fmt: skip
         layer.calibrate_unseen()
         layer.observer = None
-
-    def _drop_handles(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def attach(self, optimizer: Any) -> None:
         """Hold frozen entries against the optimizer's inertia and decay (STE-free), and apply `pending_lr`.
@@ -301,16 +293,15 @@ class Progression:
         self._compiled.release()
         for layer in self.layers.values():
             layer.observer = None
-        for handle in (*self._handles, *self._check_handles):
-            handle.remove()
-        self._handles, self._check_handles = [], []
+        remove_all(self._handles)
+        remove_all(self._check_handles)
         self._optimizers.release()
 
     # ---- looking for what sign() hides ----
 
     def check_latents(self) -> None:
         """Raise NonFiniteError if a latent weight is NaN or infinite."""
-        for name, layer in self._weighted().items():
+        for name, layer in weighted(self.layers).items():
             if not everywhere(torch.isfinite(local(layer.weight)).all(), layer.weight):
                 raise NonFiniteError(
                     f"the latent weight of {name} is not finite (step {self.current_step}). Lower the learning rate, "
@@ -318,9 +309,7 @@ class Progression:
                 )
 
     def _arm_checks(self, step: int) -> None:
-        for handle in self._check_handles:
-            handle.remove()
-        self._check_handles.clear()
+        remove_all(self._check_handles)
         if not self.config.check_every or step % self.config.check_every or step == self.total_steps:
             return
         for name, layer in self.layers.items():
@@ -410,8 +399,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = Fa
             for norm in norms:
                 norm.training = True
             run(root, batch)
-    for handle in handles:
-        handle.remove()
+    remove_all(handles)
     reshard(root)
     for layer, observer in due:
         layer.observer = None
