@@ -174,14 +174,11 @@ class StoMPPConfig:
             if not (isinstance(names, (list, tuple)) and names and all(isinstance(n, str) and n for n in names)):
                 self._refuse(name, "must be a list of names or patterns, or None")
             setattr(self, name, list(names))
-        if self.weight_scale == "none" and self.learn_weight_scale:
-            self._refuse("learn_weight_scale", "needs a scale: add weight_scale='channel', or set it to False")
-        if self.activation_scale == "none" and self.learn_activation_scale:
-            self._refuse("learn_activation_scale", "needs a scale: add activation_scale='layer', or set it to False")
-        if self.activation_threshold == "none" and self.learn_activation_threshold:
-            self._refuse(
-                "learn_activation_threshold", "needs a threshold: add activation_threshold='zero', or set it to False"
-            )
+        learnt = {"weight_scale": "channel", "activation_scale": "layer", "activation_threshold": "zero"}
+        for name, value in learnt.items():
+            if getattr(self, name) == "none" and getattr(self, f"learn_{name}"):
+                what = name.partition("_")[2]
+                self._refuse(f"learn_{name}", f"needs a {what}: add {name}={value!r}, or set it to False")
         if self.activation_mask == "element" and self.conv_padding == "one":
             self._refuse("conv_padding", "has no mask around it; use activation_mask='feature' with it")
         if self.attention == "binarize" and self.binarize == "weights":

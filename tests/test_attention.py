@@ -233,7 +233,7 @@ def test_values_come_from_what_was_seen_and_padding_is_not_seen():
     module.observer = observer = Observer()
     visible = torch.ones(BATCH, KEYS, dtype=torch.bool)
     visible[0, 3:] = False
-    observer.masks = [visible.long()]
+    observer.watch.masks = [visible.long()]
     q, k, v = operands([2, 2, SIZE, VALUE_SIZE], 1, torch.float32)
     k[0, :, 3:], v[0, :, 3:] = 1e3, 1e3
     module(q, k, v, Call(lambda q, k, v: (v, None), mask=visible[:, None, None, :]))

@@ -265,6 +265,6 @@ def test_padding_mask_of_a_one_dimensional_convolution() -> None:
     x, mask = torch.ones(2, 4, 4), torch.ones(2, 4)
     x[0, :, 2:], mask[0, 2:] = 9.0, 0.0
     layer.observer = Observer()
-    layer.observer.masks = [mask]
+    layer.observer.watch.masks = [mask]
     layer(x)
     assert layer.observer.rows[0].shape == (6, 4) and layer.observer.rows[0].max() == 1.0

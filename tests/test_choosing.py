@@ -28,6 +28,7 @@ from stompp_hf import (
     pack_model,
 )
 from stompp_hf.errors import StoMPPError
+from stompp_hf.integrations.torch import QUESTIONS, is_watched
 from stompp_hf.kernels import Route, choosing
 
 STATES = ("frozen", "packed", "fused")
@@ -221,7 +222,7 @@ def listeners() -> list[Any]:
 
 def asked() -> bool:
     """What python.c would find."""
-    answers = [(getattr(thing, name) if name else thing()) is good for thing, name, good in kernels.QUESTIONS]
+    answers = [(getattr(thing, name) if name else thing()) is good for thing, name, good in QUESTIONS]
     return not all(answers)
 
 
@@ -229,16 +230,16 @@ def test_whoever_listens_is_noticed() -> None:
     quiet = (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16))
     for context in quiet:
         with context:
-            assert not kernels.is_watched() and not asked()
+            assert not is_watched() and not asked()
     with torch.device("cpu"):  # a default device: C gives way, and Python finds that it is nothing else
-        assert not kernels.is_watched() and asked()
+        assert not is_watched() and asked()
     for context in listeners():
         with context:
-            assert kernels.is_watched() and asked(), context
+            assert is_watched() and asked(), context
     found: list[bool] = []
 
     def look(x: torch.Tensor) -> torch.Tensor:
-        found.append(kernels.is_watched() and asked())
+        found.append(is_watched() and asked())
         return x.sin()
 
     x = torch.ones(2)
@@ -247,7 +248,7 @@ def test_whoever_listens_is_noticed() -> None:
         transformed(look)(x)
     make_fx(look, pre_dispatch=True)(x)
     torch.func.grad(lambda x: look(x).sum())(x)
-    assert len(found) == 7 and all(found) and not kernels.is_watched()
+    assert len(found) == 7 and all(found) and not is_watched()
 
 
 @compiled

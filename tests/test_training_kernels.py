@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stompp_hf import BinaryConv1D, BinaryConv2d, BinaryLayer, BinaryLinear, StoMPPConfig, binarize_model, kernels
-from stompp_hf.kernels import native
+from stompp_hf.kernels import native, training
 from stompp_hf.kernels.native import _FUNCTIONS
 from stompp_hf.method.mixing import mix_activation, mix_weight
 from stompp_hf.method.sign_bits import pack_signs
@@ -184,10 +184,10 @@ def test_gradients_through_a_window_are_those_of_torch(
     for layout in layouts(shape):
         grad, mask = layout(numbers(shape, seed, special)), layout(window)
         expected = grad * mask
-        done = kernels.through_window(grad, mask)
+        done = training.through_window(grad, mask)
         assert done == (grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last))
         assert_same(grad if done else grad.mul_(mask), expected)
-    assert not kernels.through_window(numbers(shape, seed, special).double(), window)
+    assert not training.through_window(numbers(shape, seed, special).double(), window)
 
 
 def test_mixes_are_compiled_where_they_can_be(calls: Counter) -> None:
@@ -216,7 +216,7 @@ def test_threads_change_nothing(instructions: str) -> None:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             results.append(
-                (kernels.mix(u, None, torch.ones(1), b, mask, (-1.0, 1.0), 0.0, 7, 1.0), kernels.pack(u, True))
+                (training.mix(u, None, torch.ones(1), b, mask, (-1.0, 1.0), 0.0, 7, 1.0), kernels.pack(u, True))
             )
     finally:
         torch.set_num_threads(before)

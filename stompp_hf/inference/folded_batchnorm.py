@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PackingError
-from ..modules.activations import Changed
+from ..modules.activations import Changed, changed_classes
 
 
 class FoldedBatchNorm(Changed):
@@ -26,28 +26,7 @@ class FoldedBatchNorm(Changed):
         return input
 
 
-class FoldedBatchNorm1d(FoldedBatchNorm, nn.BatchNorm1d):
-    """nn.BatchNorm1d, folded."""
-
-    plain_class = nn.BatchNorm1d
-
-
-class FoldedBatchNorm2d(FoldedBatchNorm, nn.BatchNorm2d):
-    """nn.BatchNorm2d, folded."""
-
-    plain_class = nn.BatchNorm2d
-
-
-class FoldedBatchNorm3d(FoldedBatchNorm, nn.BatchNorm3d):
-    """nn.BatchNorm3d, folded."""
-
-    plain_class = nn.BatchNorm3d
-
-
-FOLDED: dict[type[nn.Module], Any] = {
-    cls.plain_class: cls for cls in (FoldedBatchNorm1d, FoldedBatchNorm2d, FoldedBatchNorm3d)
-}
-
+FOLDED = changed_classes(FoldedBatchNorm, "Folded", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
 
 TOLERANCE = 8 * torch.finfo(torch.float32).eps
 """By how much a folded BatchNorm may differ, in parts of the sum of the sizes of its terms."""

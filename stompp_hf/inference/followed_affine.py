@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PackingError
-from ..integrations.torch import buffers_of, parameters_of
-from ..kernels import Seen, countable, is_watched
+from ..integrations.torch import Seen, buffers_of, is_watched, parameters_of
+from ..kernels import countable
 from .folded_batchnorm import fold, is_folded_well
 
 Sources = tuple[tuple[dict[str, Any], str, Tensor | None, Seen | None], ...]

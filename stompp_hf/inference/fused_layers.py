@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ..errors import PackingError
 from ..integrations.accelerate import rebind_forward
-from ..kernels import has_tangent
+from ..integrations.torch import has_tangent
 from ..method.layer_product import LinearProduct
 from ..method.packed_product import packed_forward, packed_real_forward, packed_reference
 from ..modules.packed import PackedLayer

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, get_num_threads, is_autocast_enabled
 
 from .. import kernels
-from ..integrations.torch import VERSION, buffers_of, parameters_of
-from ..kernels import DTYPES, choice, choosing, is_watched
+from ..integrations.torch import QUESTIONS, VERSION, buffers_of, is_watched, parameters_of
+from ..kernels import DTYPES, choice, choosing
 
 FEW = 4
 """Rows up to which calls are made in C altogether: it keeps an empty output of the shape seen last."""
 SHARED = (
     Tensor, torch.empty_like, get_num_threads, is_autocast_enabled, "cpu",
-    "is_cpu", "requires_grad", "dtype", "shape", "is_contiguous", "data_ptr", VERSION, kernels.QUESTIONS,
+    "is_cpu", "requires_grad", "dtype", "shape", "is_contiguous", "data_ptr", VERSION, QUESTIONS,
 )  # fmt: skip
 """What such calls need, in the order of python.c."""
 
@@ -23,7 +23,7 @@ class PreparedLinear:
     """y = scale * (sign(x - b) @ sign(w).T) + shift of a fused layer, or of its real x, straight to compiled C.
 
     A call returns None where the layer has to go its ordinary way: plain torch, another device, a dtype that C does not
-    take, a gradient, autocast, a subclass of Tensor, anybody who listens (`kernels.is_watched`). Addresses are those of
+    take, a gradient, autocast, a subclass of Tensor, anybody who listens (`is_watched`). Addresses are those of
     the layer's tensors, and are looked up anew when one of these is another, lies elsewhere or was changed. A copy of
     this object is None: a copied layer makes one of its own.
     Shapes and dtypes: those of `kernels.linear` and `kernels.real_linear`.

@@ -1,12 +1,6 @@
 """1-bit products in compiled C, on a GPU in Triton: what of it is used, and its calls. Plain torch is always there."""
 
-from ..integrations.torch import (
-    QUESTIONS as QUESTIONS,
-    Seen as Seen,
-    has_tangent as has_tangent,
-    is_watched as is_watched,
-)
-from . import choosing as choosing, gpu as gpu, native as native
+from . import choosing as choosing, gpu as gpu, native as native, training as training
 from .calls import (
     conv as conv,
     inner_loop as inner_loop,
@@ -33,11 +27,3 @@ from .choosing import (
     use as use,
 )
 from .kept import countable as countable, derived as derived, unchanged as unchanged
-from .native import Choice as Choice
-from .training import (
-    levels as levels,
-    mix as mix,
-    mix_backward as mix_backward,
-    mix_weight_backward as mix_weight_backward,
-    through_window as through_window,
-)

@@ -111,14 +111,10 @@ class ConvProduct:
         """The same product of an x that is padded already."""
         return replace(self, padding=((0, 0),) * len(self.stride))
 
-    def _spread(self, values: Tensor) -> Tensor:
+    def per_channel(self, values: Tensor, z: Tensor) -> Tensor:
         return values.reshape(-1, *[1] * len(self.stride))
 
-    def per_channel(self, values: Tensor, z: Tensor) -> Tensor:
-        return self._spread(values)
-
-    def per_feature(self, values: Tensor, x: Tensor) -> Tensor:
-        return self._spread(values)
+    per_feature = per_channel  # both stand before the sizes
 
     def rows(self, x: Tensor) -> Tensor:
         channels = x.dim() - len(self.stride) - 1
@@ -132,5 +128,4 @@ class ConvProduct:
         channels = z.dim() - len(self.stride) - 1
         return z.sum([dim for dim in range(z.dim()) if dim != channels])
 
-    def feature_sums(self, x: Tensor) -> Tensor:
-        return self.channel_sums(x)
+    feature_sums = channel_sums

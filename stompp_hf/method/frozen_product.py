@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
+from ..kernels import training
 from .layer_product import Product, affine
 from .mixing import Edge, hard, hard_above, inside, through_weight
 from .packed_product import packed_product
@@ -139,7 +140,7 @@ class _FrozenProduct(torch.autograd.Function):
             grad_x = product.grad_input(grad.to(narrow), binary_weight, ctx.shapes[0]).to(wide)
             if ctx.binary_input and ctx.surrogate.activation is Rule.INSIDE:
                 grad_x = inside(grad_x, x, low, high)
-            if factor is not None and not kernels.through_window(grad_x, factor):
+            if factor is not None and not training.through_window(grad_x, factor):
                 grad_x = grad_x.mul_(factor)
             if wants_threshold:
                 grad_threshold = -product.feature_sums(grad_x)
@@ -182,7 +183,7 @@ def _kept_of_input(
     """For the backward pass, a byte an entry: the levels sign(x - b) + offset, and |x - b| < reach * |a|."""
     if not keeps_levels and reach is None:
         return None, None
-    made = kernels.levels(x, threshold, scale, offset, keeps_levels, reach)
+    made = training.levels(x, threshold, scale, offset, keeps_levels, reach)
     if made is not None:
         return made
     levels = None

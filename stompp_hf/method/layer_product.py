@@ -117,8 +117,7 @@ class LinearProduct:
     def per_channel(self, values: Tensor, z: Tensor) -> Tensor:
         return values
 
-    def per_feature(self, values: Tensor, x: Tensor) -> Tensor:
-        return values
+    per_feature = per_channel  # both come last
 
     def rows(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
@@ -127,10 +126,9 @@ class LinearProduct:
         return x.shape[:-1]
 
     def channel_sums(self, z: Tensor) -> Tensor:
-        return z.reshape(-1, z.shape[-1]).sum(0)
+        return self.rows(z).sum(0)
 
-    def feature_sums(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[-1]).sum(0)
+    feature_sums = channel_sums
 
 
 class TransposedLinearProduct(LinearProduct):

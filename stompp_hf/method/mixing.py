@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
+from ..kernels import training
 from ..kernels.training import ABOVE, BOTH, EVERY, FROZEN, INSIDE, PASSING, UNFROZEN
 from .surrogates import Rule, Surrogate
 
@@ -105,29 +106,16 @@ def _masked_sum(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
     return (values * mask).sum_to_size(shape)
 
 
-def _keep(ctx: Any, tensors: tuple[Tensor | None, ...], low: Edge, high: Edge) -> None:
-    """Save tensors and a clip's edges, be they numbers or tensors, for the backward pass."""
-    as_tensors = isinstance(low, Tensor) and isinstance(high, Tensor)
-    ctx.save_for_backward(*tensors, *((low, high) if as_tensors else ()))
-    ctx.edges = None if as_tensors else (low, high)
-
-
-def _kept(ctx: Any) -> tuple[tuple[Any, ...], tuple[Edge, Edge]]:
-    """What `_keep` saved."""
-    if ctx.edges is not None:
-        return ctx.saved_tensors, ctx.edges
-    return ctx.saved_tensors[:-2], ctx.saved_tensors[-2:]
-
-
 class _MixWeight(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogate: Surrogate
     ) -> Tensor:
         low, high = (None if clip is None else -clip), clip
-        _keep(ctx, (weight, scale, mask), low, high)
-        ctx.surrogate = surrogate
-        mixed = None if isinstance(low, Tensor) else kernels.mix(weight, None, scale, None, mask, _numbers(low, high))
+        in_graph = isinstance(clip, Tensor)
+        ctx.save_for_backward(weight, scale, mask, *((low, high) if in_graph else ()))
+        ctx.edges, ctx.surrogate = None if in_graph else (low, high), surrogate
+        mixed = None if in_graph else training.mix(weight, None, scale, None, mask, _numbers(low, high))
         if mixed is not None:
             return mixed[0]
         levels = hard(weight).mul_(scale)
@@ -136,7 +124,8 @@ class _MixWeight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (weight, scale, mask), edges = _kept(ctx)
+        weight, scale, mask, *edges = ctx.saved_tensors
+        edges = edges if ctx.edges is None else ctx.edges
         grad_weight = grad_scale = None
         if not isinstance(edges[0], Tensor):
             made = _fast_weight_backward(grad, weight, mask, edges, ctx.surrogate.weight, *ctx.needs_input_grad[:2])
@@ -164,7 +153,7 @@ def _fast_weight_backward(
     clip = None if edges[0] is None else edges
     passes_all = clip is None and known is not Rule.NOTHING
     rule = {Rule.NOTHING: UNFROZEN, Rule.INSIDE: EVERY}.get(known, BOTH) if wants_weight and not passes_all else None
-    made = kernels.mix_weight_backward(grad, weight, mask, clip, rule, wants_scale)
+    made = training.mix_weight_backward(grad, weight, mask, clip, rule, wants_scale)
     return (grad, made[1]) if made is not None and wants_weight and passes_all else made
 
 
@@ -222,7 +211,7 @@ class _MixActivation(torch.autograd.Function):
             factor = surrogate.of_activation(u, threshold, scale, low, high, width)
         mixed = None
         if not isinstance(low, Tensor):
-            mixed = kernels.mix(u, real, scale, threshold, mask, _numbers(low, high), offset, flags, window)
+            mixed = training.mix(u, real, scale, threshold, mask, _numbers(low, high), offset, flags, window)
         y, code = mixed or _mixed(u, real, scale, threshold, mask, low, high, offset, flags, surrogate, width)
         ctx.save_for_backward(scale, threshold, mask, code, factor)
         ctx.flags, ctx.offset, ctx.surrogate, ctx.absorbed = flags, offset, surrogate, absorbed
@@ -243,7 +232,7 @@ class _MixActivation(torch.autograd.Function):
         elif wants_u:
             rule = UNFROZEN if not passes else EVERY if alike else BOTH
         wanted = (flags, rule, wants_real, ctx.offset if wants_scale else None, wants_threshold and apart)
-        made = kernels.mix_backward(grad, code, mask, *wanted) if factor is None else None
+        made = training.mix_backward(grad, code, mask, *wanted) if factor is None else None
         grad_u, grad_real, scale_terms, passed = made or _mixed_backward(grad, code, factor, mask, *wanted)
         grad_scale = grad_threshold = None
         if scale_terms is not None:
@@ -258,7 +247,7 @@ def _mixed(
     u: Tensor, real: Tensor | None, scale: Tensor, threshold: Tensor | None, mask: Tensor, low: Edge, high: Edge,
     offset: float, flags: int, surrogate: Surrogate, width: float,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """What `kernels.mix` gives, in plain torch."""
+    """What `training.mix` gives, in plain torch."""
     levels = hard_above(u, threshold)
     unfrozen = u if real is None else real
     found: dict[int, Tensor] = {}
@@ -276,7 +265,7 @@ def _mixed_backward(
     grad: Tensor, code: Any, factor: Tensor | None, mask: Tensor, flags: int, rule: int | None, real: bool,
     terms: float | None, passes: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """What `kernels.mix_backward` gives, in plain torch; `factor` is k where no flag says it."""
+    """What `training.mix_backward` gives, in plain torch; `factor` is k where no flag says it."""
     clipped = grad * (code & INSIDE).ne(0) if flags & INSIDE else grad
     k = (code & PASSING).ne(0) if flags & PASSING else factor
     passed = grad if k is None else grad * k

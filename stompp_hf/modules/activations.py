@@ -3,7 +3,8 @@
 A ReLU's output has one sign, so the sign of it says nothing; and a dropout's zeros would all count as +1.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -63,6 +64,15 @@ class Changed(Converted):
         return module  # type: ignore[no-any-return]
 
 
+def changed_classes(kind: Any, prefix: str, plains: Iterable[type[nn.Module]]) -> dict[type[nn.Module], Any]:
+    """The class of a kind of change for each of some plain classes, in the kind's module, where pickle looks for it."""
+    home = kind.__module__
+    own = {plain: {"plain_class": plain, "__module__": home} for plain in plains}
+    found = {plain: type(f"{prefix}{plain.__name__}", (kind, plain), values) for plain, values in own.items()}
+    vars(sys.modules[home]).update({cls.__name__: cls for cls in found.values()})
+    return found
+
+
 class Bypassed(Changed):
     """An activation that was absorbed or dropped: it passes its input on."""
 
@@ -78,11 +88,7 @@ DROPPABLE = (nn.GELU, nn.SiLU, nn.Mish, *(getattr(hub, name) for name in _OF_TRA
 """Activations that may be dropped, but not absorbed. Their sign is that of u only near 0: in float32, gelu(-6) is -0.0,
 which counts as +1, so that of sums of hundreds of plain signs most come out as +1."""
 
-BYPASSED: dict[type[nn.Module], type[Bypassed]] = {
-    plain: type(f"Bypassed{plain.__name__}", (Bypassed, plain), {"plain_class": plain, "__module__": __name__})
-    for plain in (*(getattr(nn, name) for name in ABSORBABLE), *DROPPABLE)
-}
-globals().update({cls.__name__: cls for cls in BYPASSED.values()})  # where pickle looks for them
+BYPASSED = changed_classes(Bypassed, "Bypassed", (*(getattr(nn, name) for name in ABSORBABLE), *DROPPABLE))
 
 
 RPRELU_TENSORS = ("rprelu_shift", "rprelu_slope", "rprelu_bias")
@@ -126,12 +132,9 @@ class RPReLU(Changed, nn.ReLU):
         x = input - shift
         return torch.where(x > 0, x, slope * x) + bias
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str],
-                              *others: Any) -> None:  # fmt: skip
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *others)
-        own = {prefix + name for name in RPRELU_TENSORS}
-        if not own & state_dict.keys():  # a checkpoint of the plain model: no error
-            missing_keys[:] = [key for key in missing_keys if key not in own]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self.is_without_own(state_dict, prefix, others[2])
 
 
 class Paused(Changed):
@@ -145,16 +148,4 @@ class Paused(Changed):
         return self.plain_class.forward(self, input)  # type: ignore[no-any-return]
 
 
-class PausedDropout(Paused, nn.Dropout):
-    """nn.Dropout, paused."""
-
-    plain_class = nn.Dropout
-
-
-class PausedDropout2d(Paused, nn.Dropout2d):
-    """nn.Dropout2d, paused."""
-
-    plain_class = nn.Dropout2d
-
-
-PAUSED: dict[type[nn.Module], type[Paused]] = {cls.plain_class: cls for cls in (PausedDropout, PausedDropout2d)}
+PAUSED = changed_classes(Paused, "Paused", (nn.Dropout, nn.Dropout2d))

@@ -58,15 +58,6 @@ class Observer:
         self.hidden = False
         self._others: dict[str, Observer] = {}
 
-    @property
-    def masks(self) -> list[Tensor]:
-        """The padding masks of this forward."""
-        return self.watch.masks
-
-    @masks.setter
-    def masks(self, value: list[Tensor]) -> None:
-        self.watch.masks = value
-
     def looks(self) -> bool:
         """Whether this call is one to learn from: a teacher's or a metric's forward without gradients is not.
 
@@ -80,7 +71,7 @@ class Observer:
 
     def visible(self, places: torch.Size) -> Tensor | None:
         """The positions that are not padding, as a boolean tensor of shape `places`; None if nothing says."""
-        for mask in self.masks:
+        for mask in self.watch.masks:
             if tuple(mask.shape) == tuple(places):
                 return mask.bool()
         return None

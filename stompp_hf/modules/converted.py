@@ -1,6 +1,6 @@
 """Converted: what every module that this library changed in place answers for itself, so that nobody asks its class."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,6 +22,14 @@ class Converted(Module):
         """The parameters and buffers that binarization added, by name."""
         found = {name: getattr(self, name, None) for name in self.own_names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def is_without_own(self, state_dict: Any, prefix: str, missing_keys: list[str]) -> bool:
+        """Whether a state dict is of the plain model: own tensors keep their values, and to miss them is no error."""
+        own = {prefix + name for name in self.own_names}
+        if own & state_dict.keys():
+            return False
+        missing_keys[:] = [key for key in missing_keys if key not in own]
+        return True
 
     @property
     def latent(self) -> Tensor | None:

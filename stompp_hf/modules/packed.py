@@ -19,10 +19,9 @@ from ..method.sign_bits import SignBits, unpack_signs
 from .attention import BinaryAttention
 from .binary_layer import BinaryLayer
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
-from .conv1d_transformers import BinaryConv1D
 from .embedding import BinaryEmbedding
 from .layer_state import OWN_TENSORS
-from .linear import BinaryLinear
+from .linear import BinaryConv1D, BinaryLinear
 from .stage_member import FROZEN, Member
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -280,9 +280,7 @@ class Member(Converted):
 
     def write_state(self) -> None:
         """Put the state into the buffer that is saved."""
-        if not self.stompp_state.is_meta:
-            self.stompp_state.copy_(torch.tensor(self.freezing.saved()))
-        self._looked()
+        write_states([self])
 
     def _wrote(self) -> None:
         """After own writes into state and tensors: take the edges, and save the state."""
@@ -314,28 +312,14 @@ class Member(Converted):
 
     # ---- saving ----
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        found = [name for name in self.own_names if prefix + name in state_dict]
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if found:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        _, _, missing_keys, _, error_msgs = others
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        if not self.is_without_own(state_dict, prefix, missing_keys):
             try:
                 self._take()
             except CheckpointError as error:
                 error_msgs.append(str(error))
-        else:  # a checkpoint of the plain model: our own tensors keep their values, and their absence is no error
-            own = {prefix + name for name in self.own_names}
-            missing_keys[:] = [key for key in missing_keys if key not in own]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.follow()

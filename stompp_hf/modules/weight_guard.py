@@ -1,20 +1,16 @@
 """A frozen layer's weight is nobody else's to replace: what counts of it are its signs, beside a scale of its own."""
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import WeightError
 from ..integrations.torch import parameters_of
-
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    _Module = object
+from .converted import Converted
 
 
-class KeptWeight(_Module):
+class KeptWeight(Converted):
     """A layer that refuses, once it has frozen entries, to have its weight replaced by another one or taken away.
 
     Tools that look for nn.Linear read `.weight` as if it were what the layer computes with: they fold a BatchNorm into
@@ -24,7 +20,6 @@ class KeptWeight(_Module):
         WeightError: see above. Loading a state dict, and writing into the weight, are no replacement.
     """
 
-    own_names: ClassVar[tuple[str, ...]]
     _is_loading = False
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
