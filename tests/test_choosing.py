@@ -267,7 +267,7 @@ def test_what_forbids_a_call_by_address() -> None:
         assert kernels.route(other, bits) is Route.TORCH
     for other in (wanting, bits.to("meta"), torch._neg_view(x)):
         assert kernels.route(x, other) is Route.TORCH
-    assert kernels.route(x, bits, fan_in=0) is kernels.route(x, bits, fan_in=kernels.EXACT) is Route.TORCH
+    assert kernels.route(x, bits, fan_in=0) is kernels.route(x, bits, fan_in=choosing.EXACT) is Route.TORCH
     for context in listeners():
         with context:
             assert kernels.route(x, bits) is Route.TORCH

@@ -134,7 +134,7 @@ def _fits(
     """Whether C can take a layer's tensors."""
     return (
         all(t is None or (t.is_cpu and t.is_contiguous()) for t in (bits, scale, shift, threshold))
-        and 0 < features < kernels.EXACT
+        and 0 < features < choosing.EXACT
         and (dtype is torch.float32 if real else dtype in DTYPES)
         and kernels.sizes_fit(features, features, threshold, bits, scale, shift)
     )

@@ -14,7 +14,6 @@ from .calls import (
 )
 from .choosing import (
     DTYPES as DTYPES,
-    EXACT as EXACT,
     Route as Route,
     apply as apply,
     choice as choice,
@@ -23,7 +22,6 @@ from .choosing import (
     is_exported as is_exported,
     route as route,
     switched_off as switched_off,
-    trains_with as trains_with,
     use as use,
 )
 from .kept import countable as countable, derived as derived, unchanged as unchanged

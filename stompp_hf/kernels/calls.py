@@ -202,11 +202,6 @@ def inner_loop(rounds: int) -> int:
     return int(native.stompp_inner_loop(rounds))
 
 
-def words_of(bits: int) -> int:
-    """Words of so many bits."""
-    return -(-bits // WORD)
-
-
 def conv_weights(bits: Tensor, channels: int, taps: int) -> Tensor:
     """What stompp_conv takes for a weight: narrow taps take little more than their bits."""
     make = partial(_tap_words, bits, channels, taps)
@@ -216,7 +211,7 @@ def conv_weights(bits: Tensor, channels: int, taps: int) -> Tensor:
 
 def _tap_words(bits: Tensor, channels: int, taps: int) -> Tensor:
     outputs, wide = bits.shape[0], channels >= WORD
-    words = taps * words_of(channels) if wide else words_of(channels * taps)
+    words = taps * -(-channels // WORD) if wide else -(-channels * taps // WORD)
     result = torch.empty(outputs * (words + (taps if wide and taps > 1 else 0)), dtype=torch.int32, device=bits.device)
     native: Any = choice().native
     native.stompp_tap_words(bits.contiguous().data_ptr(), outputs, channels, taps, result.data_ptr())

@@ -49,10 +49,7 @@ def unchanged(tensor: Tensor, name: str, make: Callable[[], Tensor]) -> Tensor:
 
 
 def _kept_of(tensor: Tensor) -> dict[str, tuple[Seen | None, Any]]:
-    kept: Any = _kept.get(tensor)
-    if kept is None:
-        kept = _kept[tensor] = {}
-    return kept  # type: ignore[no-any-return]
+    return _kept.setdefault(tensor, {})  # type: ignore[no-any-return]
 
 
 def _made(make: Callable[[], Tensor]) -> Tensor:

@@ -163,7 +163,7 @@ def _for_kernel(
     if isinstance(weight, SignBits):
         return product.route(x, weight, threshold), weight
     shape, channel = weight.shape, product.channel_dim
-    if not kernels.trains_with(x, weight, threshold) or not weight.is_contiguous():
+    if not kernels.choosing.trains_with(x, weight, threshold) or not weight.is_contiguous():
         return kernels.Route.TORCH, weight
     if len(shape) > 2 and (shape[1] < FEW_CHANNELS or x.numel() < FEW_PLACES * shape[1] * product.groups):
         return kernels.Route.TORCH, weight

@@ -122,9 +122,7 @@ def in_processes() -> bool:
 def reduced(value: Tensor, how: str = "sum") -> Tensor:
     """Over all ranks when torch.distributed runs, so that equal values come from different data."""
     if in_processes():
-        operations = torch.distributed.ReduceOp
-        operation = {"sum": operations.SUM, "min": operations.MIN, "max": operations.MAX}[how]
-        torch.distributed.all_reduce(value, op=operation)
+        torch.distributed.all_reduce(value, op=getattr(torch.distributed.ReduceOp, how.upper()))
     return value
 
 

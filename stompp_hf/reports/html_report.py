@@ -14,9 +14,10 @@ from typing import Any
 from ..checkpoints.inspection import Inspection, inspect
 from ..config import StoMPPConfig
 from ..errors import ExtraError, RunError, StoMPPError
+from ..trainer.resuming import checkpoints
 from . import run_plots as plots
 from .drawing import save, to_png
-from .runs import Run, checkpoints, read_run, versions
+from .runs import Run, read_run, versions
 from .weight_plots import weights
 
 logger = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ COLUMNS = 400
 """Steps that the map of the frozen fraction shows at most; longer runs are sampled evenly."""
 DECADES = 200.0
 """From this ratio of the largest to the smallest value on, an axis is logarithmic."""
+THIN = {"marker": "", "color": LIGHT, "linestyle": "-"}
 TITLES = {
     "stompp_flip_ratio": "flip ratio: share of frozen weights whose sign changed since the last record",
     "stompp_frozen_fraction": "frozen fraction of all binary weights",
@@ -52,6 +53,18 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
     axis.margins(y=0.1)
     if min(values) > 0.0 and max(values) > DECADES * min(values):
         axis.set_yscale("log")
+
+
+def _panel(
+    axis: Any, title: str, lines: Sequence[tuple[str, list[float], list[float]]], gap: float, styles: Sequence[Any]
+) -> None:
+    """Lines (name, steps, values) with their names at their ends."""
+    for index, ((_, steps, values), style) in enumerate(zip(lines, styles, strict=True)):
+        if steps:
+            draw_line(axis, steps, values, index, **style)
+    axis.set_ylabel(title)
+    _scale(axis, [value for _, _, values in lines for value in values])
+    label_ends(axis, [(name, values[-1]) for name, _, values in lines if values], gap)
 
 
 def _curves(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -96,15 +109,8 @@ def progress(run: Run) -> Any:
     heights = [1.5] * len(panels) + [min(3.2, 0.9 + 0.24 * len(run.stage_windows()))] * has_map
     figure, axes = new_figure(len(heights), 1, sum(heights) + 0.7, sharex=True, height_ratios=heights)
     for axis, (title, pairs) in zip(axes[: len(panels), 0], panels, strict=True):
-        ends = []
-        for index, (key, label) in enumerate(pairs):
-            steps, values = run.series(key)
-            thin = {"marker": "", "color": LIGHT, "linestyle": "-"} if key == "loss" else {}
-            draw_line(axis, steps, values, index, **thin)
-            ends.append((label, values[-1]))
-        axis.set_ylabel(title)
-        _scale(axis, [value for key, _ in pairs for value in run.series(key)[1]])
-        label_ends(axis, ends, 0.17)
+        styles = [THIN if key == "loss" else {} for key, _ in pairs]
+        _panel(axis, title, [(label, *run.series(key)) for key, label in pairs], 0.17, styles)
     if has_map:
         _draw_frozen(run, axes[-1, 0], figure)
     axes[-1, 0].set_xlabel("step")
@@ -122,15 +128,7 @@ def compare(runs: Sequence[Run]) -> Any:
         return None
     figure, axes = new_figure(len(keys), 1, 2.6 * len(keys) + 0.4, sharex=True)
     for axis, key in zip(axes[:, 0], keys, strict=True):
-        ends = []
-        for index, run in enumerate(runs):
-            steps, values = run.series(key)
-            if steps:
-                draw_line(axis, steps, values, index)
-                ends.append((run.name, values[-1]))
-        axis.set_ylabel(titled(key))
-        _scale(axis, [value for run in runs for value in run.series(key)[1]])
-        label_ends(axis, ends, 0.09)
+        _panel(axis, titled(key), [(run.name, *run.series(key)) for run in runs], 0.09, [{}] * len(runs))
     axes[-1, 0].set_xlabel("step")
     return figure
 

@@ -19,6 +19,7 @@ from ..modules.freeze_state import SAVED, FreezeState
 from ..surgery.members import get_plan
 from ..surgery.plan import Plan
 from ..surgery.quantization_config import StoMPPQuantizationConfig
+from ..trainer.resuming import checkpoints
 
 RECORD = "run.json"
 STATE = "trainer_state.json"
@@ -136,12 +137,6 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
         return found
     notes.append(f"{path} is damaged: it holds no JSON object.")
     return {}
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Trainer's checkpoint folders, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def _read_state(folder: Path, notes: list[str]) -> dict[str, Any]:

@@ -61,13 +61,9 @@ def binarize_model(model: Model, config: StoMPPConfig | None = None, example_inp
         return model
     refuse_sharded(model, "binarize_model", "Binarize first, then shard: fully_shard(...) after binarize_model(...).")
     root = inner_model(root) if example_inputs is None else root
-    selection = select(root, config, example_inputs)
-    check_wrapped(root, [entry.name for entry in selection.entries])
+    plan = select(root, config, example_inputs)
+    check_wrapped(root, [entry.name for entry in plan.entries])
     own_configs(model)
-    near = selection.neighbours
-    plan = Plan(
-        config, selection.entries, selection.left, near.bypassed, near.paused, near.shifted, selection.attention
-    )
     holder, plan = owner(root, plan)
     uncast = cast_to_float32(model, config)
     try:
@@ -137,14 +133,10 @@ def _train_as(weight: Tensor, added: Iterable[Tensor]) -> None:
             tensor.requires_grad_(False)
 
 
-def _own_buffers(model: nn.Module) -> list[str]:
-    """Names of the buffers that binarization added: equal on all processes, since they come from sums over them."""
-    found = {name: member for name, member in model.named_modules() if isinstance(member, Member)}
-    return [f"{name}.{own}" for name, member in found.items() for own, _ in member.named_buffers(recurse=False)]
-
-
 def _keep_from_broadcast(model: nn.Module, keep: bool = True) -> None:
-    own = _own_buffers(model)
+    """Buffers that binarization added are equal on all processes, since they come from sums over them."""
+    found = {name: member for name, member in model.named_modules() if isinstance(member, Member)}
+    own = [f"{name}.{own}" for name, member in found.items() for own, _ in member.named_buffers(recurse=False)]
     names = [name for name in model.__dict__.pop(NOT_BROADCAST, []) if name not in own] + (own if keep else [])
     if names:
         setattr(model, NOT_BROADCAST, names)

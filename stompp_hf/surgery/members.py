@@ -11,16 +11,9 @@ from ..modules import BinaryLayer, Member
 from ..modules.converted import Converted
 from .plan import Plan
 
-_ATTRIBUTE = "stompp_plan"
+PLAN = "stompp_plan"
+"""Attribute of a model that holds the plan that describes it."""
 Key = TypeVar("Key")
-
-
-def set_plan(model: nn.Module, plan: Plan | None) -> None:
-    """Attach a plan to the model it describes, or remove it."""
-    if plan is None:
-        delattr(model, _ATTRIBUTE)
-    else:
-        setattr(model, _ATTRIBUTE, plan)
 
 
 def planned_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -30,7 +23,7 @@ def planned_models(model: nn.Module) -> dict[str, nn.Module]:
         NotBinarizedError: there is none.
     """
     # Its own: PEFT's wrappers pass on what they have not.
-    found = {name: m for name, m in model.named_modules() if isinstance(vars(m).get(_ATTRIBUTE), Plan)}
+    found = {name: m for name, m in model.named_modules() if isinstance(vars(m).get(PLAN), Plan)}
     if not found:
         raise NotBinarizedError(
             f"{type(model).__name__} has no binary layers. Call `model = stompp_hf.binarize_model(model, "
@@ -69,7 +62,7 @@ def get_plan(model: nn.Module) -> Plan:
         NotBinarizedError: there is none.
         ConfigError: parts cannot be driven together, since their options differ.
     """
-    plans: dict[str, Plan] = {name: getattr(root, _ATTRIBUTE) for name, root in planned_models(model).items()}
+    plans: dict[str, Plan] = {name: getattr(root, PLAN) for name, root in planned_models(model).items()}
     if len(plans) == 1:
         return next(iter(plans.values()))
     for option in ("binarize", "frozen_gradient", "pending_lr", "check_every", "refresh_rate"):

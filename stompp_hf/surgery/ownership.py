@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import AlreadyBinarizedError, CheckpointError, ConfigError, NotBinarizedError
 from ..modules import FROZEN, Member
-from .members import get_plan, members_of, planned_models, set_plan
+from .members import PLAN, get_plan, members_of, planned_models
 from .plan import Plan
 from .quantization_config import StoMPPQuantizationConfig
 
@@ -99,7 +99,7 @@ def own_configs(model: nn.Module) -> None:
 
 def own(model: nn.Module, plan: Plan) -> None:
     """Make a plan a model's own, and let the transformers models inside know of what part of it is theirs."""
-    set_plan(model, plan)
+    setattr(model, PLAN, plan)
     places = plan.places(getattr(model, "base_model_prefix", ""))
     for name, member in members_of(model, plan).items():
         member.place = places[name]
@@ -112,7 +112,7 @@ def own(model: nn.Module, plan: Plan) -> None:
 def disown(model: nn.Module) -> None:
     """Undo `own`."""
     plan = get_plan(model)
-    set_plan(model, None)
+    delattr(model, PLAN)
     for module in model.modules():
         if vars(module).get(_PART, (None, ""))[0] is plan:
             delattr(module, _PART)

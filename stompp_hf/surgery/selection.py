@@ -3,7 +3,6 @@
 import fnmatch
 import logging
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from .attention_interface import CHILD
 from .blocks import WEIGHTED, block_of, real_by_place
 from .dataflow import DataFlow
 from .embedding_and_attention import Beyond, find
-from .plan import Entry
+from .plan import Entry, Plan
 from .preceding_activations import Neighbours, neighbours
 from .probe import probe
 
@@ -34,16 +33,6 @@ def matches(name: str, pattern: str) -> bool:
     """Whether a dotted name is `pattern`, ends in it, lies inside it, or fits it as a shell-style pattern."""
     forms = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
     return any(fnmatch.fnmatchcase(name, form) for form in forms)
-
-
-@dataclass
-class Selection:
-    """Layers in the order in which they freeze, and the others with the reason why they stay real."""
-
-    entries: list[Entry]
-    left: dict[str, str]
-    neighbours: Neighbours
-    attention: str | None = None
 
 
 def _reasons_in_itself(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -191,7 +180,7 @@ _READ_ELSEWHERE = (
 )
 
 
-def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -> Selection:
+def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -> Plan:
     """Choose layers, order and stages, without changing anything.
 
     Raises:
@@ -255,7 +244,7 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
             "StoMPPConfig: activation_mask='element' needs the sizes of the layers' inputs, and no probe could be run; "
             "pass binarize_model(model, config, example_inputs=...) one small batch."
         )
-    return Selection(entries, left, near, beyond.implementation)
+    return Plan(config, entries, left, near.bypassed, near.paused, near.shifted, beyond.implementation)
 
 
 def _warn_of_dead_signs(near: Neighbours, entries: list[Entry], config: StoMPPConfig) -> None:

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def last_whole_checkpoint(folder: str | os.PathLike[str], processes: int | None 
         folder: the run's output_dir; if it does not exist, there is no checkpoint.
         processes: how many processes wrote the checkpoints; by default as many as there are now, or one.
     """
-    for step, path in sorted(_found(Path(folder)), reverse=True):
+    for path, step in reversed(checkpoints(Path(folder)).items()):
         wrong = damage(path, step, processes)
         if wrong is None:
             return str(path)
@@ -42,11 +41,11 @@ def last_whole_checkpoint(folder: str | os.PathLike[str], processes: int | None 
     return None
 
 
-def _found(folder: Path) -> Iterator[tuple[int, Path]]:
-    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            yield int(match[1]), path
+def checkpoints(folder: Path) -> dict[Path, int]:
+    """Trainer's checkpoint folders, oldest first, with the steps that they are of."""
+    matches = ((path, _NAME.fullmatch(path.name)) for path in folder.glob("checkpoint-*") if path.is_dir())
+    found = {path: int(match[1]) for path, match in matches if match}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def damage(path: Path, step: int, processes: int | None = None) -> str | None:

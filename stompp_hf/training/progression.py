@@ -136,10 +136,7 @@ class Progression:
 
     def is_complete(self, step: int | None = None) -> bool:
         """Whether every layer is frozen at `step` (default: the current one)."""
-        step = self.current_step if step is None else step
-        if self.config.binarize == "nothing":
-            return True
-        return all(window.end <= step for window in self.windows.values())
+        return not self.unfinished_stages(step)
 
     def stage_in_transition(self, step: int | None = None) -> tuple[int, str, float]:
         """Number (from 1), name and target frozen fraction of the stage that is freezing, or is next to freeze."""
