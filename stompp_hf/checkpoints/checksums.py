@@ -38,11 +38,6 @@ def note_of(written: Mapping[str, Tensor], covered: Container[str]) -> dict[str,
     return {"save": mark, "crc32": kept}
 
 
-def as_metadata(note: Mapping[str, Any]) -> dict[str, str]:
-    """A note in the form in which safetensors files hold it."""
-    return {KEY: json.dumps(note, sort_keys=True)} if note else {}
-
-
 def _sum(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return f"{zlib.crc32(flat.numpy().data):08x}"

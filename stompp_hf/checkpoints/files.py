@@ -1,7 +1,6 @@
 """Reading a checkpoint folder without loading it: config.json, the class it names, headers, single tensors."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,6 @@ class Header:
     dtype: str
     shape: list[int]
     size: int
-
-    @property
-    def count(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
 
 def read_json(path: Path) -> Any:

@@ -7,6 +7,7 @@ only says so: the bits of a binary model must not be left out.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..surgery.ownership import plans_of
 from ..surgery.quantization_config import StoMPPQuantizationConfig
 from . import quantizer  # noqa: F401  # it registers the format
 from .checks import OWNERS, check_written, expected_tensors, name_in
-from .checksums import as_metadata, note_of
+from .checksums import KEY, note_of
 
 
 class _Writer(HfQuantizer):
@@ -130,7 +131,7 @@ def _is_ours(value: Any) -> bool:
 @contextlib.contextmanager
 def _metadata_of(model: Any, written: dict[str, Tensor], note: dict[str, Any]) -> Iterator[None]:
     """Inside the block `model.save_pretrained` writes these tensors, with this note in the metadata of each file."""
-    model.hf_quantizer = _Writer(written, as_metadata(note))
+    model.hf_quantizer = _Writer(written, {KEY: json.dumps(note, sort_keys=True)} if note else {})
     try:
         yield
     finally:

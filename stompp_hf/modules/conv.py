@@ -31,17 +31,13 @@ class BinaryConv(BinaryLayer):
         flat = self._reversed_padding_repeated_twice
         return tuple((flat[2 * i], flat[2 * i + 1]) for i in reversed(range(len(flat) // 2)))
 
-    def product_for(self, size: torch.Size) -> ConvProduct:
-        """The product of an input of spatial `size`."""
-        return ConvProduct(self.stride, self.pads(size), self.dilation, self.groups, self.padding_mode)
-
     @property
     def product(self) -> ConvProduct:  # type: ignore[override]
         """The product, where the size of the input does not matter."""
         return ConvProduct(self.stride, ((0, 0),) * self.dims, self.dilation, self.groups, self.padding_mode)
 
     def _product_of(self, x: Tensor) -> ConvProduct:
-        return self.product_for(x.shape[-self.dims :])
+        return ConvProduct(self.stride, self.pads(x.shape[-self.dims :]), self.dilation, self.groups, self.padding_mode)
 
     @property
     def _pads_with_one(self) -> bool:

@@ -113,11 +113,9 @@ class Member(Converted):
 
     def calibrate_observed(self, observer: Observer, first_call: bool = False) -> None:
         """Set the activation values from what an observer saw, in all calls or in the first one only."""
-        raise NotImplementedError
 
     def calibrate_unseen(self) -> None:
         """Set the activation values of a member that no data ever reached."""
-        raise NotImplementedError
 
     def with_idle(self, x: Tensor) -> Tensor:
         """x, with the parameters in its graph that a pending member does not use yet; in several processes only.
@@ -132,7 +130,6 @@ class Member(Converted):
 
     def _read_edges(self) -> None:
         """Take the clips' edges as numbers."""
-        raise NotImplementedError
 
     @property
     def surrogate(self) -> Surrogate:

@@ -3,12 +3,13 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..integrations.torch import TorchDispatchMode, tensors_in
+from ..integrations.torch import TorchDispatchMode, remove_all, tensors_in
 from .running import example_inputs_of, run, undisturbed
 
 logger = logging.getLogger(__name__)
@@ -45,22 +46,15 @@ class Recorder:
         try:
             for name, module in model.named_modules():
                 if self.watches(name, module):
-                    handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
-                    handles.append(module.register_forward_hook(self._leaving(name)))
+                    handles.append(module.register_forward_pre_hook(partial(self.enter, name), with_kwargs=True))
+                    handles.append(module.register_forward_hook(partial(self.leave, name)))
             listening = contextlib.nullcontext() if self.operation is None else _Operations(self.operation)
             with around(model), listening:
                 outputs = run(model, inputs)
                 self.outputs(tensors_of(outputs))
             return outputs
         finally:
-            for handle in handles:
-                handle.remove()
-
-    def _entering(self, name: str) -> Any:
-        return lambda module, args, kwargs: self.enter(name, module, args, kwargs)
-
-    def _leaving(self, name: str) -> Any:
-        return lambda module, args, output: self.leave(name, module, args, output)
+            remove_all(handles)
 
 
 class _Operations(TorchDispatchMode):

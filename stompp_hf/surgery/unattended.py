@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..console import warn_once
+from ..integrations.torch import remove_all
 from ..modules import FROZEN, BinaryLayer
 from .members import get_plan, members, planned_models
 
@@ -39,8 +40,7 @@ class _Watch:
         return self._watched is not None and not torch.equal(_sample(self._watched[0]), self._watched[1])
 
     def stop(self) -> None:
-        for handle in (*self._grads.values(), self._saving):
-            handle.remove()
+        remove_all([*self._grads.values(), self._saving])
 
 
 _watches: WeakKeyDictionary[nn.Module, _Watch] = WeakKeyDictionary()
