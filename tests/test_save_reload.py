@@ -343,8 +343,7 @@ def test_a_new_head_and_a_missing_one(saved: Path, checkpoint: Path, caplog: pyt
     """transformers may make a head anew where it is asked to; what is only missing would be random."""
     transformers.utils.logging.set_verbosity_warning()  # an example that ran in this process may have changed both
     transformers.utils.logging.enable_propagation()
-    labels = {number: str(number) for number in range(7)}  # before 5.23, num_labels=7 leaves the saved id2label alone
-    model = load(checkpoint, id2label=labels, ignore_mismatched_sizes=True)
+    model = load(checkpoint, num_labels=7, ignore_mismatched_sizes=True)
     assert model.classifier.weight.shape[0] == 7 and "classifier.weight" in caplog.text
     caplog.clear()
     other = AutoModelForTokenClassification.from_pretrained(checkpoint, num_labels=3)
