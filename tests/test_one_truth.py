@@ -232,6 +232,8 @@ def test_the_state_lives_in_one_place():
     def holding(pattern: str) -> set[str]:
         return {name for name, text in texts.items() if re.search(pattern, text)}
 
-    assert holding(r"stompp_state(\.(tolist|copy_|fill_|data)\b|\[)") == {"stage_member.py"}
+    assert holding(r"stompp_state(\.(tolist|copy_|fill_|data)\b|\[)|copy\w*\(\[?\w+\.stompp_state") == {
+        "stage_member.py"
+    }
     assert holding(r"\.(stage|share|has_frozen)(, \S+)* = ") == {"stage_member.py"}
     assert holding(r"int64\b.*\b6\b") <= {"binary_layer.py", "attention.py"}  # in words
