@@ -64,6 +64,11 @@ class StoMPPConfig:
         "Learning rate of what is still real, in units of the optimizer's: stages whose window has not opened, and "
         "until the first one opens everything else.",
     )
+    binary_lr: float = _option(
+        1.0,
+        "Learning rate of binary layers from the time that their window opens (latents, scales, thresholds), in units "
+        "of the optimizer's, which may so be the one that suits real weights.",
+    )
     weight_scale: Literal["none", "tensor", "channel"] = _option(
         "channel", "Magnitude of a binary weight: 1 (none), one value a tensor, or one an output channel."
     )
@@ -158,6 +163,9 @@ class StoMPPConfig:
         rate = self.pending_lr
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 <= rate <= 1.0:
             self._refuse("pending_lr", "must be between 0 and 1, as in pending_lr=0.1")
+        rate = self.binary_lr
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 < rate < float("inf"):
+            self._refuse("binary_lr", "must be a positive number, as in binary_lr=20.0")
         if self.start > self.end:
             self._refuse("start", f"is after end={self.end}; use start <= end, as in start=0.1, end=0.8")
         for name in ("weight_clip", "activation_clip", "surrogate_width"):
@@ -231,6 +239,7 @@ class StoMPPConfig:
         """
         values: dict[str, Any] = {
             "frozen_gradient": "zero",
+            "binary_lr": 1.0,
             "stages": "module",
             "start": 0.0,
             "end": 1.0,
@@ -254,7 +263,7 @@ class StoMPPConfig:
 
     def as_full_precision(self) -> "StoMPPConfig":
         """The same code path with nothing binarized."""
-        return dataclasses.replace(self, binarize="nothing", pending_lr=1.0)
+        return dataclasses.replace(self, binarize="nothing", pending_lr=1.0, binary_lr=1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values."""

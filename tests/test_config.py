@@ -17,6 +17,7 @@ UNUSUAL: dict[str, Any] = {
     "frozen_gradient": "clipped_ste",
     "surrogate_width": 2.5,
     "pending_lr": 0.25,
+    "binary_lr": 20.0,
     "order": "encoder.layer.3,encoder.layer.1",
     "schedule": "cosine",
     "refresh_rate": 7,
@@ -65,6 +66,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         for name in ("weight_clip", "activation_clip")
         for value in (0.0, -1.0, float("inf"), float("nan"), "1", True)
     ],
+    *[("binary_lr", {"binary_lr": value}) for value in (-0.1, 0.0, float("nan"), float("inf"), "1", True, None)],
     *[("pending_lr", {"pending_lr": value}) for value in (-0.1, 1.5, float("nan"), "1", True, None)],
     *[("surrogate_width", {"surrogate_width": value}) for value in (0.0, -1.0, float("inf"), "1", True, None)],
     *[
@@ -200,6 +202,7 @@ def test_paper_values() -> None:
         "activation_mask": "feature",
         "surrogate_width": 1.5,
         "pending_lr": 1.0,
+        "binary_lr": 1.0,
         "relu": "drop",
         "conv_padding": "zero",
         "target_modules": None,
@@ -240,7 +243,7 @@ def test_baselines_change_only_what_they_say(config: StoMPPConfig) -> None:
     surrogate = {"zero": "ste"}.get(config.frozen_gradient, config.frozen_gradient)
     says = {"start": 0.0, "end": 0.0, "frozen_gradient": surrogate}
     assert vanilla.to_dict() == {**before, **says}
-    assert real.to_dict() == {**before, "binarize": "nothing", "pending_lr": 1.0}
+    assert real.to_dict() == {**before, "binarize": "nothing", "pending_lr": 1.0, "binary_lr": 1.0}
     assert config.to_dict() == before
     assert not real.binary_weights and not real.binary_activations
 

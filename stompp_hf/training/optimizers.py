@@ -20,7 +20,7 @@ from ..surgery.adapters import has_adapters
 from ..surgery.members import weighted
 from .committed_signs import CommittedSigns
 from .hold_frozen import hold_frozen, parameters_of, skip_blocked
-from .pending_lr import first_steps, slow_pending
+from .learning_rates import rates, scale_steps
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Optimizers:
     Args:
         model: the model.
         members: its members, by name.
-        pending_lr: the share of a step that what is pending makes.
+        shares: of a step that what is pending makes, and that members make from then on.
         begins: the first step of each member's window, by name.
         now: gives the step at which the model stands.
     """
@@ -53,12 +53,12 @@ class Optimizers:
         self,
         model: nn.Module,
         members: dict[str, Member],
-        pending_lr: float,
+        shares: tuple[float, float],
         begins: dict[str, int],
         now: Callable[[], int],
     ) -> None:
         self._model, self._members, self._now = model, members, now
-        self._pending_lr, self._begins = pending_lr, begins
+        self._shares, self._begins = shares, begins
         self._layers = weighted(members)
         self._held = {name: layer for name, layer in self._layers.items() if is_ste_free(layer.stompp_config)}
         self._signs = CommittedSigns(self._held)
@@ -85,22 +85,23 @@ class Optimizers:
 
     def _hook(self, one: Any) -> list[Any]:
         apart = in_processes() and not any(is_sharded(p) for p in self._model.parameters())
-        slow = self._pending_lr != 1.0
+        scaled = self._shares != (1.0, 1.0)
         if self._held:
             require_hooks(one, "frozen_gradient='zero'", "frozen_gradient='ste'")
             refuse_unholdable(one)
         if apart:
             require_hooks(one, "training on several processes", "train on one")
-        if slow:
-            require_hooks(one, f"pending_lr={self._pending_lr}", "pending_lr=1.0")
-        require_parameters(one, self._model, bool(self._held) or slow)
+        if scaled:
+            options = ("pending_lr={}, binary_lr={}".format(*shares) for shares in (self._shares, (1.0, 1.0)))
+            require_hooks(one, *options)
+        require_parameters(one, self._model, bool(self._held) or scaled)
         hooks: list[Any] = []
         if self._held:
             hooks += hold_frozen(one, list(self._held.values()), self._now)
         if apart:
             hooks += skip_blocked(one, self._model.parameters(), self._now)
-        if slow:
-            hooks += slow_pending(one, first_steps(self._model, self._begins), self._pending_lr, self._now)
+        if scaled:
+            hooks += scale_steps(one, rates(self._model, self._members, self._begins, *self._shares), self._now)
         return hooks
 
     def before(self, step: int) -> None:

@@ -75,7 +75,8 @@ class Progression:
         self.current_step = next(iter(self.layers.values())).step
         self._handles: list[Any] = []
         self._optimizers = Optimizers(
-            self.model, self.layers, self.config.pending_lr, {n: w.begin for n, w in self.windows.items()},
+            self.model, self.layers, (self.config.pending_lr, self.config.binary_lr),
+            {n: w.begin for n, w in self.windows.items()},
             lambda: self.current_step,
         )  # fmt: skip
         self._checks: list[tuple[str, torch.Tensor]] = []
@@ -265,12 +266,12 @@ class Progression:
         layer.observer = None
 
     def attach(self, optimizer: Any) -> None:
-        """Hold frozen entries against the optimizer's inertia and decay (STE-free), and apply `pending_lr`.
+        """Hold frozen entries against the optimizer's inertia and decay (STE-free); apply `pending_lr`, `binary_lr`.
 
         Forward: STE-free, after each optimizer step, latents of frozen entries are what they were before it, so the
         sign of a frozen entry cannot change while it stays frozen; unfrozen entries, scales and biases go on learning.
-        With pending_lr below 1, what is still pending moves by that share of the optimizer's step. In several processes
-        parameters that no gradient reaches are skipped, as they are in one.
+        What is pending moves by pending_lr times the optimizer's step; binary layers, once their window has opened, by
+        binary_lr times it. In several processes parameters that no gradient reaches are skipped, as they are in one.
 
         Call it for each optimizer before the first step; only its own parameters are held, and attaching it again
         changes nothing. The next `step` looks whether every frozen sign is the committed one.

@@ -1,4 +1,4 @@
-"""pending_lr: what is still real moves by a share of the optimizer's step, and all else by the whole of it."""
+"""pending_lr and binary_lr: what waits and what is binary move by shares of a step, the rest by all of it."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch import nn
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model
 from stompp_hf.errors import ConfigError
-from stompp_hf.surgery.members import binary_layers
-from stompp_hf.training.pending_lr import first_steps
+from stompp_hf.surgery.members import binary_layers, members
+from stompp_hf.training.learning_rates import Rate, rates
 
 BERT = CASES["bert"]
 TOTAL = 12
@@ -35,10 +35,14 @@ def begins_of(model: nn.Module) -> dict[str, int]:
     return {name: window.begin for name, window in Progression(model, TOTAL).windows.items()}
 
 
+def rates_of(model: nn.Module, pending: float = 0.5, binary: float = 2.0) -> list[Rate]:
+    return rates(model, members(model), begins_of(model), pending, binary)
+
+
 def test_each_parameter_goes_with_the_stage_around_it() -> None:
     model = binarize_model(BERT.build(), quick(start=0.25, end=0.75))
     begins = begins_of(model)
-    steps = {id(parameter): first for parameter, first in first_steps(model, begins)}
+    steps = {id(rate.parameter): rate.begin for rate in rates_of(model)}
     first, last = min(begins.values()), max(begins.values())
     assert first < last
     for name, parameter in model.named_parameters():
@@ -47,7 +51,7 @@ def test_each_parameter_goes_with_the_stage_around_it() -> None:
         assert steps[id(parameter)] == wanted, name
     modules = binarize_model(BERT.build(), quick(stages="module", start=0.25, end=0.75))
     begins = begins_of(modules)
-    steps = {id(parameter): first for parameter, first in first_steps(modules, begins)}
+    steps = {id(rate.parameter): rate.begin for rate in rates_of(modules)}
     for name, layer in binary_layers(modules).items():
         assert {steps[id(parameter)] for parameter in layer.parameters()} == {begins[name]}
     norm = modules.get_parameter("bert.encoder.layer.1.output.LayerNorm.weight")
@@ -58,18 +62,36 @@ def test_each_parameter_goes_with_the_stage_around_it() -> None:
 @pytest.mark.parametrize(
     ("kind", "options"), [(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.01})]
 )
-def test_pending_moves_by_its_share(kind: type[torch.optim.Optimizer], options: dict[str, float], step: int) -> None:
-    plain, slow = (binarize_model(BERT.build(), quick(start=0.25, end=0.75, pending_lr=rate)) for rate in (1.0, 0.25))
-    steps = {name: 0 for name, _ in plain.named_parameters()}
-    for parameter, first in first_steps(slow, begins_of(slow)):
-        steps[next(name for name, p in slow.named_parameters() if p is parameter)] = first
-    whole, part = (moved(model, kind, step, **options) for model in (plain, slow))
-    assert {step < first for first in steps.values()} == (
-        {True} if step == 0 else {True, False} if step == 4 else {False}
-    )
+def test_each_moves_by_its_share(kind: type[torch.optim.Optimizer], options: dict[str, float], step: int) -> None:
+    shares = {"pending_lr": 0.25, "binary_lr": 3.0}
+    plain, scaled = (binarize_model(BERT.build(), quick(start=0.25, end=0.75, **own)) for own in ({}, shares))
+    found = {id(rate.parameter): rate for rate in rates_of(scaled, pending=0.25, binary=3.0)}
+    own = {id(t) for layer in members(scaled).values() for t in (layer.latent, *layer.own_tensors().values())}
+    wanted = {}
+    for name, parameter in scaled.named_parameters():
+        waits = step < found[id(parameter)].begin
+        wanted[name] = 0.25 if waits else 3.0 if id(parameter) in own else 1.0
+    assert set(wanted.values()) == ({0.25} if step == 0 else {0.25, 1.0, 3.0} if step == 4 else {1.0, 3.0})
+    whole, part = (moved(model, kind, step, **options) for model in (plain, scaled))
     for name, difference in whole.items():
-        share = 0.25 if step < steps[name] else 1.0
-        torch.testing.assert_close(part[name], share * difference, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(part[name], wanted[name] * difference, rtol=1e-3, atol=1e-6)
+
+
+def test_frozen_entries_stay_where_they_are_held() -> None:
+    model = binarize_model(BERT.build(), quick(frozen_gradient="zero", end=0.75, binary_lr=20.0))
+    before = {name: layer.weight.detach().clone() for name, layer in binary_layers(model).items()}
+    moved(model, torch.optim.AdamW, 8, lr=1e-3)
+    frozen = [name for name, layer in binary_layers(model).items() if layer.stage_state == "frozen"]
+    assert frozen and before.keys() >= set(frozen)
+    progression = Progression(model, TOTAL)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    progression.attach(optimizer)
+    progression.step(9)
+    held = {name: binary_layers(model)[name].weight.detach().clone() for name in frozen}
+    model(**BERT.batch(9)).loss.backward()
+    optimizer.step()
+    assert all(torch.equal(binary_layers(model)[name].weight, value) for name, value in held.items())
+    progression.detach()
 
 
 def test_rate_zero_leaves_pending_layers_as_they_are() -> None:
@@ -78,7 +100,8 @@ def test_rate_zero_leaves_pending_layers_as_they_are() -> None:
 
 
 def test_baselines_and_refusals() -> None:
-    assert StoMPPConfig(pending_lr=0.1).as_full_precision().pending_lr == 1.0
+    real = StoMPPConfig(pending_lr=0.1, binary_lr=20.0).as_full_precision()
+    assert real.pending_lr == real.binary_lr == 1.0
     model = binarize_model(BERT.build(), quick(pending_lr=0.5))
-    with pytest.raises(ConfigError, match=r"pending_lr=1\.0"):
+    with pytest.raises(ConfigError, match=r"pending_lr=1\.0, binary_lr=1\.0"):
         Progression(model, TOTAL).attach(object())
