@@ -134,20 +134,15 @@ class StoMPPConfig:
                 self._refuse(option.name, f"is not one of {', '.join(map(repr, choices))}")
             if option.type in (bool, int, str) and type(getattr(self, option.name)) is not option.type:
                 self._refuse(option.name, f"must be a plain {option.type.__name__}")  # "false" would count as true
-        if self.frozen_gradient not in SURROGATES:
-            known = ", ".join(map(repr, SURROGATES))
-            self._refuse(
-                "frozen_gradient",
-                f"is not one of {known}; one of your own is registered first, with "
-                "stompp_hf.method.surrogates.register_surrogate(name), also before a model is loaded that uses it",
-            )
-        if self.schedule not in SCHEDULES:
-            known = ", ".join(map(repr, SCHEDULES))
-            self._refuse(
-                "schedule",
-                f"is not one of {known}; one of your own is added first, stompp_hf.method.schedules.SCHEDULES[name] = "
-                "function, also before a model is loaded that uses it",
-            )
+        home = "stompp_hf.method"
+        for name, registry, how in (
+            ("frozen_gradient", SURROGATES, f"registered first, with {home}.surrogates.register_surrogate(name)"),
+            ("schedule", SCHEDULES, f"added first, {home}.schedules.SCHEDULES[name] = function"),
+        ):
+            if getattr(self, name) not in registry:
+                known = ", ".join(map(repr, registry))
+                why = f"is not one of {known}; one of your own is {how}, also before a model is loaded that uses it"
+                self._refuse(name, why)
         if not self.order_patterns and self.order not in ORDERS:
             self._refuse("order", f"is empty; use one of {', '.join(ORDERS)}, or a list of module names")
         if self.stages not in ("module", "block") and not (self.stages.isdecimal() and int(self.stages) > 0):

@@ -36,6 +36,11 @@ class Converted(Module):
         """The latent weight, if it has one now."""
         return None
 
+    def binary_tensors(self) -> list[Tensor]:
+        """Its own tensors, and its latent weight: what becomes binary, and what that is scaled and shifted by."""
+        latent = self.latent
+        return [*self.own_tensors().values(), *([] if latent is None else [latent])]
+
     @property
     def always_real(self) -> bool:
         """Whether it computes in full precision for good: a baseline."""

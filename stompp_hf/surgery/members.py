@@ -135,9 +135,8 @@ def weighted(found: Mapping[Key, Member]) -> dict[Key, BinaryLayer]:
 
 def own_tensors(model: nn.Module) -> list[Tensor]:
     """What binarization added to a model, and the latent weights: neither decayed nor rounded."""
-    ours = [module for module in model.modules() if isinstance(module, Converted)]
-    latents = [module.latent for module in ours if module.latent is not None]
-    return [tensor for module in ours for tensor in module.own_tensors().values()] + latents
+    ours = (module for module in model.modules() if isinstance(module, Converted))
+    return [tensor for module in ours for tensor in module.binary_tensors()]
 
 
 def binary_layers(model: nn.Module) -> dict[str, BinaryLayer]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..modules import Member
 from .hold_frozen import around_steps
@@ -44,10 +44,7 @@ def rates(
         pending: rate of what has not begun.
         binary: rate of members that have begun.
     """
-    own: set[int] = set()
-    for member in members.values():
-        tensors: list[Tensor | None] = [member.latent, *member.own_tensors().values()]
-        own.update(id(tensor) for tensor in tensors if tensor is not None)
+    own = {id(tensor) for member in members.values() for tensor in member.binary_tensors()}
     found = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

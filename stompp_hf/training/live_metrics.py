@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 from torch import nn
@@ -28,6 +29,11 @@ class Sample:
     flow: metrics.Flow
     clipped_inputs: float
 
+    @cached_property
+    def norms(self) -> tuple[float | None, float | None]:
+        """`norms_around` that stage."""
+        return metrics.norms_around(self.model, self.stage, self.flow)
+
 
 Metric = Callable[[Sample], float | None]
 
@@ -36,8 +42,8 @@ SAMPLED: dict[str, Metric] = {
     "stompp_clipped_inputs": lambda sample: sample.clipped_inputs,
     "stompp_blocked_share": lambda sample: metrics.blocked_unfrozen(sample.model, sample.flow),
     "stompp_blocked_upstream": lambda sample: metrics.blocked_upstream(sample.model, sample.flow),
-    "stompp_grad_norm_before": lambda sample: metrics.norms_around(sample.model, sample.stage, sample.flow)[0],
-    "stompp_grad_norm_behind": lambda sample: metrics.norms_around(sample.model, sample.stage, sample.flow)[1],
+    "stompp_grad_norm_before": lambda sample: sample.norms[0],
+    "stompp_grad_norm_behind": lambda sample: sample.norms[1],
 }
 """The sampled metrics, by the names under which they are logged; one that gives None is left out. A metric of your own
 is a function and a row here: `SAMPLED["stompp_mine"] = mine`."""
