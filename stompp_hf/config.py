@@ -13,6 +13,8 @@ from .method.surrogates import SURROGATES
 
 METHOD = "stompp"
 ORDERS = ("forward", "reverse", "global")
+GROUP_SIZE = 128
+"""That of llama.cpp's Q1_0."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -69,8 +71,14 @@ class StoMPPConfig:
         "Learning rate of binary layers from the time that their window opens (latents, scales, thresholds), in units "
         "of the optimizer's, which may so be the one that suits real weights.",
     )
-    weight_scale: Literal["none", "tensor", "channel"] = _option(
-        "channel", "Magnitude of a binary weight: 1 (none), one value a tensor, or one an output channel."
+    weight_scale: Literal["none", "tensor", "channel", "group"] = _option(
+        "channel",
+        "Magnitude of a binary weight: 1 (none), one value a tensor, one an output channel, or one for each group of "
+        "group_size weights side by side along the input of an output channel.",
+    )
+    group_size: int = _option(
+        GROUP_SIZE,
+        "Weights that share a scale (weight_scale=group); the last group of a channel holds what is left.",
     )
     learn_weight_scale: bool = _option(True, "Train the weight scales (they start at mean |w|) instead of fixing them.")
     weight_clip: float | None = _option(
@@ -118,7 +126,7 @@ class StoMPPConfig:
         "probabilities to {0, 2a}, in modules that go through transformers' AttentionInterface.",
     )
     embeddings: Literal["keep", "binarize"] = _option(
-        "keep", "The model's word embedding: keep it real, or binarize its rows (weight_scale=channel: a scale a row)."
+        "keep", "The model's word embedding: keep it real, or binarize its rows (a scale a row, or, by groups, several)."
     )
     keep_dtype: bool = _option(False, "Keep half-precision latent weights (small updates vanish) instead of float32.")
     check_every: int = _option(100, "Look for non-finite activations every this many steps; 0 never looks.")
@@ -149,6 +157,10 @@ class StoMPPConfig:
             self._refuse("stages", "is neither 'module' nor 'block' nor a positive number, as in stages=6")
         if self.refresh_rate < 1:
             self._refuse("refresh_rate", "must be a whole number of at least 1, as in refresh_rate=100")
+        if self.group_size < 1:
+            self._refuse("group_size", "must be a whole number of at least 1, as in group_size=128")
+        if self.group_size != GROUP_SIZE and self.weight_scale != "group":
+            self._refuse("group_size", "has no groups to size: add weight_scale='group'")
         if self.check_every < 0:
             self._refuse("check_every", "must be 0 (never) or a positive number of steps")
         for name in ("start", "end"):

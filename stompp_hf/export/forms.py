@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..method.attention_product import Operand
 from ..method.conv_product import ConvProduct
+from ..method.weight_scales import is_grouped, spread
 from ..modules.attention import BinaryAttention
 from ..modules.packed import PackedAttention, PackedEmbedding, PackedLayer
 from ..modules.stage_member import Member
@@ -63,6 +64,8 @@ class ExportedLayer(_Exported):
 
     Forward:  z = product(sign(x - b), sign(w)), exact;  y = z * (s * a) + (bias + s * a * offset * row sums)
               with a real input: y = product(x, sign(w)) * s + bias
+              with a scale a group: y = product(sign(x - b) + offset, s * sign(w)) * a + bias; linear layers sum in
+              float64, as `grouped_product` does, and convolutions, which runtimes lack in it, in float32
     """
 
     scale: Tensor
@@ -77,7 +80,8 @@ class ExportedLayer(_Exported):
         every = scale.detach().expand(self.weight_bits.shape[0]).clone()
         self.register_buffer("scale", every, persistent=False)
         self.register_buffer("shift", None if shift is None else shift.detach(), persistent=False)
-        self.written = exported_product(self.product, self.weight_shape, form.integers and self._is_binary)
+        in_integers = form.integers and self._is_binary and not self._is_grouped
+        self.written = exported_product(self.product, self.weight_shape, in_integers)
         if not form.stored_as_bits and not self._in_two_bits:
             operand = self.written.weight(self._rows()).contiguous()
             self.register_buffer("weight_signs", operand, persistent=False)
@@ -87,8 +91,13 @@ class ExportedLayer(_Exported):
         return self.activation_scale is not None
 
     @property
+    def _is_grouped(self) -> bool:
+        return is_grouped(self.weight_scale)
+
+    @property
     def _in_two_bits(self) -> bool:
-        return self.form.two_bits and not self._is_binary and not isinstance(self.product, ConvProduct)
+        fits = not self._is_grouped or self.stompp_config.group_size % BLOCK == 0
+        return self.form.two_bits and fits and not self._is_binary and not isinstance(self.product, ConvProduct)
 
     def _rows(self) -> Tensor:
         """sign(w), int8 (out, in, taps)."""
@@ -107,7 +116,9 @@ class ExportedLayer(_Exported):
         product = self._product_of(x)
         if isinstance(product, ConvProduct) and x.dim() == len(product.stride) + 1:
             return self._frozen(x.unsqueeze(0)).squeeze(0)
-        if self._is_binary:
+        if self._is_grouped and not self._in_two_bits:
+            y = self._by_groups(x, product)
+        elif self._is_binary:
             threshold = self.activation_threshold
             threshold = None if threshold is None else product.per_feature(threshold, x)
             z = self.written.sums(x, threshold, self._operand(), product, self._pad_level() - self.activation_offset)
@@ -119,12 +130,27 @@ class ExportedLayer(_Exported):
             y = z * product.per_channel(self.scale, z)
         return y if self.shift is None else y + product.per_channel(self.shift, y)
 
+    def _by_groups(self, x: Tensor, product: Any) -> Tensor:
+        weight = self._operand().float().movedim(0, product.channel_dim) * self._weight_shaped(self.weight_scale)
+        if not self._is_binary:
+            return product(x, weight)  # type: ignore[no-any-return]
+        exact = torch.float32 if isinstance(product, ConvProduct) else torch.float64
+        at = self.activation_threshold
+        at = None if at is None else product.per_feature(at, x)
+        codes = choice_above(x, at, self.activation_offset - 1, self.activation_offset + 1, exact)
+        z = product(codes, weight.to(exact), self._pad_level()).float()
+        return z * product.per_channel(self.scale, z)
+
     def _by_two_bits(self, x: Tensor) -> Tensor:
         table: Tensor = getattr(self, CODE_TABLE)
         blocks = -(-x.shape[-1] // BLOCK)
         bits = F.pad(self.weight_bits, (0, blocks * BLOCK // 8 - self.weight_bits.shape[1]))
         codes = F.embedding(bits.int(), table).flatten(1).unflatten(1, (blocks, BLOCK // 4))
-        return matmul_2_bits(x, codes, self.scale[:, None].expand(-1, blocks).contiguous())
+        if self._is_grouped:
+            scale = spread(self.weight_scale, self.stompp_config.group_size // BLOCK, blocks)
+        else:
+            scale = self.scale[:, None].expand(-1, blocks)
+        return matmul_2_bits(x, codes, scale.contiguous())
 
 
 class ExportedEmbedding(_Exported, PackedEmbedding):
@@ -138,10 +164,10 @@ class ExportedEmbedding(_Exported, PackedEmbedding):
 
     def _frozen(self, x: Tensor) -> Tensor:
         rows = self._unpacked(F.embedding(x, self.weight_bits), self.embedding_dim)
-        return rows.float() * F.embedding(x, self.scale)
+        return rows.float() * self._spread(F.embedding(x, self.scale))
 
     def binary_weight(self) -> Tensor:
-        return self._unpacked(self.weight_bits, self.embedding_dim).float() * self.scale
+        return self._unpacked(self.weight_bits, self.embedding_dim).float() * self._spread(self.scale)
 
 
 class ExportedAttention(PackedAttention):

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import PackingError
 from ..integrations.torch import has_forward_hooks, tensors_in
+from ..method.weight_scales import is_grouped
 from ..modules.embedding import BinaryEmbedding
 from ..modules.packed import PackedLayer
 from ..surgery.members import binary_layers, get_plan, planned_model
@@ -28,8 +29,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool = False) -> Model:
     """Make a packed model as fast as it gets, in place, for inference alone, and return the same model in eval mode.
 
-    Forward:  every packed layer computes y = scale * product(sign(x - b), sign(w)) + shift, scale and shift made once:
-              bit for bit what it computed before. With exact=False, also:
+    Forward:  every packed layer but those with a scale a group computes y = scale * product(sign(x - b), sign(w)) + shift, scale and
+              shift made once: bit for bit what it computed before. With exact=False, also:
               - a BatchNorm that alone reads a layer's output goes into scale and shift. For each layer this is proven
                 by computing both for every whole number that the product can be: they differ by no more than
                 `TOLERANCE` of the sum of the sizes of the terms, or the BatchNorm stays, with a warning.
@@ -56,6 +57,10 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
         raise PackingError("fuse_for_inference: this model is fused already; stompp_hf.unfuse(model) undoes it.")
     layers = {n: m for n, m in binary_layers(root).items() if isinstance(m, PackedLayer)}
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, BinaryEmbedding)}
+    by_group = [name for name, layer in layers.items() if is_grouped(layer.weight_scale)]
+    if by_group:
+        logger.warning("%d layers have a scale a group, which no kernel sums by, and stay as they are.", len(by_group))
+    layers = {name: layer for name, layer in layers.items() if name not in by_group}
     followers = {} if exact else _followers(root, layers, example_inputs)
     plans: list[tuple[Any, Tensor, Tensor | None, Any]] = []
     with torch.no_grad():

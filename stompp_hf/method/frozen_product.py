@@ -54,7 +54,7 @@ class _FrozenProduct(torch.autograd.Function):
         if binary_input:
             way, signs = _for_kernel(x, threshold, weight, product)
         if isinstance(signs, Tensor):
-            operand, signs = _signs(x, threshold, product) if binary_input else x, hard(signs)
+            operand, signs = signs_above(x, threshold, product) if binary_input else x, hard(signs)
         if offset:
             row_sums = signs.row_sums(x.dtype) if isinstance(signs, SignBits) else signs.sum(others)
         scale, shift = affine(weight_scale, activation_scale, bias, row_sums, offset)
@@ -77,7 +77,7 @@ class _FrozenProduct(torch.autograd.Function):
         if activation_scale is not None:
             at = None if threshold is None else product.per_feature(threshold, x)
             keeps_levels = makes_grad_weight and not keeps_x
-            levels, factor = _kept_of_input(x, operand, at, activation_scale, offset, keeps_levels, reach, surrogate)
+            levels, factor = kept_of_input(x, operand, at, activation_scale, offset, keeps_levels, reach, surrogate)
             if wants_k and known is None:
                 factor = surrogate.of_activation(x, at, activation_scale, *clips[:2], width)
         ctx.save_for_backward(
@@ -117,7 +117,7 @@ class _FrozenProduct(torch.autograd.Function):
             if levels is not None:
                 operand = levels
             elif ctx.binary_input:
-                operand = _signs(x, threshold, product)
+                operand = signs_above(x, threshold, product)
                 operand = operand.add_(offset) if offset else operand
             else:
                 operand = x
@@ -176,7 +176,7 @@ def _for_kernel(
     return product.route(x, bits, threshold), bits
 
 
-def _kept_of_input(
+def kept_of_input(
     x: Tensor, operand: Tensor | None, threshold: Tensor | None, scale: Tensor, offset: float, keeps_levels: bool,
     reach: float | None, surrogate: Surrogate,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
@@ -193,7 +193,7 @@ def _kept_of_input(
     return levels, None if reach is None else surrogate.of_activation(x, threshold, scale, None, None, reach)
 
 
-def _signs(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:
+def signs_above(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:
     return hard_above(x, None if threshold is None else product.per_feature(threshold, x))
 
 

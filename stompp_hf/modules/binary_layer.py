@@ -5,6 +5,8 @@ and flags hold. Its state is set from outside, by `Progression`; forward only re
 """
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +17,11 @@ from ..config import StoMPPConfig
 from ..errors import NotCalibratedError, ShapeError
 from ..integrations.accelerate import rebind_forward
 from ..method.frozen_product import frozen_product
+from ..method.grouped_product import grouped_product
 from ..method.layer_product import Product
 from ..method.mixing import Edge, hard, mix_activation, mix_weight
 from ..method.sign_bits import SignBits
+from ..method.weight_scales import is_grouped, scale_shape
 from .activations import ABSORBABLE, gate
 from .calibration import NO_EDGE
 from .layer_state import OWN_TENSORS, LayerState
@@ -34,12 +38,12 @@ class BinaryLayer(KeptWeight, LayerState):
     """A layer whose weight, and whose input, become binary entry by entry.
 
     Forward, by state: pending: the plain layer (clipped, where a clip is set); in transition:
-    product(mix_activation(x), mix_weight(w)) + bias; frozen: `frozen_product`. See these for formulas and
+    product(mix_activation(x), mix_weight(w)) + bias; frozen: `frozen_product`, or `grouped_product`. See these for formulas and
     gradients. Where the activation f in front of it was absorbed, x is the value before f, real entries compute with
     f(x), and every gradient to x passes through f.
 
-    Extra tensors (parameters when learnable, buffers otherwise): weight_scale (out,) or (1,); weight_clip (1,);
-    activation_scale, activation_low, activation_high (1,); activation_threshold (in,); stompp_state int64 (6,).
+    Extra tensors (parameters when learnable, buffers otherwise): weight_scale (out,), (1,), or (out, groups);
+    weight_clip (1,); activation_scale, activation_low, activation_high (1,); activation_threshold (in,); stompp_state int64 (6,).
 
     Raises:
         NotCalibratedError: a committed layer runs before its activation values were set.
@@ -75,11 +79,11 @@ class BinaryLayer(KeptWeight, LayerState):
         layer: Any = module
         layer.__class__ = cls
         weight = layer.weight
-        channels = weight.shape[layer.product.channel_dim] if config.weight_scale == "channel" else 1
         features = layer.product.features(weight)
         value = {"dtype": weight.dtype, "device": weight.device}
 
-        layer._own("weight_scale", torch.ones(channels, **value), config.learn_weight_scale)
+        scales = scale_shape(config.weight_scale, config.group_size, weight.shape, layer.product.channel_dim)
+        layer._own("weight_scale", torch.ones(scales, **value), config.learn_weight_scale)
         layer._own("weight_clip", torch.full((1,), config.weight_clip or NO_EDGE, **value))
         if config.binary_activations:
             clip = config.activation_clip or NO_EDGE
@@ -232,7 +236,7 @@ class BinaryLayer(KeptWeight, LayerState):
         mixed = not x.is_meta and torch.is_autocast_enabled(kind)
         narrow = torch.get_autocast_dtype(kind) if mixed else None
         with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
-            y = frozen_product(
+            y = self._frozen_product(
                 self._gated(x).to(exact),
                 self._signed(exact),
                 self.weight_scale.to(exact),
@@ -248,6 +252,11 @@ class BinaryLayer(KeptWeight, LayerState):
                 narrow,
             )
         return y.to(narrow or self.output_dtype)
+
+    @property
+    def _frozen_product(self) -> Callable[..., Tensor]:
+        grouped = is_grouped(self.weight_scale)
+        return partial(grouped_product, group_size=self.stompp_config.group_size) if grouped else frozen_product
 
     def _signed(self, dtype: torch.dtype) -> Tensor | SignBits:
         """What gives the frozen product the weight's signs."""

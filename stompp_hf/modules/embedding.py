@@ -13,6 +13,7 @@ from ..config import StoMPPConfig
 from ..method.layer_product import LinearProduct
 from ..method.mixing import hard, mix_weight, through_weight
 from ..method.surrogates import Rule, Surrogate
+from ..method.weight_scales import is_grouped, spread
 from .binary_layer import BinaryLayer
 
 
@@ -38,12 +39,14 @@ class _FrozenRows(torch.autograd.Function):
                 passed = through_weight(ctx.surrogate, grad, F.embedding(ids, weight), scale, ctx.clip)
             grad_weight = torch.ops.aten.embedding_dense_backward(passed, ids, weight.shape[0], ctx.padding, False)
         if ctx.needs_input_grad[1]:
-            grad_scale = hard(F.embedding(ids, weight)).mul_(grad).sum(-1, keepdim=True)
+            grad_scale = hard(F.embedding(ids, weight)).mul_(grad).sum_to_size(scale.shape)
         return grad_weight, grad_scale, *[None] * 4
 
 
 class BinaryEmbedding(BinaryLayer, nn.Embedding):
-    """A table whose rows become binary entry by entry: one scale a row ("channel"), or one for the table ("tensor").
+    """A table whose rows become binary entry by entry.
+
+    Scales: one a row ("channel"), one for the table ("tensor"), or one for each group of entries of a row ("group").
 
     Forward, with w and s the row and the scale of each index: pending: w, the plain layer; in transition:
     `mix_weight(w)`; frozen: s * sign(w), exactly.
@@ -51,7 +54,7 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
     does its scale, as in nn.Embedding; where it is all zeros it stays so (sign(0) = +1 would make padding a token like
     any other), else it becomes binary like the rest.
     Shape: ids of any shape, to (*ids, embedding_dim).
-    Source: BiT and BiBERT binarize embeddings; one scale a row, and the rule for padding, are this library's choice.
+    Source: BiT and BiBERT binarize embeddings; the scales, and the rule for padding, are this library's choice.
     """
 
     plain_class = nn.Embedding
@@ -76,13 +79,23 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
         return None
 
     def _row_scales(self) -> Tensor:
-        """s, one a row, (rows, 1); 0 for a padding row of zeros."""
-        scales = self.weight_scale.expand(self.num_embeddings).unsqueeze(1)
+        """s, (rows, 1) or (rows, groups); 0 for a padding row of zeros."""
+        scales = self.weight_scale
+        scales = scales if is_grouped(scales) else scales.expand(self.num_embeddings).unsqueeze(1)
         if self.padding_idx is None:
             return scales
         alive = torch.ones_like(scales)
         alive[self.padding_idx] = self.padding_row_lives().to(alive.dtype)
         return scales * alive
+
+    def _spread(self, scales: Tensor) -> Tensor:
+        """Scales of rows, to broadcast over these."""
+        grouped = is_grouped(self.weight_scale)
+        return spread(scales, self.stompp_config.group_size, self.embedding_dim) if grouped else scales
+
+    def _scales_of(self, ids: Tensor) -> Tensor:
+        """s of the rows that indices name, to broadcast over these."""
+        return self._spread(F.embedding(ids, self._row_scales(), self.padding_idx))
 
     def padding_row_lives(self) -> Tensor:
         """Whether the padding row is not all zeros, as a boolean tensor of one element."""
@@ -99,14 +112,14 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
             raise RuntimeError("an embedding in transition has no mask; its state is set by Progression.step(step)")
         return mix_weight(
             F.embedding(x, self.weight, self.padding_idx),
-            F.embedding(x, self._row_scales(), self.padding_idx),
+            self._scales_of(x),
             F.embedding(x, self.weight_mask).to(self.weight.dtype),
             self._edges_now()[2],
             self.surrogate,
         )
 
     def _frozen(self, x: Tensor) -> Tensor:
-        scale = F.embedding(x, self._row_scales(), self.padding_idx)
+        scale = self._scales_of(x)
         padding = -1 if self.padding_idx is None else self.padding_idx
         arguments = (self.weight, scale, x, padding, self.weight_edge, self.surrogate)
         return kernels.apply(_FrozenRows, *arguments)  # type: ignore[no-any-return]
@@ -120,4 +133,4 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
         return size if size is None else size + marks_padding
 
     def binary_weight(self) -> Tensor:
-        return hard(self.weight.detach()) * self._row_scales().detach()
+        return hard(self.weight.detach()) * self._spread(self._row_scales().detach())

@@ -1,5 +1,6 @@
 """LayerState: the tensors that a binary layer owns beside its weight, and their starting values."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..integrations.sharding import assign, whole
 from ..method.layer_product import Product
+from ..method.weight_scales import mean_sizes, over_weight, scale_shape
 from .calibration import NO_EDGE, ActivationValues, Observer, activation_values, unseen_values
 from .stage_member import Member
 
@@ -66,8 +68,9 @@ class LayerState(Member):
         return self.weight
 
     def expected_sizes(self) -> dict[str, tuple[Tensor, int]]:
-        channels = self.weight.shape[self.product.channel_dim]
-        sizes = {"scale": (self.weight_scale, channels if self.stompp_config.weight_scale == "channel" else 1)}
+        config = self.stompp_config
+        scales = scale_shape(config.weight_scale, config.group_size, self.weight.shape, self.product.channel_dim)
+        sizes = {"scale": (self.weight_scale, math.prod(scales))}
         if self.activation_threshold is not None:
             sizes["threshold"] = self.activation_threshold, self.product.features(self.weight)
         return sizes
@@ -88,8 +91,7 @@ class LayerState(Member):
                 )
             if config.weight_scale != "none":
                 channel = self.product.channel_dim
-                others = [d for d in range(size.dim()) if d != channel or config.weight_scale == "tensor"]
-                assign(self.weight_scale, size.to(torch.float64).mean(others).reshape(self.weight_scale.shape))
+                assign(self.weight_scale, mean_sizes(size, config.weight_scale, config.group_size, channel))
             if config.weight_clip is None:
                 self.weight_clip.copy_((size.max() * WEIGHT_CLIP_MARGIN).reshape(1))
         self.freezing.weight_ready = 1
@@ -140,7 +142,5 @@ class LayerState(Member):
         self.weight_edge = finite_edge(self.weight_clip)
         self.input_edges = finite_edge(self.activation_low), finite_edge(self.activation_high)
 
-    def _weight_shaped(self, per_channel: Tensor) -> Tensor:
-        shape = [1] * self.weight.dim()
-        shape[self.product.channel_dim] = -1
-        return per_channel.reshape(shape)
+    def _weight_shaped(self, scale: Tensor) -> Tensor:
+        return over_weight(scale, self.stompp_config.group_size, self.weight.shape, self.product.channel_dim)

@@ -16,6 +16,7 @@ from ..kernels import DTYPES, Route
 from ..method.layer_product import affine
 from ..method.packed_product import packed_forward
 from ..method.sign_bits import SignBits, unpack_signs
+from ..method.weight_scales import is_grouped, over_weight
 from .attention import BinaryAttention
 from .binary_layer import BinaryLayer
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
@@ -142,7 +143,8 @@ class PackedLayer(PackedMember, BinaryLayer):
     # ---- forward ----
 
     def _frozen(self, x: Tensor) -> Tensor:
-        if self.activation_scale is not None and self.like.dtype == torch.float32:  # one kernel does it all
+        binary, grouped = self.activation_scale is not None, is_grouped(self.weight_scale)
+        if binary and not grouped and self.like.dtype == torch.float32:  # one kernel does it all
             threshold, bits = self._operands()
             own = (self.weight_scale, self.activation_scale, threshold, self.bias)
             way = self.product.route(x, bits, *own)
@@ -156,8 +158,11 @@ class PackedLayer(PackedMember, BinaryLayer):
         return super()._frozen(x)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
-        """What follows the product, y = scale * z + shift, in float32."""
+        """What follows the product, y = scale * z + shift, in float32: a and the bias, where s stands inside it."""
         offset, bias = self.activation_offset, None if self.bias is None else self.bias.float()
+        if is_grouped(self.weight_scale):
+            a = self.activation_scale
+            return (self.weight_scale.new_ones(1) if a is None else a), bias
         row_sums = self._bits().row_sums(torch.float32) if offset else None
         return affine(self.weight_scale, self.activation_scale, bias, row_sums, offset)
 
@@ -177,10 +182,8 @@ class PackedLayer(PackedMember, BinaryLayer):
     def _signed(self, dtype: torch.dtype) -> SignBits:
         return self._bits()
 
-    def _weight_shaped(self, per_channel: Tensor) -> Tensor:
-        shape = [1] * len(self.weight_shape)
-        shape[self.product.channel_dim] = -1
-        return per_channel.reshape(shape)
+    def _weight_shaped(self, scale: Tensor) -> Tensor:
+        return over_weight(scale, self.stompp_config.group_size, self.weight_shape, self.product.channel_dim)
 
     @property
     def weight(self) -> Any:
@@ -290,13 +293,13 @@ class PackedEmbedding(PackedLayer, BinaryEmbedding):
         return self.padding_lives
 
     def _frozen(self, x: Tensor) -> Tensor:
-        scale = F.embedding(x, self._row_scales(), self.padding_idx)
+        scale = self._scales_of(x)
         rows = unpack_signs(self.weight_bits[x], self.embedding_dim, scale.dtype)
         return (rows * scale).to(self.output_dtype)
 
     def binary_weight(self) -> Tensor:
         signs = self._bits().signs(self.weight_scale.dtype)
-        return signs.mul_(self._row_scales().detach()).to(self.output_dtype)
+        return signs.mul_(self._spread(self._row_scales().detach())).to(self.output_dtype)
 
 
 @register_packed

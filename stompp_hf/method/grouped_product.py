@@ -1,0 +1,147 @@
+"""The product of a fully frozen layer that has a scale for each group of its weights.
+
+Such scales differ along a sum, so they stand inside it, and no kernel of whole numbers gives it. Sums with a binary
+input are taken in float64: s has 24 bits of its own, so a sum of thousands of +s and -s is exact as long as the scales
+of a row lie within a factor of some 2**15 of each other, in any order, and training, packed storage and other runtimes
+agree. Each sum is then rounded once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import kernels
+from ..kernels import training
+from .frozen_product import kept_of_input, signs_above
+from .layer_product import Product
+from .mixing import Edge, hard, inside, through_weight
+from .sign_bits import SignBits
+from .surrogates import Rule, Surrogate
+from .weight_scales import group_sums, over_weight
+
+
+def _signs_of(weight: Tensor | SignBits, dtype: torch.dtype) -> Tensor:
+    return weight.signs(dtype) if isinstance(weight, SignBits) else hard(weight)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | SignBits,
+        weight_scale: Tensor,
+        activation_scale: Tensor | None,
+        threshold: Tensor | None,
+        bias: Tensor | None,
+        clips: tuple[Edge, Edge, Edge],
+        product: Product,
+        offset: float,
+        pad: float,
+        surrogate: Surrogate,
+        width: float,
+        narrow: torch.dtype | None,
+        group_size: int,
+    ) -> Tensor:
+        needs, known = ctx.needs_input_grad, surrogate.activation
+        wants_weight = needs[1] and surrogate.passes
+        keeps_operand = wants_weight or needs[2] or needs[3]
+        ctx.signs_of = (group_size, weight.shape, product.channel_dim)
+        binary_weight = _signs_of(weight, x.dtype).mul_(over_weight(weight_scale, *ctx.signs_of))
+
+        levels = factor = None
+        if activation_scale is None:
+            y = product(x, binary_weight, pad)
+        else:
+            operand = signs_above(x, threshold, product)
+            at = None if threshold is None else product.per_feature(threshold, x)
+            wants_k = needs[0] or needs[4]
+            reach = width if wants_k and known is Rule.NEAR else None
+            levels, factor = kept_of_input(
+                x, operand, at, activation_scale, offset, keeps_operand, reach, surrogate
+            )
+            if wants_k and known is None:
+                factor = surrogate.of_activation(x, at, activation_scale, *clips[:2], width)
+            operand = operand.add_(offset) if offset else operand
+            y = product(operand.double(), binary_weight.double(), pad).to(x.dtype).mul_(activation_scale)
+        y = y if bias is None else y.add_(product.per_channel(bias, y))
+
+        real = activation_scale is None
+        ctx.save_for_backward(
+            x if (keeps_operand if real else known is Rule.INSIDE) else None,
+            levels,
+            weight if isinstance(weight, Tensor) else None,
+            weight_scale,
+            activation_scale,
+            factor,
+        )
+        ctx.bits, ctx.sizes, ctx.clips = None if isinstance(weight, Tensor) else weight, x.shape, clips
+        ctx.product, ctx.pad, ctx.surrogate, ctx.narrow = product, pad, surrogate, narrow
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, levels, latents, s, a, factor = ctx.saved_tensors
+        low, high, clip = ctx.clips
+        wants_x, wants_weight, wants_s, wants_a, wants_threshold, wants_bias = ctx.needs_input_grad[:6]
+        product, surrogate, shape = ctx.product, ctx.surrogate, ctx.signs_of[1]
+        wide, narrow = grad.dtype, ctx.narrow or grad.dtype
+        wants_weight, back = wants_weight and surrogate.passes, a is None or surrogate.passes
+        grad_x = grad_weight = grad_s = grad_a = grad_threshold = None
+
+        signs = _signs_of(ctx.bits if latents is None else latents, wide)
+        if wants_weight or wants_s or wants_a:
+            operand = (x if a is None else levels).to(narrow)
+            grad_weight = product.grad_weight(grad.to(narrow), operand, shape, ctx.pad).to(wide)  # dL/dw' / a
+            sums = group_sums(grad_weight * signs, ctx.signs_of[0], product.channel_dim)
+            grad_s = sums if a is None else sums * a
+            grad_a = None if a is None else (sums * s).sum().reshape(a.shape)
+        if (wants_x or wants_threshold) and back or wants_weight:
+            scale = over_weight(s, *ctx.signs_of)
+            if wants_weight:
+                grad_weight = grad_weight if a is None else grad_weight.mul_(a)
+                grad_weight = through_weight(surrogate, grad_weight, latents, scale, clip)
+            if (wants_x or wants_threshold) and back:
+                grad_x = product.grad_input(grad.to(narrow), signs.mul_(scale).to(narrow), ctx.sizes).to(wide)
+                if a is not None and surrogate.activation is Rule.INSIDE:
+                    grad_x = inside(grad_x, x, low, high)
+                if factor is not None and not training.through_window(grad_x, factor):
+                    grad_x = grad_x.mul_(factor)
+                grad_threshold = -product.feature_sums(grad_x) if wants_threshold else None
+        return (
+            grad_x if wants_x else None,
+            grad_weight if wants_weight else None,
+            grad_s if wants_s else None,
+            grad_a if wants_a else None,
+            grad_threshold,
+            product.channel_sums(grad) if wants_bias else None,
+            *[None] * 8,
+        )
+
+
+def grouped_product(
+    x: Tensor, weight: Tensor | SignBits, weight_scale: Tensor, activation_scale: Tensor | None,
+    threshold: Tensor | None, bias: Tensor | None, clips: tuple[Edge, Edge, Edge], product: Product, offset: float,
+    pad: float, surrogate: Surrogate, width: float = 1.0, narrow: torch.dtype | None = None, group_size: int = 128,
+) -> Tensor:  # fmt: skip
+    """Output of a layer whose entries are all frozen, and which has a scale for each group of its weights.
+
+    Forward:  y = a * product(sign(x - b) + offset, w') + bias, with w' = s * sign(w) and s as in `over_weight`
+              with real inputs (BWN): y = product(x, w') + bias
+    Backward: as `frozen_product` has it: dL/dx = k * g' and dL/dw = k * g', with g' the gradients of the operands;
+              dL/ds = sum of dL/dw' * sign(w) over a group, dL/da = sum of s * dL/ds / a, dL/db = - sum of k * g'.
+              With scales that learn, dL/dw' is computed STE-free too: no sum over a row holds them.
+    Source:   scales by groups of 128 are those of llama.cpp's Q1_0; how they learn is this library's choice.
+
+    Args:
+        x, weight, activation_scale, threshold, bias, clips, product, offset, pad, surrogate, width, narrow: as for
+            `frozen_product`.
+        weight_scale: s, (out, groups).
+        group_size: weights of one output channel that share a scale.
+    """
+    tensors = (x, weight, weight_scale, activation_scale, threshold, bias)
+    numbers = (clips, product, offset, pad, surrogate, width, narrow, group_size)
+    return kernels.apply(_GroupedProduct, *tensors, *numbers)  # type: ignore[no-any-return]
