@@ -126,7 +126,8 @@ class StoMPPConfig:
         "probabilities to {0, 2a}, in modules that go through transformers' AttentionInterface.",
     )
     embeddings: Literal["keep", "binarize"] = _option(
-        "keep", "The model's word embedding: keep it real, or binarize its rows (a scale a row, or, by groups, several)."
+        "keep",
+        "The model's word embedding: keep it real, or binarize its rows (a scale a row, or, by groups, several).",
     )
     keep_dtype: bool = _option(False, "Keep half-precision latent weights (small updates vanish) instead of float32.")
     check_every: int = _option(100, "Look for non-finite activations every this many steps; 0 never looks.")

@@ -25,7 +25,8 @@ UNUSUAL: dict[str, Any] = {
     "within_stage": "forward",
     "start": 0.125,
     "end": 0.75,
-    "weight_scale": "tensor",
+    "weight_scale": "group",
+    "group_size": 32,
     "learn_weight_scale": False,
     "weight_clip": 0.5,
     "activation_scale": "none",
@@ -56,8 +57,15 @@ BAD: list[tuple[str, dict[str, Any]]] = [
             *("downsampling", "relu", "conv_padding", "activation_mask", "attention", "embeddings"),
         )
     ],
-    *[(name, {name: value}) for name in ("refresh_rate", "check_every") for value in (-1, 1.5, "7", None, True)],
+    *[
+        (name, {name: value})
+        for name in ("refresh_rate", "check_every", "group_size")
+        for value in (-1, 1.5, "7", None, True)
+    ],
     ("refresh_rate", {"refresh_rate": 0}),
+    ("group_size", {"weight_scale": "group", "group_size": 0}),
+    ("group_size", {"group_size": 64}),
+    ("group_size", {"weight_scale": "tensor", "group_size": 64}),
     *[(name, {name: value}) for name in ("start", "end") for value in (-0.1, 1.1, float("nan"), "0.5", None, True)],
     ("start", {"start": 0.9, "end": 0.5}),
     ("start", {"start": 0.9}),
@@ -147,6 +155,7 @@ def test_command_line() -> None:
         *("--binarize", "weights", "--frozen_gradient", "zero", "--schedule", "linear", "--refresh_rate", "50"),
         *("--stages", "4", "--start", "0.1", "--end", "0.9", "--weight_clip", "0.5", "--order", "b,a"),
         *("--target_modules", "query", "key", "--no_learn_weight_scale", "--keep_dtype", "--mask_seed", "3"),
+        *("--weight_scale", "group", "--group_size", "32"),
         *("--learn_activation_scale", "False"),
     ]
     (config,) = HfArgumentParser(StoMPPConfig).parse_args_into_dataclasses(flags)
@@ -161,6 +170,8 @@ def test_command_line() -> None:
         "weight_clip": 0.5,
         "order": "b,a",
         "target_modules": ["query", "key"],
+        "weight_scale": "group",
+        "group_size": 32,
         "learn_weight_scale": False,
         "learn_activation_scale": False,
         "keep_dtype": True,
@@ -191,6 +202,7 @@ def test_paper_values() -> None:
         "start": 0.0,
         "end": 1.0,
         "weight_scale": "none",
+        "group_size": 128,
         "learn_weight_scale": False,
         "weight_clip": 1.0,
         "activation_scale": "none",

@@ -29,8 +29,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool = False) -> Model:
     """Make a packed model as fast as it gets, in place, for inference alone, and return the same model in eval mode.
 
-    Forward:  every packed layer but those with a scale a group computes y = scale * product(sign(x - b), sign(w)) + shift, scale and
-              shift made once: bit for bit what it computed before. With exact=False, also:
+    Forward:  every packed layer computes y = scale * product(sign(x - b), sign(w)) + shift, scale and shift made once:
+              bit for bit what it computed before (those with a scale a group stay as they are). With exact=False, also:
               - a BatchNorm that alone reads a layer's output goes into scale and shift. For each layer this is proven
                 by computing both for every whole number that the product can be: they differ by no more than
                 `TOLERANCE` of the sum of the sizes of the terms, or the BatchNorm stays, with a warning.

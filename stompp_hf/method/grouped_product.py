@@ -59,9 +59,7 @@ class _GroupedProduct(torch.autograd.Function):
             at = None if threshold is None else product.per_feature(threshold, x)
             wants_k = needs[0] or needs[4]
             reach = width if wants_k and known is Rule.NEAR else None
-            levels, factor = kept_of_input(
-                x, operand, at, activation_scale, offset, keeps_operand, reach, surrogate
-            )
+            levels, factor = kept_of_input(x, operand, at, activation_scale, offset, keeps_operand, reach, surrogate)
             if wants_k and known is None:
                 factor = surrogate.of_activation(x, at, activation_scale, *clips[:2], width)
             operand = operand.add_(offset) if offset else operand
@@ -89,7 +87,8 @@ class _GroupedProduct(torch.autograd.Function):
         wants_x, wants_weight, wants_s, wants_a, wants_threshold, wants_bias = ctx.needs_input_grad[:6]
         product, surrogate, shape = ctx.product, ctx.surrogate, ctx.signs_of[1]
         wide, narrow = grad.dtype, ctx.narrow or grad.dtype
-        wants_weight, back = wants_weight and surrogate.passes, a is None or surrogate.passes
+        wants_weight = wants_weight and surrogate.passes
+        back = (wants_x or wants_threshold) and (a is None or surrogate.passes)
         grad_x = grad_weight = grad_s = grad_a = grad_threshold = None
 
         signs = _signs_of(ctx.bits if latents is None else latents, wide)
@@ -99,18 +98,17 @@ class _GroupedProduct(torch.autograd.Function):
             sums = group_sums(grad_weight * signs, ctx.signs_of[0], product.channel_dim)
             grad_s = sums if a is None else sums * a
             grad_a = None if a is None else (sums * s).sum().reshape(a.shape)
-        if (wants_x or wants_threshold) and back or wants_weight:
-            scale = over_weight(s, *ctx.signs_of)
             if wants_weight:
-                grad_weight = grad_weight if a is None else grad_weight.mul_(a)
-                grad_weight = through_weight(surrogate, grad_weight, latents, scale, clip)
-            if (wants_x or wants_threshold) and back:
-                grad_x = product.grad_input(grad.to(narrow), signs.mul_(scale).to(narrow), ctx.sizes).to(wide)
-                if a is not None and surrogate.activation is Rule.INSIDE:
-                    grad_x = inside(grad_x, x, low, high)
-                if factor is not None and not training.through_window(grad_x, factor):
-                    grad_x = grad_x.mul_(factor)
-                grad_threshold = -product.feature_sums(grad_x) if wants_threshold else None
+                passed = grad_weight if a is None else grad_weight.mul_(a)
+                grad_weight = through_weight(surrogate, passed, latents, over_weight(s, *ctx.signs_of), clip)
+        if back:
+            binary_weight = signs.mul_(over_weight(s, *ctx.signs_of)).to(narrow)
+            grad_x = product.grad_input(grad.to(narrow), binary_weight, ctx.sizes).to(wide)
+            if a is not None and surrogate.activation is Rule.INSIDE:
+                grad_x = inside(grad_x, x, low, high)
+            if factor is not None and not training.through_window(grad_x, factor):
+                grad_x = grad_x.mul_(factor)
+            grad_threshold = -product.feature_sums(grad_x) if wants_threshold else None
         return (
             grad_x if wants_x else None,
             grad_weight if wants_weight else None,

@@ -38,12 +38,13 @@ class BinaryLayer(KeptWeight, LayerState):
     """A layer whose weight, and whose input, become binary entry by entry.
 
     Forward, by state: pending: the plain layer (clipped, where a clip is set); in transition:
-    product(mix_activation(x), mix_weight(w)) + bias; frozen: `frozen_product`, or `grouped_product`. See these for formulas and
-    gradients. Where the activation f in front of it was absorbed, x is the value before f, real entries compute with
-    f(x), and every gradient to x passes through f.
+    product(mix_activation(x), mix_weight(w)) + bias; frozen: `frozen_product`, or, with a scale a group,
+    `grouped_product`. See these for formulas and gradients. Where the activation f in front of it was absorbed, x is
+    the value before f, real entries compute with f(x), and every gradient to x passes through f.
 
     Extra tensors (parameters when learnable, buffers otherwise): weight_scale (out,), (1,), or (out, groups);
-    weight_clip (1,); activation_scale, activation_low, activation_high (1,); activation_threshold (in,); stompp_state int64 (6,).
+    weight_clip, activation_scale, activation_low, activation_high (1,); activation_threshold (in,); stompp_state int64
+    (6,).
 
     Raises:
         NotCalibratedError: a committed layer runs before its activation values were set.

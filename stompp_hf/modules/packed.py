@@ -8,7 +8,6 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import PackingError, WeightError
 from ..integrations.accelerate import rebind_forward
