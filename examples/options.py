@@ -12,7 +12,16 @@ import transformers
 import yaml
 from transformers import Trainer, TrainingArguments
 
-from stompp_hf import DistillationCallback, GradientNormCallback, StoMPPConfig, record_run
+from stompp_hf import (
+    DistillationCallback,
+    GradientNormCallback,
+    StoMPPConfig,
+    get_plan,
+    last_whole_checkpoint,
+    record_run,
+    restore_model,
+)
+from stompp_hf.errors import NotBinarizedError
 
 
 def as_words(path: str) -> list[str]:
@@ -52,6 +61,28 @@ def config_of(method: str, stompp: StoMPPConfig) -> StoMPPConfig:
     if method == "vanilla_ste":
         return stompp.as_vanilla_ste()
     return stompp.as_full_precision() if method == "full_precision" else stompp
+
+
+def is_binarized(model: Any) -> bool:
+    """Whether the checkpoint came with binary layers."""
+    try:
+        get_plan(model)
+    except NotBinarizedError:
+        return False
+    return True
+
+
+def plain_again(model: Any) -> Any:
+    """The model without the plan of a run of `--method full_precision`: a plain model on the same code path."""
+    if is_binarized(model) and get_plan(model).config.binarize == "nothing":
+        restore_model(model)
+    return model
+
+
+def resumed_from(args: TrainingArguments) -> str | None:
+    """The folder that `--resume_from_checkpoint` names; the last whole one for True."""
+    folder: Any = args.resume_from_checkpoint
+    return last_whole_checkpoint(args.output_dir) if folder in (True, "True", "true") else folder
 
 
 def set_up_logging(args: TrainingArguments) -> None:
@@ -110,7 +141,7 @@ class LoraArguments:
         metadata={"help": "Ends of the names of layers that get an adapter; PEFT's choice if not given."},
     )
 
-    def adapted(self, model: Any, finished: bool) -> Any:
+    def adapted(self, model: Any, finished: bool, task: str = "SEQ_CLS") -> Any:
         """The model inside PEFT's wrapper; `finished` says whether every stage of the base is frozen."""
         if not finished:
             raise ValueError(
@@ -122,9 +153,7 @@ class LoraArguments:
         except ImportError as error:
             raise ImportError('--lora_rank needs PEFT: pip install -e ".[peft]"') from error
         options = {"r": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
-        return get_peft_model(
-            model, LoraConfig(task_type="SEQ_CLS", target_modules=self.lora_target_modules, **options)
-        )
+        return get_peft_model(model, LoraConfig(task_type=task, target_modules=self.lora_target_modules, **options))
 
 
 @dataclass

@@ -15,7 +15,17 @@ from typing import Any
 
 import numpy as np
 from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
-from options import LoraArguments, RecordArguments, TeacherArguments, config_of, read_words, set_up_logging
+from options import (
+    LoraArguments,
+    RecordArguments,
+    TeacherArguments,
+    config_of,
+    is_binarized,
+    plain_again,
+    read_words,
+    resumed_from,
+    set_up_logging,
+)
 from stage_edges import EvaluateAtStageEdges
 from transformers import (
     AutoConfig,
@@ -35,11 +45,8 @@ from stompp_hf import (
     binarize_model,
     create_optimizer,
     get_plan,
-    last_whole_checkpoint,
     report,
-    restore_model,
 )
-from stompp_hf.errors import NotBinarizedError
 from stompp_hf.training.metrics import frozen_fraction
 
 
@@ -127,18 +134,7 @@ def load_model(args: ModelArguments, task: Any) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    if is_binarized(model) and get_plan(model).config.binarize == "nothing":
-        restore_model(model)  # a run of --method full_precision: a plain model on the same code path
-    return model, tokenizer
-
-
-def is_binarized(model: Any) -> bool:
-    """Whether the checkpoint came with binary layers."""
-    try:
-        get_plan(model)
-    except NotBinarizedError:
-        return False
-    return True
+    return plain_again(model), tokenizer
 
 
 def main() -> dict[str, float]:
@@ -194,10 +190,7 @@ def main() -> dict[str, float]:
 
     summary: dict[str, float] = {}
     if training_args.do_train:
-        checkpoint: Any = training_args.resume_from_checkpoint
-        if checkpoint in (True, "True", "true"):
-            checkpoint = last_whole_checkpoint(training_args.output_dir)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=resumed_from(training_args))
         metrics = {**result.metrics, "train_samples": len(data["train"])}
         trainer.save_model()
         trainer.log_metrics("train", metrics)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from image_data import DataArguments, Task, collate, load_task, prepare
 from image_model import ModelArguments, load_config, load_model, load_processor
-from options import config_of, read_words, set_up_logging
+from options import config_of, read_words, resumed_from, set_up_logging
 from stage_edges import EvaluateAtStageEdges
 from transformers import (
     AutoModelForImageClassification,
@@ -36,7 +36,6 @@ from stompp_hf import (
     StoMPPTrainerCallback,
     create_optimizer,
     get_plan,
-    last_whole_checkpoint,
     report,
 )
 from stompp_hf.surgery.members import binary_layers
@@ -116,9 +115,7 @@ def train(
     stompp = config_of(model_args.method, stompp)
     config = load_config(model_args, task.labels)
     processor, pixels = load_processor(model_args, data_args, config)
-    checkpoint: Any = args.resume_from_checkpoint
-    if checkpoint in (True, "True", "true"):
-        checkpoint = last_whole_checkpoint(args.output_dir)
+    checkpoint = resumed_from(args)
     model = load_model(model_args, config, pixels.size, stompp, checkpoint)
     data = prepare(task, data_args, pixels, args.seed)
     wanted = {"train": args.do_train, "validation": args.do_eval}

@@ -10,10 +10,13 @@ import transformers as hf
 from datasets import Dataset
 from models import CASES, quick, same_tensors
 from torch import nn
+from torch.nn.functional import kl_div
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 from stompp_hf import DistillationCallback, Distiller, Progression, StoMPPTrainerCallback, binarize_model, get_plan
 from stompp_hf.errors import CheckpointError, ConfigError, DistillationError
+from stompp_hf.method import class_divergence
 from stompp_hf.surgery.members import binary_layers
 from stompp_hf.training.distillation import blocks_of, hidden_loss, logits_loss, snapshot
 
@@ -65,6 +68,41 @@ def test_logits_loss_of_each_kind() -> None:
         wanted = heat**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1)
         assert torch.allclose(logits_loss(mine, goal, "labels", heat), wanted.mean(), atol=1e-6)
     assert torch.allclose(logits_loss(mine, goal, "regression"), (mine - goal).square().mean())
+
+
+class Fresh(TorchDispatchMode):
+    """Sizes of the tensors that are made; views, and what is written in place, are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.sizes.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergence_in_chunks_is_the_whole_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients; of the logits' size, nothing is made but the gradient. The last chunk has one row."""
+    torch.manual_seed(0)
+    mine, goal = 3 * torch.randn(3, 5, 40, dtype=dtype), 3 * torch.randn(3, 5, 40, dtype=dtype)
+    weight = torch.rand(3, 5)
+    plain, chunked = (mine.clone().requires_grad_() for _ in range(2))
+    z, target = plain.float() / 2.0, goal.float() / 2.0
+    each = 4.0 * kl_div(z.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    wanted = (each * weight).sum()
+    wanted.backward()
+    monkeypatch.setattr(class_divergence, "CHUNK", 2 * 40)
+    with Fresh() as fresh:
+        loss = logits_loss(chunked, goal, "classes", 2.0, weight)
+        loss.backward()
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(chunked.grad, plain.grad)
+    assert [size for size in fresh.sizes if size > 2 * 40] == [mine.numel()]
 
 
 # ---- the model's forward ----

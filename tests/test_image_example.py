@@ -37,7 +37,7 @@ from image_model import ModelArguments, load_config  # noqa: E402
 from small_images import small_image_config  # noqa: E402
 
 RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem.endswith(("_paper", "_modern")))
-METHODS = sorted({*CONFIGS.glob("*.yaml")} - {*RECIPES, *CONFIGS.glob("glue_*.yaml")})
+METHODS = sorted({*CONFIGS.glob("*.yaml")} - {*RECIPES, *CONFIGS.glob("glue_*.yaml"), *CONFIGS.glob("clm_*.yaml")})
 RESNET = ("--config_name", "resnet", "--config_overrides")
 RESNET = (*RESNET, "depths=[1,1],hidden_sizes=[8,16],embedding_size=8,layer_type=basic")
 VIT = ("--config_name", "vit", "--config_overrides")

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax, logsigmoid, mse_loss
+from torch.nn.functional import kl_div, logsigmoid, mse_loss
 
 from ..errors import ConfigError, DistillationError
 from ..integrations.torch import forget_graphs, remove_all
+from ..method.class_divergence import class_divergence
 from ..surgery.blocks import block_of
 from ..surgery.members import get_plan, members, planned_model
 
@@ -83,13 +84,12 @@ def logits_loss(
     Shapes:   student, teacher (..., classes); weight: the leading dimensions. Returns a float32 scalar.
     Source:   Hinton et al. (2015); the kinds are this library's choice.
     """
-    z, target = student.float() / temperature, teacher.detach().float() / temperature
     if kind == "regression":
         each = (student.float() - teacher.detach().float()).square().mean(-1)
     elif kind == "classes":
-        each = kl_div(log_softmax(z, -1), log_softmax(target, -1), reduction="none", log_target=True).sum(-1)
-        each = each * temperature**2
+        each = class_divergence(student, teacher, temperature)
     else:
+        z, target = student.float() / temperature, teacher.detach().float() / temperature
         yes = kl_div(logsigmoid(z), logsigmoid(target), reduction="none", log_target=True)
         no = kl_div(logsigmoid(-z), logsigmoid(-target), reduction="none", log_target=True)
         each = (yes + no).sum(-1) * temperature**2
