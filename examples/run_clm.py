@@ -84,6 +84,10 @@ class ModelArguments(RecordArguments, TeacherArguments, LoraArguments):
     evaluate_stages: bool = field(default=True, metadata={"help": "Evaluate whenever a stage has just been frozen."})
     prompt: str | None = field(default=None, metadata={"help": "At the end, print what the model goes on with."})
 
+    def __post_init__(self) -> None:
+        if self.model_name_or_path is not None and self.config_overrides is not None:
+            raise ValueError("--config_overrides is for a model from scratch; leave --model_name_or_path out.")
+
     @property
     def hub(self) -> dict[str, Any]:
         """How everything is fetched."""
@@ -150,8 +154,6 @@ def load_config(args: ModelArguments, tokenizer: Any) -> Any:
             max_position_embeddings=512, **words,
         )  # fmt: skip
     if args.config_overrides is not None:
-        if args.model_name_or_path is not None:
-            raise ValueError("--config_overrides is for a model from scratch; leave --model_name_or_path out.")
         config.update_from_string(args.config_overrides)
     return config
 

@@ -83,6 +83,8 @@ def test_blocks_are_the_text_in_order() -> None:
 def test_sources_that_make_no_sense(options: dict[str, str], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         DataArguments(**options)
+    with pytest.raises(ValueError, match="--config_overrides is for a model from scratch"):
+        example.parse(["--output_dir", "out", "--model_name_or_path", "model", *NARROW])
 
 
 def test_embedded_comparison(
@@ -134,8 +136,5 @@ def test_full_precision_then_binary_taught_by_it(
     first = ("--model_name_or_path", str(checkpoint), "--method", "full_precision", "--output_dir", real)
     run(monkeypatch, *files, *first)
     run(monkeypatch, *files, "--model_name_or_path", real, "--teacher", real, "--output_dir", out)
-    assert {layer.stage_state for layer in binary_layers(AutoModelForCausalLM.from_pretrained(out)).values()} == {
-        "frozen"
-    }
-    with pytest.raises(ValueError, match="--config_overrides is for a model from scratch"):
-        run(monkeypatch, "--model_name_or_path", real, "--output_dir", out, *NARROW)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert {layer.stage_state for layer in binary_layers(model).values()} == {"frozen"}
