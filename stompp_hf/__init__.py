@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .checkpoints.remote_code import add_remote_code as add_remote_code
     from .config import StoMPPConfig as StoMPPConfig
     from .errors import StoMPPError as StoMPPError
+    from .export.gguf_export import export_gguf as export_gguf
     from .export.onnx_export import export_onnx as export_onnx
     from .inference.fusing import fuse_for_inference as fuse_for_inference
     from .modules import (
@@ -56,6 +57,7 @@ _HOMES = {
     "checkpoints.remote_code": "add_remote_code",
     "config": "StoMPPConfig",
     "errors": "StoMPPError",
+    "export.gguf_export": "export_gguf",
     "export.onnx_export": "export_onnx",
     "inference.fusing": "fuse_for_inference",
     "modules": "BinaryAttention BinaryConv1D BinaryConv1d BinaryConv2d BinaryConv3d "
