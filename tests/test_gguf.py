@@ -189,16 +189,37 @@ def test_blocks(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(list(BLOCKS)))
     rows, fan_in = data.draw(st.integers(1, 4)), BLOCKS[kind] * data.draw(st.integers(1, 4))
     group = BLOCKS[kind] * data.draw(st.integers(1, 5))
-    groups = data.draw(st.sampled_from([1, -(-fan_in // group)]))
+    group = data.draw(st.sampled_from([group, fan_in]))
+    groups = -(-fan_in // group)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     w, scale = (torch.randn(rows, size, generator=generator) for size in (fan_in, groups))  # scales of either sign
     weight = BinaryWeight(pack_signs(w), scale, fan_in, group)
     assert weight.fits(kind)
-    spread = scale if groups == 1 else scale.repeat_interleave(group, 1)[:, :fan_in]
+    spread = scale.repeat_interleave(group, 1)[:, :fan_in]
     steps = {"Q1_0": 1, "Q4_0": 7, "Q8_0": 127}[kind]
     expected = (spread / steps).half().float() * (steps * torch.where(w >= 0, 1.0, -1.0))
     assert torch.equal(floats(weight.stored(kind), kind), expected)
     assert torch.equal(floats(weight.stored("F32"), "F32"), spread * torch.where(w >= 0, 1.0, -1.0))
+
+
+@pytest.mark.parametrize(("group_size", "kind"), [(128, "Q1_0"), (256, "Q1_0"), (96, "Q4_0"), (40, "F16")])
+def test_groups_of_scales(group_size: int, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A block has its group's scale, up to the last group, which may be smaller."""
+    tokenizer = byte_level()
+    plain = build("qwen2", tokenizer, hidden_size=384, intermediate_size=512)
+    model = frozen(plain, weight_scale="group", group_size=group_size)
+    for layer in binary_layers(model).values():
+        layer.weight_scale.data.mul_(1 + torch.rand_like(layer.weight_scale))
+    found, place = tensors(export_gguf(model, tmp_path / "model.gguf", tokenizer)), names_of(model)
+    for own, layer in binary_layers(model).items():
+        written, numbers = found[place(f"{own}.weight")]
+        expected = layer.binary_weight()
+        assert layer.weight_scale.shape[1] > 1 or layer.weight.shape[1] <= group_size
+        assert written == kind or layer.weight_scale.shape[1] == 1
+        assert torch.equal(numbers.sign(), expected.sign())
+        assert torch.equal(numbers, expected.half().float()) or kind == "Q4_0"
+        assert torch.allclose(numbers, expected, rtol=1e-3)
+    assert (kind in caplog.text) == (kind != "Q1_0")
 
 
 def test_a_block_never_spans_two_groups() -> None:

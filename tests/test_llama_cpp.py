@@ -12,6 +12,7 @@ from gguf_models import CASES, TOKENIZERS, build, byte_level, frozen, strings, w
 from torch import Tensor
 
 from stompp_hf import export_gguf
+from stompp_hf.surgery.members import binary_layers
 
 pytestmark = pytest.mark.llama_cpp
 RUNNER = Path(__file__).parent / "run_llama_cpp.py"
@@ -72,6 +73,18 @@ def test_log_probabilities(name: str, tmp_path: Path) -> None:
     print(f"{name}: {found[0]:.2g} in float32, {found[1]:.2g} in Q1_0")
     assert found[0] < exact
     assert found[1] < ROUNDED
+
+
+def test_groups_of_scales(tmp_path: Path) -> None:
+    tokenizer = byte_level(ascii_only=True)
+    wider = build("llama", tokenizer, hidden_size=256, intermediate_size=512, initializer_range=0.05)
+    model = frozen(wider, weight_scale="group")
+    for layer in binary_layers(model).values():
+        layer.weight_scale.data.mul_(0.5 + torch.rand_like(layer.weight_scale))
+    full = export_gguf(model, tmp_path / "f32.gguf", tokenizer, binary="float32", real="float32")
+    packed = export_gguf(model, tmp_path / "q1_0.gguf", tokenizer)
+    assert largest_difference(model, full, len(tokenizer)) < EXACT
+    assert largest_difference(model, packed, len(tokenizer)) < ROUNDED
 
 
 def test_embeddings(tmp_path: Path) -> None:

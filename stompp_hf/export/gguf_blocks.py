@@ -75,7 +75,8 @@ class Int8Weight:
 class BinaryWeight:
     """A weight s * sign(w), a row an output channel.
 
-    bits: uint8 (out, ceil(fan_in / 8)); scale: (out, groups), or (out, 1); group_size: inputs that share one.
+    bits: uint8 (out, ceil(fan_in / 8)); scale: (out, groups); group_size: inputs that share one, all of them if one
+    scale is a row's.
     """
 
     bits: Tensor
@@ -90,7 +91,7 @@ class BinaryWeight:
     def fits(self, kind: str) -> bool:
         """Whether a row is whole blocks, and no block spans two groups."""
         size = BLOCKS.get(kind, 1)
-        return self.fan_in % size == 0 and (self.scale.shape[1] == 1 or self.group_size % size == 0)
+        return self.fan_in % size == 0 and (self.group_size % size == 0 or self.group_size >= self.fan_in)
 
     def stored(self, kind: str) -> Rows:
         """The rows as `kind`: bytes (out, bytes a row) of blocks, or floats (out, fan_in)."""
@@ -109,8 +110,6 @@ class BinaryWeight:
 
     def _scales(self, size: int) -> Tensor:
         """A scale for each block of `size` inputs, (out, fan_in / size)."""
-        if self.scale.shape[1] == 1:
-            return self.scale.expand(-1, self.fan_in // size)
         return self.scale[:, torch.arange(0, self.fan_in, size) // self.group_size]
 
 

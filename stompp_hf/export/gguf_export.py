@@ -42,9 +42,10 @@ def export_gguf(
 ) -> Path:
     """Write a frozen or packed W1A32 model as a GGUF file, which llama.cpp runs; the model is not changed.
 
-    A binary weight becomes Q1_0: its signs, and a float16 scale for each 128 inputs of a row. Rounding scales to
-    float16 is all that the file loses of it. Where a fan-in (or the size of a group of scales) is no multiple of 128
-    it becomes Q4_0, with the same signs, and where 32 does not divide it either, float16; a warning names the layers.
+    A binary weight becomes Q1_0: its signs, and a float16 scale for each 128 inputs of a row (that of the row, of the
+    layer, or of the group). Rounding scales to float16 is all that the file loses of it. Where a fan-in (or the size of
+    a group) is no multiple of 128 it becomes Q4_0, with the same signs, and where 32 does not divide it either,
+    float16; a warning names the layers.
     llama.cpp of late April 2026 (b8929) or later reads Q1_0. It rounds activations to 8 bits, as for all its integer
     types. Returns the file's path.
 

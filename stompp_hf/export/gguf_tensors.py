@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ExportError, NonFiniteError
 from ..method.sign_bits import SignBits
+from ..method.weight_scales import is_grouped
 from ..modules import OWN_TENSORS, BinaryEmbedding, BinaryLayer
 from ..modules.int8_embedding import Int8Embedding
 from .gguf_architectures import Architecture
@@ -92,12 +93,12 @@ def _binary(name: str, layer: Any) -> BinaryWeight:
     dim = layer.product.channel_dim
     packed = latent is None
     signs = SignBits(layer.weight_bits, layer.weight_shape, dim) if packed else SignBits.of(latent, dim)
-    scale = _here(layer.weight_scale).float()
-    scale = scale if scale.dim() > 1 else scale.expand(len(signs.bits)).unsqueeze(1)
+    scale, grouped = _here(layer.weight_scale).float(), is_grouped(layer.weight_scale)
+    scale = scale if grouped else scale.expand(len(signs.bits)).unsqueeze(1)
     if isinstance(layer, BinaryEmbedding) and layer.padding_idx is not None and not bool(layer.padding_row_lives()):
         scale = scale.clone()
         scale[layer.padding_idx] = 0.0
-    group_size = getattr(layer.stompp_config, "group_size", signs.fan_in)
+    group_size = layer.stompp_config.group_size if grouped else signs.fan_in
     return BinaryWeight(_here(signs.bits), scale, signs.fan_in, group_size)
 
 
