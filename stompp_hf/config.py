@@ -52,7 +52,11 @@ class StoMPPConfig:
         "list of module names or patterns (in Python also a list of strings).",
     )
     schedule: str = _option("cubic", f"Frozen fraction over a stage's window: one of {', '.join(SCHEDULES)}.")
-    refresh_rate: int = _option(100, "Soft refresh r: each step redraws the membership of 1/r of the entries.")
+    refresh_rate: int | None = _option(
+        None,
+        "Soft refresh r: each step redraws the membership of 1/r of the entries; unset: a fifth of the stage's window, "
+        "at most 100.",
+    )
     stages: str = _option(
         "block", "What freezes together: module, block (a repeated layer of the model), or a number of equal stages."
     )
@@ -66,10 +70,11 @@ class StoMPPConfig:
         "Learning rate of what is still real, in units of the optimizer's: stages whose window has not opened, and "
         "until the first one opens everything else.",
     )
-    binary_lr: float = _option(
-        1.0,
+    binary_lr: float | None = _option(
+        None,
         "Learning rate of binary layers from the time that their window opens (latents, scales, thresholds), in units "
-        "of the optimizer's, which may so be the one that suits real weights.",
+        "of the optimizer's, which so may be the one that suits real weights; unset: what brings it up to "
+        "0.02 / sqrt(fan-in), never below 1 (1 under SGD).",
     )
     weight_scale: Literal["none", "tensor", "channel", "group"] = _option(
         "channel",
@@ -141,6 +146,8 @@ class StoMPPConfig:
             choices = getattr(option.type, "__args__", None) if "Literal" in str(option.type) else None
             if choices and getattr(self, option.name) not in choices:
                 self._refuse(option.name, f"is not one of {', '.join(map(repr, choices))}")
+            if option.default is None:
+                continue  # HfArgumentParser takes the None out of its type
             if option.type in (bool, int, str) and type(getattr(self, option.name)) is not option.type:
                 self._refuse(option.name, f"must be a plain {option.type.__name__}")  # "false" would count as true
         home = "stompp_hf.method"
@@ -156,8 +163,8 @@ class StoMPPConfig:
             self._refuse("order", f"is empty; use one of {', '.join(ORDERS)}, or a list of module names")
         if self.stages not in ("module", "block") and not (self.stages.isdecimal() and int(self.stages) > 0):
             self._refuse("stages", "is neither 'module' nor 'block' nor a positive number, as in stages=6")
-        if self.refresh_rate < 1:
-            self._refuse("refresh_rate", "must be a whole number of at least 1, as in refresh_rate=100")
+        if self.refresh_rate is not None and (type(self.refresh_rate) is not int or self.refresh_rate < 1):
+            self._refuse("refresh_rate", "must be a whole number of at least 1, as in refresh_rate=100, or None")
         if self.group_size < 1:
             self._refuse("group_size", "must be a whole number of at least 1, as in group_size=128")
         if self.group_size != GROUP_SIZE and self.weight_scale != "group":
@@ -171,12 +178,9 @@ class StoMPPConfig:
         rate = self.pending_lr
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 <= rate <= 1.0:
             self._refuse("pending_lr", "must be between 0 and 1, as in pending_lr=0.1")
-        rate = self.binary_lr
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 < rate < float("inf"):
-            self._refuse("binary_lr", "must be a positive number, as in binary_lr=20.0")
         if self.start > self.end:
             self._refuse("start", f"is after end={self.end}; use start <= end, as in start=0.1, end=0.8")
-        for name in ("weight_clip", "activation_clip", "surrogate_width"):
+        for name in ("weight_clip", "activation_clip", "binary_lr", "surrogate_width"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             unset = value is None and name != "surrogate_width"
@@ -248,6 +252,7 @@ class StoMPPConfig:
         values: dict[str, Any] = {
             "frozen_gradient": "zero",
             "binary_lr": 1.0,
+            "refresh_rate": 100,
             "stages": "module",
             "start": 0.0,
             "end": 1.0,

@@ -8,7 +8,7 @@ from torch import nn
 from stompp_hf import Progression, StoMPPConfig, binarize_model
 from stompp_hf.errors import ConfigError
 from stompp_hf.surgery.members import binary_layers, members
-from stompp_hf.training.learning_rates import Rate, rates
+from stompp_hf.training.learning_rates import Rate, peak_rates, rates
 
 BERT = CASES["bert"]
 TOTAL = 12
@@ -35,7 +35,7 @@ def begins_of(model: nn.Module) -> dict[str, int]:
     return {name: window.begin for name, window in Progression(model, TOTAL).windows.items()}
 
 
-def rates_of(model: nn.Module, pending: float = 0.5, binary: float = 2.0) -> list[Rate]:
+def rates_of(model: nn.Module, pending: float = 0.5, binary: float | None = 2.0) -> list[Rate]:
     return rates(model, members(model), begins_of(model), pending, binary)
 
 
@@ -105,3 +105,86 @@ def test_baselines_and_refusals() -> None:
     model = binarize_model(BERT.build(), quick(pending_lr=0.5))
     with pytest.raises(ConfigError, match=r"pending_lr=1\.0, binary_lr=1\.0"):
         Progression(model, TOTAL).attach(object())
+
+
+# ---- binary_lr unset ----
+
+
+def test_unset_brings_binary_layers_up_to_their_rate() -> None:
+    """0.02 / sqrt(fan-in) whatever the script's rate, and never below that one."""
+    model = binarize_model(BERT.build(), quick(start=0.25, end=0.75))
+    found = {id(rate.parameter): rate for rate in rates_of(model, binary=None)}
+    for layer in binary_layers(model).values():
+        wanted = 0.02 / layer.weight.shape[1] ** 0.5  # nn.Linear: (out, in)
+        for tensor in layer.binary_tensors():
+            if not tensor.requires_grad:
+                continue
+            rate = found[id(tensor)]
+            for peak in (2e-5, 5e-5, 1e-4):
+                assert rate.at(rate.begin, peak) * peak == pytest.approx(wanted)
+                assert rate.at(rate.begin - 1, peak) == 0.5
+            assert rate.at(rate.begin, 0.1) == rate.at(rate.begin, 0.0) == 1.0
+    head = found[id(model.get_parameter("classifier.weight"))]
+    assert head.at(TOTAL, 1e-5) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "scaled"),
+    [
+        (torch.optim.AdamW, {"lr": 1e-4}, True),
+        (torch.optim.Adafactor, {"lr": 1e-4}, True),
+        (torch.optim.AdamW, {"lr": 0.1}, False),
+        (torch.optim.SGD, {"lr": 1e-4}, False),  # its steps are as large as the gradient, not as the rate
+    ],
+)
+def test_unset_asks_the_optimizer(kind: type[torch.optim.Optimizer], options: dict[str, float], scaled: bool) -> None:
+    plain, auto = (binarize_model(BERT.build(), quick(start=0.25, end=0.75, binary_lr=lr)) for lr in (1.0, None))
+    names = {id(parameter): name for name, parameter in auto.named_parameters()}
+    own = {names[id(t)] for m in members(auto).values() for t in m.binary_tensors() if id(t) in names}
+    fan_in = {name: m.fan_in for m in members(auto).values() for name in own if name in map_of(m, names)}
+    whole, part = (moved(model, kind, 8, **options) for model in (plain, auto))
+    for name, difference in whole.items():
+        share = 0.02 / fan_in[name] ** 0.5 / options["lr"] if name in own and scaled else 1.0
+        torch.testing.assert_close(part[name], share * difference, rtol=2e-2, atol=1e-6)
+
+
+def map_of(member: nn.Module, names: dict[int, str]) -> set[str]:
+    return {names[id(t)] for t in member.binary_tensors() if id(t) in names}  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("first", ["attach", "scheduler"])
+def test_a_scheduler_lowers_both_alike(first: str) -> None:
+    model = binarize_model(BERT.build(), quick(end=0.5))
+    progression, optimizer = Progression(model, TOTAL), torch.optim.AdamW(model.parameters(), lr=1e-4)
+    if first == "attach":
+        progression.attach(optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step == 0 else 1.0 - step / TOTAL)
+    if first == "scheduler":
+        progression.attach(optimizer)
+    parameter = binary_layers(model)["bert.encoder.layer.0.output.dense"].weight
+    for step in range(4):
+        progression.step(step)
+        assert peak_rates(optimizer)[id(parameter)] == 1e-4
+        model(**BERT.batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    assert optimizer.state_dict()["param_groups"][0]["initial_lr"] == 1e-4  # what a resumed run reads
+    cycle = torch.optim.lr_scheduler.OneCycleLR(torch.optim.AdamW(model.parameters()), max_lr=3e-4, total_steps=9)
+    assert set(peak_rates(cycle.optimizer).values()) == {3e-4}
+
+
+def test_a_rate_that_the_optimizer_computes_itself_is_left() -> None:
+    from transformers.optimization import Adafactor
+
+    model = binarize_model(BERT.build(), quick())
+    assert peak_rates(Adafactor(model.parameters())) == {}
+
+
+def test_unset_leaves_optimizers_that_cannot_be_scaled(caplog: pytest.LogCaptureFixture) -> None:
+    model = binarize_model(BERT.build(), quick())
+    Progression(model, TOTAL).attach(object())
+    assert "binary_lr=1.0" in caplog.text and "object" in caplog.text
+    caplog.clear()
+    Progression(binarize_model(BERT.build(), quick(binary_lr=1.0)), TOTAL).attach(object())
+    assert "binary_lr" not in caplog.text

@@ -209,6 +209,31 @@ def test_windows_under_twice_the_refresh_rate_are_told(rate, warns, caplog):
     assert ("refresh" in caplog.text) == warns
 
 
+def test_refresh_rate_follows_the_window():
+    """Unset: a fifth of the window, from 1 to the paper's 100; a number that was asked for stays."""
+    found = {}
+    for total in (2, 40, 1000, 100_000):
+        model = stack(2, end=1.0, refresh_rate=None)
+        progression = Progression(model, total)
+        progression.step(1)
+        (name, layer), *_ = progression.layers.items()
+        found[total] = layer._draws["weight_mask"].refresh_rate if layer._draws else None
+        assert layer.place.refresh(total) == (found[total] or 1)
+    assert found == {2: None, 40: 4, 1000: 100, 100_000: 100}
+    model = stack(2, end=1.0, refresh_rate=7)
+    assert {layer.place.refresh(1000) for layer in Progression(model, 1000).layers.values()} == {7}
+
+
+def test_a_stretched_run_redraws_at_its_own_rate():
+    model = stack(1, end=1.0, refresh_rate=None)
+    Progression(model, 20).step(5)
+    stretched = Progression(model, 40, rescale=True)
+    stretched.step(5)
+    fresh = stack(1, end=1.0, refresh_rate=None)
+    Progression(fresh, 40).step(5)
+    assert torch.equal(model.layers[0].weight_mask, fresh.layers[0].weight_mask)
+
+
 # ---- what sign() hides ----
 
 

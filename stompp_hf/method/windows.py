@@ -6,6 +6,9 @@ from .schedules import frozen_fraction
 
 PENDING, TRANSITION, FROZEN = "pending", "transition", "frozen"
 
+PAPER_REFRESH_RATE = 100
+"""r of Smith and Islam (2026), whose stages freeze within thousands of steps."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -34,6 +37,7 @@ class Place:
 
     Part `index` of `count` equal parts of the run between `start` and `end`, its schedule, and what its masks are drawn
     from: `label` is its name without the model's `base_model_prefix`, which AutoModel drops. never: nothing freezes.
+    refresh_rate None: see `refresh`.
     """
 
     index: int = 0
@@ -41,7 +45,7 @@ class Place:
     start: float = 0.0
     end: float = 0.0
     schedule: str = "cubic"
-    refresh_rate: int = 100
+    refresh_rate: int | None = None
     mask_seed: int = 0
     label: str = ""
     fingerprint: int = 0
@@ -52,6 +56,14 @@ class Place:
         if self.never:
             return Window(total + 1, total + 1)
         return Window(*(self._edge(total, self.index + i) for i in (0, 1)))
+
+    def refresh(self, total: int) -> int:
+        """r in a run of `total` steps: the one that was asked for, or a fifth of the window, up to the paper's 100.
+
+        So every entry is redrawn about five times before it is frozen for good, however short the run.
+        """
+        window = self.window(total)
+        return self.refresh_rate or min(PAPER_REFRESH_RATE, max(1, (window.end - window.begin) // 5))
 
     def _edge(self, total: int, part: int) -> int:
         return round(total * (self.start + (self.end - self.start) * part / self.count))

@@ -36,6 +36,11 @@ class Converted(Module):
         """The latent weight, if it has one now."""
         return None
 
+    @property
+    def fan_in(self) -> int:
+        """How many binary weights an output of its product sums over; 0 where it has none."""
+        return 0
+
     def binary_tensors(self) -> list[Tensor]:
         """Its own tensors, and its latent weight: what becomes binary, and what that is scaled and shifted by."""
         latent = self.latent

@@ -67,6 +67,10 @@ class LayerState(Member):
     def latent(self) -> Tensor | None:
         return self.weight
 
+    @property
+    def fan_in(self) -> int:
+        return self.weight.numel() // self.weight.shape[self.product.channel_dim]
+
     def expected_sizes(self) -> dict[str, tuple[Tensor, int]]:
         config = self.stompp_config
         scales = scale_shape(config.weight_scale, config.group_size, self.weight.shape, self.product.channel_dim)

@@ -178,6 +178,10 @@ class PackedLayer(PackedMember, BinaryLayer):
     def _bits(self) -> SignBits:
         return SignBits(self.weight_bits, self.weight_shape, self.product.channel_dim)
 
+    @property
+    def fan_in(self) -> int:
+        return self._bits().fan_in
+
     def _signed(self, dtype: torch.dtype) -> SignBits:
         return self._bits()
 

@@ -235,12 +235,11 @@ class Member(Converted):
         self.enter(state, share)
         if state != TRANSITION:
             return
+        rate = self.place.refresh(self.freezing.total_steps)
         for attribute, shape in self.masked_tensors().items():
-            if attribute not in self._draws:
+            if attribute not in self._draws or self._draws[attribute].refresh_rate != rate:  # of another total of steps
                 label = f"{self.place.label}.{attribute}"
-                self._draws[attribute] = SoftRefreshMask(
-                    shape.numel(), self.place.mask_seed, label, self.place.refresh_rate
-                )
+                self._draws[attribute] = SoftRefreshMask(shape.numel(), self.place.mask_seed, label, rate)
             mask, device = getattr(self, attribute), self.stompp_state.device
             if mask is None or mask.device != device or mask.dtype != self.like.dtype:
                 mask = torch.zeros(shape, dtype=self.like.dtype, device=device)

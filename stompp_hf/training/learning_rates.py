@@ -4,32 +4,46 @@ Fine-tuned features are lost at a rate that suits binary layers, and binary laye
 fine-tuning: signs flip only after many updates in one direction. So a script keeps the rate of its real weights.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..modules import Member
 from .hold_frozen import around_steps
 
+FLIPPING_RATE = 0.02
+"""The rate that binary layers are brought up to, in units of 1 / sqrt(K), the usual size of a weight with a fan-in of K:
+an optimizer that normalizes its gradients, as Adam does, then moves a latent weight by a fiftieth of its size a step."""
+
 
 @dataclass
 class Rate:
-    """What of an optimizer's step a parameter makes: `before` its step `begin` has come, and from there on."""
+    """What of an optimizer's step a parameter makes: `before` its step `begin` has come, and from there on.
+
+    after None: as much as takes a rate that is lower up to `least`.
+    """
 
     parameter: nn.Parameter
     begin: int
     before: float
-    after: float
+    after: float | None
+    least: float = 0.0
 
-    def at(self, step: int) -> float:
-        """The share that it makes at a step."""
-        return self.before if step < self.begin else self.after
+    def at(self, step: int, peak: float) -> float:
+        """The share that it makes at a step, under an optimizer whose rate is `peak` before any scheduler lowers it."""
+        if step < self.begin:
+            return self.before
+        if self.after is not None:
+            return self.after
+        return max(1.0, self.least / peak) if peak > 0.0 else 1.0
 
 
 def rates(
-    model: nn.Module, members: dict[str, Member], begins: dict[str, int], pending: float, binary: float
+    model: nn.Module, members: dict[str, Member], begins: dict[str, int], pending: float, binary: float | None
 ) -> list[Rate]:
     """The rate of every trainable parameter.
 
@@ -42,9 +56,13 @@ def rates(
         members: its members, by name.
         begins: the first step of the window of each member, by name.
         pending: rate of what has not begun.
-        binary: rate of members that have begun.
+        binary: rate of members that have begun; None: see `FLIPPING_RATE`.
     """
-    own = {id(tensor) for member in members.values() for tensor in member.binary_tensors()}
+    least = {
+        id(tensor): FLIPPING_RATE / math.sqrt(member.fan_in) if member.fan_in else 0.0
+        for member in members.values()
+        for tensor in member.binary_tensors()
+    }
     found = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -56,8 +74,34 @@ def rates(
             near = [b for n, b in begins.items() if not prefix or n == prefix or n.startswith(f"{prefix}.")]
             path = path[:-1]
         begin = min(near) if len(near) == len(begins) else max(near)
-        found.append(Rate(parameter, begin, pending, binary if id(parameter) in own else 1.0))
+        own = id(parameter) in least
+        after, reach = (binary, least[id(parameter)]) if own else (1.0, 0.0)
+        found.append(Rate(parameter, begin, pending, after, reach))
     return found
+
+
+def peak_rates(optimizer: Any) -> dict[int, float]:
+    """The learning rate of each parameter of an optimizer before any scheduler lowers it, by the parameter's id.
+
+    Schedulers leave it in the group's `initial_lr` (OneCycleLR: `max_lr`), which optimizers save; without one it is put
+    there now. 0 where a step's size is not the rate's: under SGD it is the gradient's, and relative Adafactor has none.
+    """
+    found = {}
+    normalizes = not isinstance(optimizer, torch.optim.SGD)
+    for group in optimizer.param_groups:
+        now = group.get("lr") if normalizes else None
+        if now is None:
+            continue
+        peak = max(float(group.setdefault("initial_lr", now)), float(group.get("max_lr", 0.0)), float(now))
+        found.update({id(parameter): peak for parameter in group["params"]})
+    return found
+
+
+def largest_share(optimizer: Any, found: Iterable[Rate]) -> float:
+    """The largest share that any of an optimizer's parameters will make of a step."""
+    peaks = peak_rates(optimizer)
+    own = [rate for rate in found if id(rate.parameter) in peaks]
+    return max((rate.at(rate.begin, peaks[id(rate.parameter)]) for rate in own), default=1.0)
 
 
 def scale_steps(optimizer: Any, found: Iterable[Rate], step: Callable[[], int]) -> list[Any]:
@@ -72,8 +116,8 @@ def scale_steps(optimizer: Any, found: Iterable[Rate], step: Callable[[], int]) 
     found = list(found)
 
     def keep(own: set[int]) -> list[Any]:
-        now = step()
-        moving = [(rate.parameter, rate.at(now)) for rate in found if id(rate.parameter) in own]
+        now, peaks = step(), peak_rates(optimizer)
+        moving = [(r.parameter, r.at(now, peaks.get(id(r.parameter), 0.0))) for r in found if id(r.parameter) in own]
         return [(parameter, rate, parameter.detach().clone()) for parameter, rate in moving if rate != 1.0]
 
     def scale(kept: list[Any]) -> None:

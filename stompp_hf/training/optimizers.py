@@ -20,7 +20,7 @@ from ..surgery.adapters import has_adapters
 from ..surgery.members import weighted
 from .committed_signs import CommittedSigns
 from .hold_frozen import hold_frozen, parameters_of, skip_blocked
-from .learning_rates import rates, scale_steps
+from .learning_rates import largest_share, rates, scale_steps
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Optimizers:
         self,
         model: nn.Module,
         members: dict[str, Member],
-        shares: tuple[float, float],
+        shares: tuple[float, float | None],
         begins: dict[str, int],
         now: Callable[[], int],
     ) -> None:
@@ -85,15 +85,12 @@ class Optimizers:
 
     def _hook(self, one: Any) -> list[Any]:
         apart = in_processes() and not any(is_sharded(p) for p in self._model.parameters())
-        scaled = self._shares != (1.0, 1.0)
+        scaled = self._scales(one)
         if self._held:
             require_hooks(one, "frozen_gradient='zero'", "frozen_gradient='ste'")
             refuse_unholdable(one)
         if apart:
             require_hooks(one, "training on several processes", "train on one")
-        if scaled:
-            options = ("pending_lr={}, binary_lr={}".format(*shares) for shares in (self._shares, (1.0, 1.0)))
-            require_hooks(one, *options)
         require_parameters(one, self._model, bool(self._held) or scaled)
         hooks: list[Any] = []
         if self._held:
@@ -101,8 +98,31 @@ class Optimizers:
         if apart:
             hooks += skip_blocked(one, self._model.parameters(), self._now)
         if scaled:
-            hooks += scale_steps(one, rates(self._model, self._members, self._begins, *self._shares), self._now)
+            found = rates(self._model, self._members, self._begins, *self._shares)
+            hooks += scale_steps(one, found, self._now)
+            if self._shares[1] is None and (most := largest_share(one, found)) > 1.0:
+                logger.info("binary layers move at up to %.3g times the rate of %s (binary_lr)", most, _class_of(one))
         return hooks
+
+    def _scales(self, one: Any) -> bool:
+        """Whether something moves by another share of this optimizer's steps than the whole."""
+        pending, binary = self._shares
+        if binary is None and pending == 1.0:  # nobody asked: what cannot be done is left
+            try:
+                require_hooks(one, "", "")
+                refuse_unholdable(one)
+            except ConfigError:
+                warn_once(
+                    logger, self._model,
+                    "binary layers learn at the rate of %s, whose steps cannot be scaled, and that is too slow for them "
+                    "where it suits real weights. Use torch.optim.AdamW; or raise the rate, and say so: "
+                    "StoMPPConfig(binary_lr=1.0).",
+                    _class_of(one),
+                )  # fmt: skip
+                return False
+        elif self._shares != (1.0, 1.0):
+            require_hooks(one, f"pending_lr={pending}, binary_lr={binary}", "pending_lr=1.0, binary_lr=1.0")
+        return self._shares != (1.0, 1.0)
 
     def before(self, step: int) -> None:
         """Before the model goes to `step`: look whether the optimizers kept to it.
@@ -269,6 +289,10 @@ def warn_of_left_out(model: nn.Module, members: dict[str, Member], optimizers: I
 
 def _will_freeze(member: Member) -> bool:
     return member.stage_state != FROZEN and member.stompp_config.binarize != "nothing"
+
+
+def _class_of(optimizer: Any) -> str:
+    return type(optimizer).__name__
 
 
 def _some(names: list[str]) -> str:

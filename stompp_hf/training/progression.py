@@ -119,14 +119,15 @@ class Progression:
         return asked
 
     def _warn_of_short_windows(self) -> None:
-        rate = self.config.refresh_rate
-        short = {w.end - w.begin for w in self.windows.values() if 0 <= w.end - w.begin < 2 * rate}
+        places = ((window, self.layers[name].place) for name, window in self.windows.items())
+        rates = {w.end - w.begin: place.refresh(self.total_steps) for w, place in places}
+        short = {steps: rate for steps, rate in rates.items() if 0 <= steps < 2 * rate}
         if short and self.config.end > self.config.start and self.config.binarize != "nothing":
             warn_once(
                 logger, self.model,
                 "stages freeze within %d steps, less than twice the refresh rate (%d): few entries are drawn anew "
                 "before they are frozen for good. Train longer, use fewer stages (stages=...), or refresh_rate=%d.",
-                min(short), rate, max(1, min(short) // 5),
+                min(short), short[min(short)], max(1, min(short) // 5),
             )  # fmt: skip
 
     # ---- pure functions of the step ----
