@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .trainer.gradient_norms import GradientNormCallback as GradientNormCallback
     from .trainer.parameter_groups import create_optimizer as create_optimizer, parameter_groups as parameter_groups
     from .trainer.resuming import last_whole_checkpoint as last_whole_checkpoint
+    from .trainer.stopping import StopFreezingCallback as StopFreezingCallback
     from .training.distillation import Distiller as Distiller
     from .training.live_metrics import LiveMetrics as LiveMetrics
     from .training.progression import Progression as Progression, calibrate as calibrate
@@ -69,6 +70,7 @@ _HOMES = {
     "surgery.quantization_config": "StoMPPQuantizationConfig",
     "surgery.unfusing": "unfuse",
     "trainer.callback": "StoMPPTrainerCallback",
+    "trainer.stopping": "StopFreezingCallback",
     "trainer.distillation_callback": "DistillationCallback",
     "trainer.gradient_norms": "GradientNormCallback",
     "trainer.parameter_groups": "create_optimizer parameter_groups",

@@ -21,6 +21,13 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
 @dataclass
 class StoMPPConfig:
     """What is binarized, when, and what frozen entries pass back.
@@ -65,6 +72,11 @@ class StoMPPConfig:
     )
     start: float = _option(0.0, "Fraction of the run at which the first stage's window opens.")
     end: float = _option(0.5, "Fraction of the run at which the last stage is frozen; start = end = 0 is vanilla STE.")
+    last_stage: str | None = _option(
+        None,
+        "Last stage to freeze: its number (from 1; 0: none), its name, or the share of the stages that freeze, as 0.5. "
+        "Those behind it stay real for good, and the rest freezes when it would have; unset: all freeze.",
+    )
     pending_lr: float = _option(
         1.0,
         "Learning rate of what is still real, in units of the optimizer's: stages whose window has not opened, and "
@@ -142,6 +154,8 @@ class StoMPPConfig:
         if isinstance(self.order, (list, tuple)) and all(isinstance(item, str) for item in self.order):
             self.order = ",".join(self.order)
         self.stages = str(self.stages)
+        if self.last_stage is not None and not isinstance(self.last_stage, bool):
+            self.last_stage = str(self.last_stage)
         for option in dataclasses.fields(self):
             choices = getattr(option.type, "__args__", None) if "Literal" in str(option.type) else None
             if choices and getattr(self, option.name) not in choices:
@@ -163,6 +177,11 @@ class StoMPPConfig:
             self._refuse("order", f"is empty; use one of {', '.join(ORDERS)}, or a list of module names")
         if self.stages not in ("module", "block") and not (self.stages.isdecimal() and int(self.stages) > 0):
             self._refuse("stages", "is neither 'module' nor 'block' nor a positive number, as in stages=6")
+        last, share = self.last_stage, _number(self.last_stage)
+        if last is not None and (not isinstance(last, str) or not last.strip()):
+            self._refuse("last_stage", "is no stage; use a number, a name, or a share, as in last_stage=3")
+        if share is not None and not (last or "").isdecimal() and not 0.0 < share <= 1.0:
+            self._refuse("last_stage", "is neither a whole number nor a share between 0 and 1, as in last_stage=0.5")
         if self.refresh_rate is not None and (type(self.refresh_rate) is not int or self.refresh_rate < 1):
             self._refuse("refresh_rate", "must be a whole number of at least 1, as in refresh_rate=100, or None")
         if self.group_size < 1:

@@ -216,7 +216,7 @@ def test_refresh_rate_follows_the_window():
         model = stack(2, end=1.0, refresh_rate=None)
         progression = Progression(model, total)
         progression.step(1)
-        (name, layer), *_ = progression.layers.items()
+        layer = next(iter(progression.layers.values()))
         found[total] = layer._draws["weight_mask"].refresh_rate if layer._draws else None
         assert layer.place.refresh(total) == (found[total] or 1)
     assert found == {2: None, 40: 4, 1000: 100, 100_000: 100}

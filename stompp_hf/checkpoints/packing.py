@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import NonFiniteError, NotCalibratedError, PackingError
 from ..integrations.sharding import GATHER, refuse_sharded
-from ..modules import FROZEN, Member
+from ..modules import Member
 from ..modules.packed import PACKED_CLASSES, PackedMember
 from ..modules.stage_member import write_states
 from ..surgery.binarize import cast_to_float32
@@ -58,7 +58,7 @@ def pack_model(model: Model, *, commit: bool = False, real: str = FLOAT32) -> Mo
 
 def _pack(root: nn.Module, real: str) -> None:
     plan, found = get_plan(root), members(root)
-    if any(member.stage_state != FROZEN for member in found.values()):
+    if not all(member.is_settled for member in found.values()):
         total = max(1, *(member.total_steps for member in found.values()))
         for member in found.values():
             member.advance(total, total)  # the run is over: an unpacked model stays frozen
@@ -72,9 +72,10 @@ def _pack(root: nn.Module, real: str) -> None:
 def _check(plan: Plan, found: Mapping[str, Member], commit: bool) -> None:
     if plan.packed:
         raise PackingError("pack_model: this model is packed already; stompp_hf.unpack_model(model) undoes it.")
-    if plan.config.binarize == "nothing":
-        raise PackingError("pack_model: binarize='nothing' leaves every weight real, so there is nothing to pack.")
-    states = {entry.name: entry.stage_name for entry in plan.entries if found[entry.name].stage_state != FROZEN}
+    if plan.freezing == 0:
+        option = "binarize='nothing'" if plan.config.binarize == "nothing" else "last_stage=0"
+        raise PackingError(f"pack_model: {option} leaves every weight real, so there is nothing to pack.")
+    states = {entry.name: entry.stage_name for entry in plan.entries if not found[entry.name].is_settled}
     if states and not commit:
         stages = list(dict.fromkeys(states.values()))
         raise PackingError(
@@ -82,6 +83,8 @@ def _check(plan: Plan, found: Mapping[str, Member], commit: bool) -> None:
             "the end of the run, or pack_model(model, commit=True) to freeze them now, untrained."
         )
     for name, member in found.items():
+        if member.always_real:
+            continue
         if plan.config.binary_activations and member.needs_activation_values and not member.activation_ready:
             raise NotCalibratedError(
                 f"pack_model: {name} has no activation values yet. Set them from data: progression = "
@@ -99,6 +102,8 @@ def pack_members(found: Mapping[str, Member]) -> None:
     """Pack members in place, without a look at their state: also those of a model on the meta device."""
     plans: list[tuple[Any, Member, Any]] = []
     for name, member in found.items():
+        if member.always_real:
+            continue  # behind last_stage
         packed_class = PACKED_CLASSES.get(type(member))
         if packed_class is None:
             raise PackingError(

@@ -202,7 +202,8 @@ def _twin(model: nn.Module, form: Form) -> nn.Module:
         pack_model(twin)
     twin.float().cpu().eval().requires_grad_(False)
     for member in members(twin).values():
-        export_form(member, form)
+        if member.is_packed:  # what is real for good is recorded as itself
+            export_form(member, form)
     if getattr(getattr(twin, "config", None), "use_cache", False):
         twin.config.use_cache = False  # type: ignore[union-attr]  # a cache is no output of a graph
     return twin

@@ -155,7 +155,7 @@ class BinaryLayer(KeptWeight, LayerState):
         config = self.stompp_config
         x = self._activated(x)
         weight_clip, clip = config.weight_clip, config.activation_clip if config.binary_activations else None
-        if config.binarize == "nothing" or (weight_clip is None and clip is None):
+        if self.always_real or (weight_clip is None and clip is None):
             return self.plain_class.forward(self, x)  # nothing is clipped: the original layer, bit for bit
         if clip is not None:
             x = hardtanh(x, -clip, clip)
@@ -284,10 +284,10 @@ class BinaryLayer(KeptWeight, LayerState):
         return self._bits_of(config.binary_weights, dtype), self._bits_of(config.binary_activations, dtype)
 
     def binary_weights_in(self, name: str) -> int:
-        return self.weight_count if name == self.weight_name and self.stompp_config.binary_weights else 0
+        return self.weight_count if name == self.weight_name and not self.always_real else 0
 
     def packed_bytes(self, name: str, tensor: Tensor) -> int | None:
-        if name == "weight" and self.stompp_config.binary_weights:
+        if name == "weight" and not self.always_real:
             return SignBits.of(tensor.detach().to("meta"), self.product.channel_dim).bits.nbytes
         return super().packed_bytes(name, tensor)
 

@@ -157,10 +157,15 @@ class Member(Converted):
 
     @property
     def always_real(self) -> bool:
-        return self.stompp_config.binarize == "nothing"
+        return self.place.never
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no window is still to change it: it is frozen, or real for good."""
+        return self.always_real or self.stage_state == FROZEN
 
     def packed_bytes(self, name: str, tensor: Tensor) -> int | None:
-        if name not in self.own_names:
+        if name not in self.own_names or self.always_real:
             return None
         return tensor.numel() * max(4, tensor.element_size()) if tensor.is_floating_point() else tensor.nbytes
 

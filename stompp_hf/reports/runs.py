@@ -79,7 +79,7 @@ class Run:
     @property
     def freezes(self) -> bool:
         """Whether it is known which stages freeze when."""
-        return self.plan is not None and self.total_steps > 0 and self.plan.config.binarize != "nothing"
+        return self.plan is not None and self.total_steps > 0 and self.plan.freezing > 0
 
     def stage_windows(self) -> list[tuple[str, list[Window]]]:
         """Name of each stage and the windows of its members, in the order in which they freeze."""
@@ -88,7 +88,7 @@ class Run:
         every = self.plan.windows(self.total_steps)
         return [
             (name, [every[entry.name] for entry in self.plan.entries if entry.stage == stage])
-            for stage, name in enumerate(self.plan.stage_names)
+            for stage, name in enumerate(self.plan.stage_names[: self.plan.freezing])
         ]
 
     def execution_order(self) -> list[int]:

@@ -215,7 +215,7 @@ def _row(root: nn.Module, plan: Plan | None, name: str, size: Size, macs: Macs |
     shape = getattr(module, "weight_shape", None) or getattr(parameters_of(module).get("weight"), "shape", None)
     if member is not None:
         kind, frozen = member.plain_kind, member.frozen_share
-        state = PACKED if member.is_packed else member.stage_state
+        state = PACKED if member.is_packed else REAL if member.always_real else member.stage_state
     return Row(
         name=name,
         kind=kind,

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import AdapterError
 from ..integrations.peft import adapters_of, check_version, is_target, with_targets
-from ..modules import FROZEN, BinaryConv1D, BinaryLayer, BinaryLinear, Member
+from ..modules import BinaryConv1D, BinaryLayer, BinaryLinear, Member
 from .members import plain_name
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def check_adapter(tuner: Any, model: nn.Module, adapter_name: str, state_dict: A
     reason, tokens = _needs_weight(config), _option(config, "trainable_token_indices")
     for name, member in found.items():
         if whole := [key for key in _option(config, "modules_to_save") if _inside(name, key)]:
-            if member.stage_state != FROZEN:
+            if not member.is_settled:
                 reasons[name] = f"modules_to_save={whole} would train a copy of it before it is frozen"
         elif not isinstance(member, BinaryLayer):
             continue

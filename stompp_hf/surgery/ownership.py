@@ -5,13 +5,14 @@ contains it saves it with the name that it has there; a smaller one inside saves
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import AlreadyBinarizedError, CheckpointError, ConfigError, NotBinarizedError
-from ..modules import FROZEN, Member
+from ..modules import Member
 from .members import PLAN, get_plan, members_of, planned_models
 from .plan import Plan
 from .quantization_config import StoMPPQuantizationConfig
@@ -109,6 +110,19 @@ def own(model: nn.Module, plan: Plan) -> None:
     record(model, plan)
 
 
+def stop_at(model: nn.Module, stage: int) -> None:
+    """Let no stage of a plan's owner behind the `stage`-th freeze, as if `last_stage` had said so.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    plan: Plan = getattr(model, PLAN)
+    config = replace(plan.config, last_stage=str(stage))
+    replace(plan, config=config).freezing  # noqa: B018  # refuses before anything changes
+    plan.config = config
+    own(model, plan)
+
+
 def disown(model: nn.Module) -> None:
     """Undo `own`."""
     plan = get_plan(model)
@@ -143,7 +157,7 @@ def plans_of(model: PreTrainedModel) -> dict[str, Plan]:
     if not plans and _PART in vars(model):
         whole, name = vars(model)[_PART]
         plans = {"": whole.inside(name)}
-        unfinished = any(member.stage_state != FROZEN for member in members_of(model, plans[""]).values())
+        unfinished = not all(member.is_settled for member in members_of(model, plans[""]).values())
         if unfinished and len(plans[""].entries) < len(whole.entries):
             raise CheckpointError(
                 f"this {type(model).__name__} is a part ({name}) of a model whose training has not ended: alone, its "

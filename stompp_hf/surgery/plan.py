@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..config import StoMPPConfig
-from ..errors import CheckpointError, StoMPPError
+from ..errors import CheckpointError, ConfigError, StoMPPError
 from ..method.windows import Place, Window
 
 FORMAT_VERSION = 1
@@ -66,8 +66,10 @@ class Plan:
         def all_renamed(found: dict[str, list[str]]) -> dict[str, list[str]]:
             return {rename(name): [rename(reader) for reader in readers] for name, readers in found.items()}
 
+        last = self.config.last_stage
         return replace(
             self,
+            config=replace(self.config, last_stage=rename(last)) if last in self.stage_names else self.config,
             entries=[replace(e, name=rename(e.name), stage_name=rename(e.stage_name)) for e in self.entries],
             bypassed={rename(name): how for name, how in self.bypassed.items()},
             paused=all_renamed(self.paused),
@@ -92,6 +94,8 @@ class Plan:
             found = values[changed].items()
             values[changed] = {name: [r for r in readers if r.startswith(start)] for name, readers in found}
         values["entries"] = [replace(entry, stage=order[entry.stage]) for entry in entries]
+        if self.config.last_stage is not None:
+            values["config"] = replace(self.config, last_stage=str(sum(stage < self.freezing for stage in order)))
         values["int8"] = [name for name in self.int8 if name.startswith(start)]
         return replace(self, **values).moved(lambda name: name.removeprefix(start))
 
@@ -125,6 +129,29 @@ class Plan:
         """Name of each stage, in the order in which they freeze."""
         return list({entry.stage: entry.stage_name for entry in self.entries}.values())
 
+    @property
+    def freezing(self) -> int:
+        """How many stages freeze: those up to `last_stage`.
+
+        Raises:
+            ConfigError: there is no such stage.
+        """
+        last, names = self.config.last_stage, self.stage_names
+        if self.config.binarize == "nothing":
+            return 0
+        if last is None:
+            return len(names)
+        if last in names:
+            return names.index(last) + 1
+        if last.isdecimal() and int(last) <= len(names):
+            return int(last)
+        if "." in last and last.replace(".", "", 1).isdecimal():
+            return max(1, round(float(last) * len(names)))
+        raise ConfigError(
+            f"StoMPPConfig: last_stage={last!r} is no stage of this model, which has {len(names)}: {', '.join(names)}. "
+            f"Use a name, a number up to {len(names)}, or a share, as in last_stage=0.5."
+        )
+
     def fingerprint(self, prefix: str = "") -> int:
         """A number that two plans share exactly if they freeze the same layers at the same times.
 
@@ -134,7 +161,7 @@ class Plan:
         text = json.dumps(
             [
                 [config.binarize, config.schedule, config.refresh_rate, config.within_stage, config.mask_seed],
-                [config.start, config.end],
+                [config.start, config.end, *([] if config.last_stage is None else [self.freezing])],
                 [[entry.name.removeprefix(f"{prefix}."), entry.stage] for entry in self.entries],
             ]
         )
@@ -144,14 +171,15 @@ class Plan:
         """The place of every member, by name; `prefix` as for `fingerprint`.
 
         Stage k of n has [start + (end - start) k / n, start + (end - start)(k + 1) / n) of the run; with
-        within_stage="forward" its members split that part in order.
+        within_stage="forward" its members split that part in order. Those behind `last_stage` never freeze.
         """
         config, count, found = self.config, self.stage_count, {}
         known = Place(
             start=config.start, end=config.end, schedule=config.schedule, refresh_rate=config.refresh_rate,
-            mask_seed=config.mask_seed, fingerprint=self.fingerprint(prefix), never=config.binarize == "nothing",
+            mask_seed=config.mask_seed, fingerprint=self.fingerprint(prefix),
         )  # fmt: skip
         for stage in range(count):
+            known = replace(known, never=stage >= self.freezing)
             inside = [entry.name for entry in self.entries if entry.stage == stage]
             parts = len(inside) if config.within_stage == "forward" else 1
             for index, name in enumerate(inside):

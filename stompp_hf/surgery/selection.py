@@ -186,7 +186,8 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
     Raises:
         PatternError: a pattern matches nothing.
         NothingToBinarizeError: no layer is left; the message counts the reasons.
-        ConfigError: more stages than layers, element masks without a probe, or attention that has no binary form.
+        ConfigError: more stages than layers, a last_stage that is none of them, element masks without a probe, or
+            attention that has no binary form.
     """
     candidates, left = _reasons_in_itself(model)
     if not candidates:
@@ -244,7 +245,9 @@ def select(model: nn.Module, config: StoMPPConfig, example_inputs: Any = None) -
             "StoMPPConfig: activation_mask='element' needs the sizes of the layers' inputs, and no probe could be run; "
             "pass binarize_model(model, config, example_inputs=...) one small batch."
         )
-    return Plan(config, entries, left, near.bypassed, near.paused, near.shifted, beyond.implementation)
+    plan = Plan(config, entries, left, near.bypassed, near.paused, near.shifted, beyond.implementation)
+    plan.freezing  # noqa: B018  # a last_stage that does not exist is refused before anything changes
+    return plan
 
 
 def _warn_of_dead_signs(near: Neighbours, entries: list[Entry], config: StoMPPConfig) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..console import warn_once
 from ..integrations.torch import remove_all
-from ..modules import FROZEN, BinaryLayer
-from .members import get_plan, members, planned_models
+from ..modules import BinaryLayer
+from .members import members, planned_models
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ def watch(model: nn.Module) -> None:
     """
     for root in planned_models(model).values():
         attended(root)
-        found = [m for m in members(root).values() if isinstance(m, BinaryLayer) and m.stage_state != FROZEN]
+        found = [m for m in members(root).values() if isinstance(m, BinaryLayer) and not m.is_settled]
         learning = [m.weight for m in found if m.weight.requires_grad and not m.weight.is_meta]
-        if learning and get_plan(root).config.binarize != "nothing":
+        if learning:
             _watches[root] = _Watch(root, learning)
 
 

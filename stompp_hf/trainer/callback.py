@@ -9,15 +9,15 @@ from ..console import say, warn_once
 from ..errors import CheckpointError, NotBinarizedError, ShardingError
 from ..integrations.sharding import ONE_PROCESS
 from ..integrations.transformers import wait_after_random_state
-from ..modules import FROZEN
 from ..surgery.adapters import has_adapters
 from ..surgery.members import binary_layers, driven_model, members
+from ..surgery.ownership import stop_at
 from ..training.compiling import refuse_untraceable
 from ..training.live_metrics import ALWAYS, LiveMetrics, check_every
 from ..training.progression import Progression
 from .binary_evaluation import evaluate_twice
 from .hub_card import attach_to
-from .resuming import check_adapted, check_folder, check_resumed, last_whole_checkpoint
+from .resuming import check_adapted, check_folder, check_resumed, last_whole_checkpoint, stopped_after
 from .stage_display import show_stage
 
 logger = logging.getLogger(__name__)
@@ -149,11 +149,13 @@ class StoMPPTrainerCallback(TrainerCallback):
     def _bind(self, model: Any, state: Any) -> None:
         layers, root = binary_layers(model), driven_model(model)
         first = next(iter(layers.values()))
-        finished = all(member.stage_state == FROZEN for member in members(root).values())
+        finished = all(member.is_settled for member in members(root).values())
         adapted = has_adapters(model)  # then Trainer's checkpoints hold the adapter alone, and nothing of the base
         if adapted and not finished:
             check_adapted(first.step, state.global_step)
         elif state.global_step > 0 and not adapted:
+            if (stage := stopped_after(state)) is not None:
+                stop_at(root, stage)
             check_resumed(layers, state.global_step)
         # Where the model itself stands: ahead of Trainer's count if an earlier run, or another process, trained it.
         ahead = first.step if first.step > state.global_step or (adapted and finished) else 0
@@ -231,9 +233,8 @@ class StoMPPTrainerCallback(TrainerCallback):
                 "stopping and a smaller max_steps on a resume cut it short.",
                 state.global_step, ", ".join(rest), progression.total_steps,
             )  # fmt: skip
-        elif state.is_world_process_zero and progression.config.binarize != "nothing":
-            count = len(binary_layers(progression.model))
-            say(logger, "fully binary: %d layers, at step %d.", count, state.global_step)
+        elif state.is_world_process_zero and (count := len(progression.frozen_layers())):
+            say(logger, "%s: %d layers, at step %d.", progression.outcome, count, state.global_step)
         if self._live is not None:
             self._live.end()
         progression.detach()

@@ -138,6 +138,13 @@ def check_folder(model: Any, checkpoint: Any) -> None:
         )
 
 
+def stopped_after(state: Any) -> int | None:
+    """The stage after which `StopFreezingCallback` had ended the freezing in the run that is resumed."""
+    kept = state.stateful_callbacks.get("StopFreezingCallback")
+    values = kept.get("attributes", {}) if isinstance(kept, dict) and state.global_step else {}
+    return values["good_stages"] if values.get("stopped") else None
+
+
 def check_resumed(layers: dict[str, Any], step: int) -> None:
     """Refuse a checkpoint that does not belong to this model and its progression, or to the step that Trainer is at."""
     empty = [name for name, layer in layers.items() if not layer.total_steps]

@@ -10,8 +10,8 @@ def show_stage(trainer: Any, progression: Progression) -> None:
     """Write which stage freezes, and how far it is, behind the bar of every callback that has one."""
     number, name, share = progression.stage_in_transition()
     text = f"stage {number}/{progression.plan.stage_count} {name} {share:.0%}"
-    if progression.config.binarize != "nothing" and progression.is_complete():
-        text = "fully binary"
+    if progression.frozen_layers() and progression.is_complete():
+        text = progression.outcome
     for callback in trainer.callback_handler.callbacks:
         bar, notebook = getattr(callback, "training_bar", None), getattr(callback, "training_tracker", None)
         if bar is not None:

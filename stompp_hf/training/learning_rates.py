@@ -16,8 +16,10 @@ from ..modules import Member
 from .hold_frozen import around_steps
 
 FLIPPING_RATE = 0.02
-"""The rate that binary layers are brought up to, in units of 1 / sqrt(K), the usual size of a weight with a fan-in of K:
-an optimizer that normalizes its gradients, as Adam does, then moves a latent weight by a fiftieth of its size a step."""
+"""The rate that binary layers are brought up to, in units of 1 / sqrt(K), the usual size of a weight of fan-in K.
+
+An optimizer that normalizes its gradients, as Adam does, then moves a latent weight by a fiftieth of its size a step.
+"""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from ..console import warn_once
 from ..errors import ConfigError, HoldError
 from ..integrations.sharding import complete_states, is_sharded, refuse_optimizer, reshard
 from ..integrations.torch import remove_all
-from ..modules import FROZEN, BinaryLayer, Member
+from ..modules import BinaryLayer, Member
 from ..modules.calibration import in_processes
 from ..surgery.adapters import has_adapters
 from ..surgery.members import weighted
@@ -114,8 +114,8 @@ class Optimizers:
             except ConfigError:
                 warn_once(
                     logger, self._model,
-                    "binary layers learn at the rate of %s, whose steps cannot be scaled, and that is too slow for them "
-                    "where it suits real weights. Use torch.optim.AdamW; or raise the rate, and say so: "
+                    "binary layers learn at the rate of %s, whose steps cannot be scaled: too slow for them where it "
+                    "suits real weights. Use torch.optim.AdamW; or raise the rate, and say so: "
                     "StoMPPConfig(binary_lr=1.0).",
                     _class_of(one),
                 )  # fmt: skip
@@ -156,6 +156,11 @@ class Optimizers:
     def after(self, step: int) -> None:
         """Once the model stands at `step`: remember what is frozen."""
         self._signs.note(step)
+
+    @property
+    def attached(self) -> list[Any]:
+        """Those that are attached."""
+        return list(self._optimizers)
 
     def release(self) -> None:
         """Let go of all of them."""
@@ -288,7 +293,7 @@ def warn_of_left_out(model: nn.Module, members: dict[str, Member], optimizers: I
 
 
 def _will_freeze(member: Member) -> bool:
-    return member.stage_state != FROZEN and member.stompp_config.binarize != "nothing"
+    return not member.is_settled
 
 
 def _class_of(optimizer: Any) -> str:

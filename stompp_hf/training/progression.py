@@ -13,10 +13,11 @@ from ..console import warn_once
 from ..errors import CheckpointError, ConfigError, NonFiniteError, NotCalibratedError
 from ..integrations.sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
 from ..integrations.torch import BatchNorm, clamp_min_all, is_compiled, remove_all
-from ..modules import PENDING, Member
+from ..modules import FROZEN, PENDING, Member
 from ..modules.calibration import Observer, Watch, padding_masks, reduced
 from ..modules.stage_member import write_states
 from ..surgery.members import driven_model, get_plan, members, planned_models, weighted
+from ..surgery.ownership import stop_at
 from ..surgery.running import run, undisturbed
 from ..surgery.unattended import attended
 from . import compiling
@@ -71,14 +72,9 @@ class Progression:
         if self.config.is_ste_free and any(map(is_compiled, model.modules())):
             compiling.refuse_untraceable(self.model)
         self.total_steps = self._settle_total(total_steps, rescale)
-        self.windows = {name: layer.place.window(self.total_steps) for name, layer in self.layers.items()}
+        self._find_windows()
         self.current_step = next(iter(self.layers.values())).step
         self._handles: list[Any] = []
-        self._optimizers = Optimizers(
-            self.model, self.layers, (self.config.pending_lr, self.config.binary_lr),
-            {n: w.begin for n, w in self.windows.items()},
-            lambda: self.current_step,
-        )  # fmt: skip
         self._checks: list[tuple[str, torch.Tensor]] = []
         self._check_handles: list[Any] = []
         self._compiled = compiling.Held(model, len(self.layers))
@@ -88,6 +84,13 @@ class Progression:
     def config(self) -> StoMPPConfig:
         """The configuration that the model was binarized with."""
         return self.plan.config
+
+    def _find_windows(self) -> None:
+        self.windows = {name: layer.place.window(self.total_steps) for name, layer in self.layers.items()}
+        first = min((self.windows[n].begin for n, layer in self.layers.items() if not layer.always_real), default=0)
+        begins = {n: first if layer.always_real else self.windows[n].begin for n, layer in self.layers.items()}
+        shares = self.config.pending_lr, self.config.binary_lr
+        self._optimizers = Optimizers(self.model, self.layers, shares, begins, lambda: self.current_step)
 
     def _settle_total(self, asked: int, rescale: bool) -> int:
         known = {layer.total_steps: layer.step for layer in self.layers.values()}
@@ -119,10 +122,11 @@ class Progression:
         return asked
 
     def _warn_of_short_windows(self) -> None:
-        places = ((window, self.layers[name].place) for name, window in self.windows.items())
+        places = [(window, self.layers[name].place) for name, window in self.windows.items()]
+        places = [(window, place) for window, place in places if not place.never]
         rates = {w.end - w.begin: place.refresh(self.total_steps) for w, place in places}
         short = {steps: rate for steps, rate in rates.items() if 0 <= steps < 2 * rate}
-        if short and self.config.end > self.config.start and self.config.binarize != "nothing":
+        if short and self.config.end > self.config.start:
             warn_once(
                 logger, self.model,
                 "stages freeze within %d steps, less than twice the refresh rate (%d): few entries are drawn anew "
@@ -143,19 +147,30 @@ class Progression:
     def stage_in_transition(self, step: int | None = None) -> tuple[int, str, float]:
         """Number (from 1), name and target frozen fraction of the stage that is freezing, or is next to freeze."""
         step = self.current_step if step is None else step
-        for entry in self.plan.entries:
-            window = self.windows[entry.name]
-            if step < window.end:
+        freezing = [entry for entry in self.plan.entries if not self.layers[entry.name].always_real]
+        for entry in freezing:
+            if step < self.windows[entry.name].end:
                 _, share = self.layers[entry.name].place.state(step, self.total_steps)
                 return entry.stage + 1, entry.stage_name, share
-        return self.plan.stage_count, self.plan.entries[-1].stage_name, float(self.config.binarize != "nothing")
+        last = (freezing or self.plan.entries)[-1]
+        return last.stage + 1, last.stage_name, float(bool(freezing))
 
     def unfinished_stages(self, step: int | None = None) -> list[str]:
         """Names of the stages that are not fully frozen at `step`."""
         step = self.current_step if step is None else step
-        if self.config.binarize == "nothing":
-            return []
-        return list({e.stage_name: None for e in self.plan.entries if step < self.windows[e.name].end})
+        late = (e for e in self.plan.entries if step < self.windows[e.name].end and not self.layers[e.name].always_real)
+        return list({entry.stage_name: None for entry in late})
+
+    def frozen_layers(self) -> list[str]:
+        """Names of the layers that are frozen now."""
+        return [name for name, layer in weighted(self.layers).items() if layer.stage_state == FROZEN]
+
+    @property
+    def outcome(self) -> str:
+        """What a model is once its progression is complete, in words."""
+        real = [name for name, layer in self.layers.items() if layer.always_real]
+        stages = {entry.stage for entry in self.plan.entries if entry.name not in real}
+        return f"{len(stages)} of {self.plan.stage_count} stages binary" if real else "fully binary"
 
     # ---- driving the model ----
 
@@ -295,6 +310,25 @@ class Progression:
         remove_all(self._handles)
         remove_all(self._check_handles)
         self._optimizers.release()
+
+    def stop_after(self, stage: int) -> None:
+        """Let no stage behind the `stage`-th (from 1; 0: none) freeze: what has begun there is real again, for good.
+
+        The model then is what `last_stage` makes: once the others are frozen it is finished. Latents of later stages
+        stay as they are; where these were binary already, put back weights from before their windows opened.
+
+        Raises:
+            ConfigError: no stage of this model; or its parts were binarized apart, and have stages of their own.
+        """
+        if len(self._roots) > 1:
+            raise ConfigError("stop_after: parts of this model were binarized apart; say last_stage for each of them.")
+        stop_at(self._roots[0], stage)
+        optimizers = self._optimizers.attached
+        self._optimizers.release()
+        self._find_windows()
+        for optimizer in optimizers:
+            self.attach(optimizer)
+        self.step(self.current_step)
 
     # ---- looking for what sign() hides ----
 
