@@ -63,6 +63,7 @@ def rates(
     least = {
         id(tensor): FLIPPING_RATE / math.sqrt(member.fan_in) if member.fan_in else 0.0
         for member in members.values()
+        if not member.always_real
         for tensor in member.binary_tensors()
     }
     found = []
