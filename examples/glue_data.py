@@ -145,6 +145,13 @@ class Task:
     metrics: Callable[[Any, Any], dict[str, float]]
     name: str
 
+    @property
+    def main_metric(self) -> str:
+        """The one that a model is judged by."""
+        if self.is_regression:
+            return "pearson" if self.name == "stsb" else "mse"
+        return "matthews_correlation" if self.name == "cola" else "accuracy"
+
 
 def load_task(args: DataArguments, cache_dir: str | None = None) -> Task:
     """Read the data that the arguments name; from files, columns other than the label are taken in order."""

@@ -178,9 +178,10 @@ class PrintPerplexity(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         progression, stages = self.stompp.progression, ""
-        if progression is not None and get_plan(kwargs["model"]).config.binarize != "nothing":
-            count = get_plan(kwargs["model"]).stage_count
-            stages = f"{count - len(progression.unfinished_stages(state.global_step))} of {count} stages frozen, "
+        plan = get_plan(kwargs["model"])
+        if progression is not None and plan.freezing:
+            frozen = plan.freezing - len(progression.unfinished_stages(state.global_step))
+            stages = f"{frozen} of {plan.stage_count} stages frozen, "
         if state.is_world_process_zero:
             print(
                 f"  step {state.global_step:6d}: {stages}perplexity {perplexity(metrics['eval_loss']):.2f}", flush=True

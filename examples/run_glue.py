@@ -42,11 +42,15 @@ from transformers import (
 from stompp_hf import (
     StoMPPConfig,
     StoMPPTrainerCallback,
+    StopFreezingCallback,
     binarize_model,
     create_optimizer,
     get_plan,
+    record_stages,
     report,
+    stage_curve,
 )
+from stompp_hf.trainer.stopping import UNDONE
 from stompp_hf.training.metrics import frozen_fraction
 
 
@@ -80,6 +84,14 @@ class ModelArguments(RecordArguments, TeacherArguments, LoraArguments):
         },
     )
     evaluate_stages: bool = field(default=True, metadata={"help": "Evaluate whenever a stage has just been frozen."})
+    stop_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "Freeze no further once the main metric has fallen by more than this since full precision, and go "
+            "back to the last good stage's end; needs --start above 0, or --stop_reference."
+        },
+    )
+    stop_reference: float | None = field(default=None, metadata={"help": "The main metric in full precision."})
     evaluate_binary: bool = field(
         default=False, metadata={"help": "At each evaluation, also evaluate the model as if fully binary now."}
     )
@@ -187,6 +199,9 @@ def main() -> dict[str, float]:
         model_args.record(trainer, model_args, data_args, training_args)
     if not adapter and model_args.evaluate_stages and training_args.do_train and training_args.do_eval:
         trainer.add_callback(EvaluateAtStageEdges(callback))
+        if model_args.stop_drop is not None:
+            stop = StopFreezingCallback(callback, model_args.stop_drop, task.main_metric, model_args.stop_reference)
+            trainer.add_callback(stop)
 
     summary: dict[str, float] = {}
     if training_args.do_train:
@@ -208,6 +223,8 @@ def main() -> dict[str, float]:
         if adapter and trainer.is_world_process_zero():
             print_adapter(model, training_args.output_dir, model_args.ignore_mismatched_sizes)
         elif training_args.do_train and trainer.is_world_process_zero():
+            if get_plan(model).freezing:
+                record_stages(training_args.output_dir, trainer.model)
             print_course(trainer, task, data["validation"])
     if training_args.do_predict and "test" in data:
         write_predictions(trainer, task, data["test"].remove_columns("labels"), training_args.output_dir)
@@ -223,34 +240,38 @@ def main() -> dict[str, float]:
 
 
 def print_course(trainer: Trainer, task: Any, validation: Any) -> None:
-    """What happened to the model's main metric as its stages froze."""
-    plan = get_plan(trainer.model)
-    key = "eval_accuracy" if not task.is_regression else None
-    rows = [record for record in trainer.state.log_history if any(name.startswith("eval_") for name in record)]
-    if rows and key not in rows[-1]:
-        known = ("eval_matthews_correlation", "eval_pearson", "eval_mse", "eval_loss")
-        key = next(name for name in known if name in rows[-1])
+    """What happened to the model's main metric as its stages froze, and what each of them would weigh if packed."""
+    plan, key = get_plan(trainer.model), f"eval_{task.main_metric}"
+    rows = [record for record in trainer.state.log_history if key in record]
     print(report(trainer.model).splitlines()[0])
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StoMPPTrainerCallback))
     progression = callback.progression
+    points = stage_curve(trainer.model) if plan.freezing else []
     full_precision = None
     seen = set()
     for record in rows:
         step = record["step"]
-        if progression is None or step in seen or key not in record:
+        if progression is None or step in seen:
             continue
         seen.add(step)
-        frozen = plan.stage_count - len(progression.unfinished_stages(step))
-        frozen = 0 if plan.config.binarize == "nothing" else frozen
-        print(f"  step {step:6d}: {frozen} of {plan.stage_count} stages frozen, {key} {record[key]:.4f}")
+        if UNDONE in record:
+            print(f"  step {step:6d}: with stage {record[UNDONE]} {key} {record[key]:.4f}, undone: it stays real")
+            continue
+        frozen = plan.freezing - len(progression.unfinished_stages(step))
+        line = f"  step {step:6d}: {frozen} of {plan.stage_count} stages frozen, {key} {record[key]:.4f}"
+        if points:
+            share = points[frozen].share_1bit
+            line += f", packed {points[frozen].bytes / 1e6:.2f} MB"
+            line += f", {share:.0%} of multiply-accumulates 1-bit" if share else ""
+        print(line)
         if frozen == 0:
             full_precision = record[key]
     if not task.is_regression:
         print(f"majority class: {majority_share(validation['labels']):.4f}")
     if full_precision is not None:
         print(f"full precision (before the first stage froze): {full_precision:.4f}")
-    if progression is not None and progression.is_complete() and plan.config.binarize != "nothing" and rows:
-        print(f"fully binary ({plan.config.binarize.replace('_', ' ')}): {rows[-1][key]:.4f}")
+    if progression is not None and progression.is_complete() and plan.freezing and rows:
+        print(f"{progression.outcome} ({plan.config.binarize.replace('_', ' ')}): {rows[-1][key]:.4f}")
 
 
 def print_adapter(model: Any, folder: str, another_head: bool) -> None:

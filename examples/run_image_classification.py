@@ -221,14 +221,14 @@ def print_course(trainer: Trainer, summary: dict[str, float]) -> None:
     for record in trainer.state.log_history:
         if "eval_accuracy" in record:
             accuracies.setdefault(record["step"], record["eval_accuracy"])
-    if progression is None or plan.config.binarize == "nothing":
+    if progression is None or not plan.freezing:
         print(f"full precision: {summary.get('eval_accuracy', float('nan')):.4f}")
         return
     for step, accuracy in accuracies.items():
-        frozen = plan.stage_count - len(progression.unfinished_stages(step))
+        frozen = plan.freezing - len(progression.unfinished_stages(step))
         print(f"  step {step:6d}: {frozen} of {plan.stage_count} stages frozen, accuracy {accuracy:.4f}")
     if progression.is_complete() and "eval_accuracy" in summary:
-        print(f"fully binary ({plan.config.binarize.replace('_', ' ')}): {summary['eval_accuracy']:.4f}")
+        print(f"{progression.outcome} ({plan.config.binarize.replace('_', ' ')}): {summary['eval_accuracy']:.4f}")
 
 
 def main() -> dict[str, Any]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         BinaryLinear as BinaryLinear,
     )
     from .reports.runs import read_run as read_run, record_run as record_run
+    from .reports.stage_curve import record_stages as record_stages, stage_curve as stage_curve
     from .reports.summary import Summary as Summary, summary as summary
     from .surgery.binarize import binarize_model as binarize_model, report as report, restore_model as restore_model
     from .surgery.members import get_plan as get_plan
@@ -64,6 +65,7 @@ _HOMES = {
     "modules": "BinaryAttention BinaryConv1D BinaryConv1d BinaryConv2d BinaryConv3d "
     "BinaryEmbedding BinaryLayer BinaryLinear",
     "reports.runs": "read_run record_run",
+    "reports.stage_curve": "record_stages stage_curve",
     "reports.summary": "Summary summary",
     "surgery.binarize": "binarize_model report restore_model",
     "surgery.members": "get_plan",

@@ -191,6 +191,16 @@ def tiny_bert(path: Path, labels: int) -> None:
     tokenizer.save_pretrained(path)
 
 
+def test_stopping_where_it_pays(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    printed = run("examples/run_glue.py", "--output_dir", out, *TINY, "--stop_drop", "0", "--stop_reference", "2")
+    assert "with stage 1 eval_accuracy" in printed and "undone: it stays real" in printed
+    assert "1 of 4 stages frozen" not in printed
+    printed = run("examples/run_glue.py", "--output_dir", out, *TINY, "--last_stage", "2")
+    assert "1 of 4 stages frozen" in printed and "2 of 4 stages binary" in printed
+    assert len(json.loads((tmp_path / "run" / "stages.json").read_text())["stages"]) == 3
+
+
 def test_no_trainer(tmp_path: Path) -> None:
     words = ["--grammar_train_samples", "96", "--grammar_eval_samples", "32", "--refresh_rate", "1"]
     out = str(tmp_path / "run")

@@ -113,6 +113,9 @@ def names(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Na
     model = fresh()
     return {
         "args": arguments(here / "run"),
+        "compute_metrics": lambda prediction: {
+            "accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())
+        },
         "loader": [{name: value[None] for name, value in row.items()} for row in rows[:8]],
         "max_steps": 8,
         "model": model,
@@ -180,6 +183,11 @@ def training(names: Names) -> Steps:
     yield
     last = [record for record in names["trainer"].state.log_history if "loss" in record][-1]
     assert last["stompp_hidden"] > 0 and last["stompp_frozen_fraction"] == 1
+    names["model"] = BertForSequenceClassification.from_pretrained("checkpoint")
+    names["args"].per_device_eval_batch_size = 16
+    yield
+    stop = names["stop"]
+    assert stop.full_precision is not None and get_plan(names["model"]).freezing == stop.good_stages
     yield
     assert get_plan(names["model"]).entries
     yield
@@ -231,7 +239,7 @@ def reports(names: Names) -> Steps:
     assert {"stompp_frozen_fraction", "stompp_flip_ratio", "stompp_blocked_share"} <= set(names["record"])
     names["model"] = fresh()
     yield
-    assert Path(names["args"].output_dir, "run.json").exists()
+    assert all(Path(names["args"].output_dir, name).exists() for name in ("run.json", "stages.json"))
     yield
     names["figure"].savefig("progress.png")
 

@@ -59,6 +59,8 @@ RIVALS = {
     "stompp_taught": "vanilla_taught", "stompp_ste_taught": "vanilla_taught",
 }  # fmt: skip
 """The vanilla STE that a method is compared with, where it is not the windowed one without a teacher."""
+MEASURED_WITH = {"binary_lr": 1.0, "refresh_rate": 100}
+"""Options that follow the run where they are not given; the records were made with these."""
 METRICS = {"sst2": "accuracy", "mrpc": "combined_score", "stsb": "pearson"}
 """What is compared; `combined_score` is the mean of accuracy and F1."""
 
@@ -101,7 +103,7 @@ class TextCell:
     def options(self) -> dict[str, Any]:
         """run_glue.py's options of this cell alone."""
         own = {"task_name": self.task, "learning_rate": self.lr, "seed": self.seed, "mask_seed": self.seed}
-        return {**RULES[self.rule][self.method], **own}
+        return {**MEASURED_WITH, **RULES[self.rule][self.method], **own}
 
 
 @dataclass(frozen=True)

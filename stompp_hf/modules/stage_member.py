@@ -150,7 +150,7 @@ class Member(Converted):
     @property
     def ends_in_1bit_products(self) -> bool:
         """Whether both operands of its product are binary once it is frozen."""
-        return self.stompp_config.binary_activations
+        return self.stompp_config.binary_activations and not self.always_real
 
     def _bits_of(self, binary: bool, dtype: torch.dtype) -> list[int]:
         return [1 if binary and self.stage_state == FROZEN else 8 * dtype.itemsize]

@@ -18,6 +18,7 @@ from ..trainer.resuming import checkpoints
 from . import run_plots as plots
 from .drawing import save, to_png
 from .runs import Run, read_run, versions
+from .stage_curve import draw_curve
 from .weight_plots import weights
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ CAPTIONS = {
     "progress": "Held-out metric and loss, over the share of every stage that is frozen. Thin lines: edges of the "
     "stages' windows.",
     "compare": "The runs in one picture.",
+    "curve": "Where to stop: what the model is worth at the end of each stage, and what it would take if packed there.",
     "metrics": "Numbers logged with the loss.",
     "weights": "Latent weights before and after, by stage.",
     "stompp_grad_norm": "Gradient that reaches the binary weights of every stage.",
@@ -149,6 +151,7 @@ def _draw(run: Run, before: Path | None) -> dict[str, Any]:
     drawings: dict[str, Callable[[], Any]] = {"progress": lambda: plots.progress(run)}
     for metric in plots.stage_metrics(run):
         drawings[metric] = lambda metric=metric: plots.by_stage(run, metric)  # type: ignore[misc]
+    drawings["curve"] = lambda: draw_curve([run])
     drawings |= {"metrics": lambda: plots.metrics(run), "weights": lambda: _weights(run, before)}
     found = {}
     for name, draw in drawings.items():
@@ -205,10 +208,13 @@ def render(runs: Sequence[Run], before: Path | None = None, pictures: Path | Non
     names = [run.name for run in runs]
     found = [_inspected(run) for run in runs]
     drawn: list[dict[str, Any]] = [{} for _ in runs]
-    together, missing = None, ""
+    together: dict[str, Any] = {}
+    missing = ""
     try:
         drawn = [_draw(run, before) for run in runs]
-        together = plots.compare(runs) if len(runs) > 1 else None
+        if len(runs) > 1:
+            every = {"compare": plots.compare(runs), "curve": draw_curve(runs)}
+            together = {name: figure for name, figure in every.items() if figure is not None}
     except ExtraError as error:
         missing = f'<p class="note">{escape(str(error))}</p>'
         logger.warning("%s", error)
@@ -217,8 +223,8 @@ def render(runs: Sequence[Run], before: Path | None = None, pictures: Path | Non
             folder = pictures / run.name if len(runs) > 1 else pictures
             for name, figure in figures.items():
                 save(figure, folder / f"{name.removeprefix(plots.OWN)}.png")
-        if together is not None:
-            save(together, pictures / "compare.png")
+        for name, figure in together.items():
+            save(figure, pictures / f"{name}.png")
     for run in runs:
         for note in dict.fromkeys(run.notes):
             logger.warning("%s: %s", run.name, note)
@@ -226,6 +232,7 @@ def render(runs: Sequence[Run], before: Path | None = None, pictures: Path | Non
         "".join(f'<p class="note">{escape(note)}</p>' for note in dict.fromkeys(run.notes)) or "<p>None.</p>"
         for run in runs
     ]
+    shared = "".join(_picture(figure, name, "all") for name, figure in together.items())
     images = [
         "".join(_picture(figure, name, run.name) for name, figure in figures.items()) or "<p>None.</p>"
         for run, figures in zip(runs, drawn, strict=True)
@@ -238,7 +245,7 @@ def render(runs: Sequence[Run], before: Path | None = None, pictures: Path | Non
     sections = [
         ("At a glance", _table(names, _merged([_glance(*pair) for pair in zip(runs, found, strict=True)]))),
         ("Notes", _columns(runs, notes)),
-        ("Pictures", missing + (_picture(together, "compare", "all") if together else "") + _columns(runs, images)),
+        ("Pictures", missing + shared + _columns(runs, images)),
         ("Final metrics", _table(names, _merged([run.metrics for run in runs]))),
         (
             "Configuration",

@@ -22,6 +22,7 @@ from ..surgery.quantization_config import StoMPPQuantizationConfig
 from ..trainer.resuming import checkpoints
 
 RECORD = "run.json"
+STAGES = "stages.json"
 STATE = "trainer_state.json"
 PACKAGES = ("stompp-hf", "transformers", "torch", "accelerate", "peft", "timm")
 SECRETS = ("token", "key", "password", "secret")
@@ -36,7 +37,7 @@ class Run:
 
     home: the folder of its latest model; records: Trainer's log_history; step, max_steps: where training stood, and
     where it was to end; total_steps: of the progression, which keeps the first total on a resume; metrics: the final
-    ones; record: what run.json holds.
+    ones; record: what run.json holds; stages: what stages.json holds of each stage.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Run:
     hub_config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
@@ -198,6 +200,8 @@ def read_run(folder: str | Path) -> Run:
         last = {key: value for key, value in run.metrics.items() if key.startswith("eval_")}
         run.records.append({"step": run.step, **last})
     run.record = _read_object(folder / RECORD, notes)
+    stages = _read_object(folder / STAGES, notes).get("stages", [])
+    run.stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     notes += _what_is_missing(run, state)
     return run
 

@@ -13,6 +13,9 @@ from ..method.windows import Window
 from ..training.progression import Progression
 from .callback import StoMPPTrainerCallback, logger
 
+UNDONE = "stompp_stage_undone"
+"""In log_history, beside what was measured with it: the stage that was frozen, and is real again."""
+
 
 class StopFreezingCallback(TrainerCallback, ExportableState):
     """Evaluates when a stage has frozen, and stops the freezing where the metric has fallen too far.
@@ -124,6 +127,7 @@ class StopFreezingCallback(TrainerCallback, ExportableState):
                 "end to go back to; training goes on from those that there are.",
             )  # fmt: skip
         progression.stop_after(self.good_stages)
+        state.log_history[-1][UNDONE] = self.good_stages + 1
         self.stopped, self._copy = True, {}
         if state.is_world_process_zero:
             say(
