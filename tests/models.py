@@ -138,12 +138,16 @@ def first_calls(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
 
 
 def assert_binary(layer: BinaryLayer) -> None:
-    """Each output channel of the layer's weight has the values s and -s and no other, with the latent's signs."""
+    """What shares a scale s in the layer's weight is s and -s and nothing else, with the latents' signs."""
     weight, latents, scale = layer.binary_weight(), layer.weight.detach(), layer.weight_scale.detach()
     if isinstance(layer, BinaryConv1D):  # stored as (in, out)
         weight, latents = weight.t(), latents.t()
-    for row, s, latent in zip(weight.flatten(1), scale.expand(len(weight)), latents.flatten(1), strict=True):
-        assert s != 0 and torch.equal(row, torch.where(latent >= 0, s, -s))
+    weight, latents = weight.flatten(1), latents.flatten(1)
+    if scale.dim() == 1:
+        scale = scale.expand(len(weight))[:, None].expand_as(weight)
+    else:
+        scale = scale.repeat_interleave(layer.stompp_config.group_size, 1)[:, : weight.shape[1]]
+    assert (scale != 0).all() and torch.equal(weight, torch.where(latents >= 0, scale, -scale))
 
 
 def train(

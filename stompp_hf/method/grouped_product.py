@@ -19,7 +19,7 @@ from .layer_product import Product
 from .mixing import Edge, hard, inside, through_weight
 from .sign_bits import SignBits
 from .surrogates import Rule, Surrogate
-from .weight_scales import group_sums, over_weight
+from .weight_scales import group_sums, over_weight, scaled
 
 
 def _signs_of(weight: Tensor | SignBits, dtype: torch.dtype) -> Tensor:
@@ -45,11 +45,12 @@ class _GroupedProduct(torch.autograd.Function):
         narrow: torch.dtype | None,
         group_size: int,
     ) -> Tensor:
-        needs, known = ctx.needs_input_grad, surrogate.activation
-        wants_weight = needs[1] and surrogate.passes
-        keeps_operand = wants_weight or needs[2] or needs[3]
+        needs, known, real = ctx.needs_input_grad, surrogate.activation, activation_scale is None
+        wants_k = needs[0] or needs[4]
+        makes_grad_weight = (needs[1] and surrogate.passes) or needs[2] or needs[3]
+        makes_grad_x = wants_k and (real or surrogate.passes)
         ctx.signs_of = (group_size, weight.shape, product.channel_dim)
-        binary_weight = _signs_of(weight, x.dtype).mul_(over_weight(weight_scale, *ctx.signs_of))
+        binary_weight = scaled(_signs_of(weight, x.dtype), weight_scale, group_size, product.channel_dim)
 
         levels = factor = None
         if activation_scale is None:
@@ -57,25 +58,26 @@ class _GroupedProduct(torch.autograd.Function):
         else:
             operand = signs_above(x, threshold, product)
             at = None if threshold is None else product.per_feature(threshold, x)
-            wants_k = needs[0] or needs[4]
             reach = width if wants_k and known is Rule.NEAR else None
-            levels, factor = kept_of_input(x, operand, at, activation_scale, offset, keeps_operand, reach, surrogate)
+            keeps = makes_grad_weight
+            levels, factor = kept_of_input(x, operand, at, activation_scale, offset, keeps, reach, surrogate)
             if wants_k and known is None:
                 factor = surrogate.of_activation(x, at, activation_scale, *clips[:2], width)
             operand = operand.add_(offset) if offset else operand
             y = product(operand.double(), binary_weight.double(), pad).to(x.dtype).mul_(activation_scale)
         y = y if bias is None else y.add_(product.per_channel(bias, y))
 
-        real = activation_scale is None
+        latents = weight if isinstance(weight, Tensor) else None
         ctx.save_for_backward(
-            x if (keeps_operand if real else known is Rule.INSIDE) else None,
+            x if (makes_grad_weight if real else known is Rule.INSIDE) else None,
             levels,
-            weight if isinstance(weight, Tensor) else None,
+            latents if makes_grad_weight or makes_grad_x else None,
             weight_scale,
             activation_scale,
             factor,
         )
-        ctx.bits, ctx.sizes, ctx.clips = None if isinstance(weight, Tensor) else weight, x.shape, clips
+        ctx.bits, ctx.sizes, ctx.clips = weight if latents is None else None, x.shape, clips
+        ctx.makes_grad_weight, ctx.makes_grad_x = makes_grad_weight, makes_grad_x
         ctx.product, ctx.pad, ctx.surrogate, ctx.narrow = product, pad, surrogate, narrow
         return y
 
@@ -88,11 +90,11 @@ class _GroupedProduct(torch.autograd.Function):
         product, surrogate, shape = ctx.product, ctx.surrogate, ctx.signs_of[1]
         wide, narrow = grad.dtype, ctx.narrow or grad.dtype
         wants_weight = wants_weight and surrogate.passes
-        back = (wants_x or wants_threshold) and (a is None or surrogate.passes)
         grad_x = grad_weight = grad_s = grad_a = grad_threshold = None
 
-        signs = _signs_of(ctx.bits if latents is None else latents, wide)
-        if wants_weight or wants_s or wants_a:
+        weight = ctx.bits if latents is None else latents
+        signs: Any = None if weight is None else _signs_of(weight, wide)
+        if ctx.makes_grad_weight:
             operand = (x if a is None else levels).to(narrow)
             grad_weight = product.grad_weight(grad.to(narrow), operand, shape, ctx.pad).to(wide)  # dL/dw' / a
             sums = group_sums(grad_weight * signs, ctx.signs_of[0], product.channel_dim)
@@ -101,8 +103,8 @@ class _GroupedProduct(torch.autograd.Function):
             if wants_weight:
                 passed = grad_weight if a is None else grad_weight.mul_(a)
                 grad_weight = through_weight(surrogate, passed, latents, over_weight(s, *ctx.signs_of), clip)
-        if back:
-            binary_weight = signs.mul_(over_weight(s, *ctx.signs_of)).to(narrow)
+        if ctx.makes_grad_x:
+            binary_weight = scaled(signs, s, ctx.signs_of[0], product.channel_dim).to(narrow)
             grad_x = product.grad_input(grad.to(narrow), binary_weight, ctx.sizes).to(wide)
             if a is not None and surrogate.activation is Rule.INSIDE:
                 grad_x = inside(grad_x, x, low, high)

@@ -43,6 +43,19 @@ def over_weight(scale: Tensor, group_size: int, shape: Sequence[int], channel_di
     return rows.reshape(-1, *row).movedim(0, channel_dim).contiguous()
 
 
+def scaled(signs: Tensor, scale: Tensor, group_size: int, channel_dim: int) -> Tensor:
+    """signs * over_weight(scale) of scales by groups, contiguous, in place of the signs where these are so.
+
+    It takes no memory: spread scales would be as large as the weight, which packed layers unpack in each call.
+    """
+    signs = signs.contiguous()
+    rows = signs.movedim(channel_dim, 0).flatten(1)  # a view
+    groups = rows.shape[1] // group_size
+    rows[:, : groups * group_size].unflatten(1, (groups, group_size)).mul_(scale[:, :groups, None])
+    rows[:, groups * group_size :].mul_(scale[:, groups:])
+    return signs
+
+
 def group_sums(weight: Tensor, group_size: int, channel_dim: int) -> Tensor:
     """Sum of each group of a tensor like the weight, (channels, groups): the inverse way of `over_weight`."""
     rows = weight.movedim(channel_dim, 0).flatten(1)
