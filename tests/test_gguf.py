@@ -410,6 +410,12 @@ def unigram() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
+def without_merges() -> Any:
+    spec = json.loads(byte_level().backend_tokenizer.to_str())
+    spec["model"]["merges"] = []
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<s>")
+
+
 def spaced() -> Any:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -423,6 +429,7 @@ def spaced() -> Any:
         (lambda: Path("nowhere"), "holds no tokenizer"),
         (unigram, "Unigram"),
         (spaced, "another kind"),
+        (without_merges, "without a merge"),
         (lambda: sentence_pieces(prefix=True), "resize_token_embeddings"),
         (lambda: byte_level_with_eos_twice(), "can put bos_token"),
     ],

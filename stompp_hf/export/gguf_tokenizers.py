@@ -134,6 +134,8 @@ def _byte_level(model: dict[str, Any], patterns: tuple[str, ...], pre: str | Non
             f"{', '.join(PRE.values())}."
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:
+        raise ExportError("export_gguf: the tokenizer joins no bytes, and llama.cpp loads no BPE without a merge.")
     return {"tokenizer_model": "gpt2", "tokenizer_pre": pre or PRE[patterns], "token_merges": merges}
 
 
