@@ -15,6 +15,7 @@ from stompp_hf import Progression, StoMPPConfig, binarize_model
 
 WIDTH = 128
 TEXT = "\n".join(topics.topics[name] for name in ("assert", "class", "exceptions", "lambda", "numbers", "strings"))
+NUMBERS = " ".join(str(37 * i) for i in range(3000))
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -109,7 +110,7 @@ def byte_level(split: str = "gpt-2", *, ascii_only: bool = False, adds_bos: bool
         vocab_size=500, special_tokens=["<s>", "</s>"], show_progress=False,
         initial_alphabet=[] if ascii_only else pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    tokenizer.train_from_iterator([TEXT.encode("ascii", "ignore").decode()], trainer)
+    tokenizer.train_from_iterator([TEXT.encode("ascii", "ignore").decode(), NUMBERS], trainer)
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

@@ -72,10 +72,14 @@ def largest_difference(model: Any, path: Path, vocabulary: int) -> float:
     return max(difference(model, *both) for both in zip(PROMPTS, generated(path, vocabulary), strict=True))
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_log_probabilities(name: str, tmp_path: Path) -> None:
+SOME_REAL = [("llama", ["*.q_proj", "*.down_proj"]), ("gpt2", ["*.c_attn", "*.mlp.c_proj"])]
+"""Layers that stay real, which need the same form as binary ones, or another."""
+
+
+@pytest.mark.parametrize(("name", "real"), [*((name, None) for name in LANGUAGE_MODELS), *SOME_REAL])
+def test_log_probabilities(name: str, real: list[str] | None, tmp_path: Path) -> None:
     tokenizer = byte_level(ascii_only=True)
-    model = frozen(build(name, tokenizer))
+    model = frozen(build(name, tokenizer), exclude_modules=real)
     full = export_gguf(model, tmp_path / "f32.gguf", tokenizer, binary="float32", real="float32")
     packed = export_gguf(model, tmp_path / "q1_0.gguf", tokenizer)
     exact = GELU if name.startswith(("gemma", "gpt2")) else EXACT
@@ -185,3 +189,11 @@ def test_chat(tmp_path: Path) -> None:
     requests = [("/tokenize", {"content": "one </s> two", "parse_special": True}), ("/detokenize", {"tokens": tokens})]
     first, second = run(path, requests)
     assert first["tokens"] == tokens and second["content"] == "one </s> two"
+
+
+def test_the_benchmark_runs() -> None:
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "gguf_speed.py"
+    command = [sys.executable, str(script), "--tiny", "True", "--repeats", "1"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    sizes = [float(row.split("|")[2]) for row in printed.splitlines() if row.startswith(("| F16", "| Q"))]
+    assert len(sizes) == 4 and sizes == sorted(sizes, reverse=True)

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import xllamacpp
-from inference import machine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from training_cost import BenchmarkArguments, machine
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, export_gguf
@@ -120,8 +120,10 @@ def main() -> dict[str, tuple[int, float, float]]:
                 if number:  # the first round loads what the file system has not yet
                     rounds[name].append(found)
         servers.clear()
-    print(f"{binary / 1e6:.0f}M binary and {real / 1e6:.0f}M real parameters; {args.repeats} rounds, a prompt of")
-    print(f"{args.prompt} tokens and {args.decode} after it; xllamacpp {xllamacpp.__version__}, {machine()}\n")
+    print(
+        f"{binary / 1e6:.1f}M binary and {real / 1e6:.1f}M real parameters; {args.repeats} rounds of {args.prompt} tokens"
+    )
+    print(f"and {args.decode} after them; xllamacpp {xllamacpp.__version__}, {machine(BenchmarkArguments())}\n")
     print("| file | MB | prefill, tokens a second | over F16 | decode, tokens a second | over F16 |")
     print("|---|---|---|---|---|---|")
     results = {}
