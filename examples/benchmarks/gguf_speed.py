@@ -120,10 +120,8 @@ def main() -> dict[str, tuple[int, float, float]]:
                 if number:  # the first round loads what the file system has not yet
                     rounds[name].append(found)
         servers.clear()
-    print(
-        f"{binary / 1e6:.1f}M binary and {real / 1e6:.1f}M real parameters; {args.repeats} rounds of {args.prompt} tokens"
-    )
-    print(f"and {args.decode} after them; xllamacpp {xllamacpp.__version__}, {machine(BenchmarkArguments())}\n")
+    print(f"{binary / 1e6:.1f}M binary and {real / 1e6:.1f}M real parameters; {args.repeats} rounds of {args.prompt}")
+    print(f"tokens and {args.decode} after them; xllamacpp {xllamacpp.__version__}, {machine(BenchmarkArguments())}\n")
     print("| file | MB | prefill, tokens a second | over F16 | decode, tokens a second | over F16 |")
     print("|---|---|---|---|---|---|")
     results = {}
