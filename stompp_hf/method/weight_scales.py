@@ -48,7 +48,7 @@ def scaled(signs: Tensor, scale: Tensor, group_size: int, channel_dim: int) -> T
 
     It takes no memory: spread scales would be as large as the weight, which packed layers unpack in each call.
     """
-    signs = signs.contiguous()
+    signs = signs.reshape(-1).view(signs.shape)  # also where strides could be channels_last's: sums depend on them
     rows = signs.movedim(channel_dim, 0).flatten(1)  # a view
     groups = rows.shape[1] // group_size
     rows[:, : groups * group_size].unflatten(1, (groups, group_size)).mul_(scale[:, :groups, None])
