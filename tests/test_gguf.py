@@ -151,6 +151,20 @@ def test_forms_of_a_model_give_one_file(tmp_path: Path) -> None:
     assert len({path.read_bytes() for path in files}) == 1
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_behind_the_last_stage_stay_real(packed: bool, tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    model = frozen(build("gpt2", tokenizer), last_stage=1)
+    model = pack_model(model) if packed else model
+    found, place = tensors(export_gguf(model, tmp_path / "model.gguf", tokenizer, real="float32")), names_of(model)
+    layers = binary_layers(model)
+    assert {layer.always_real for layer in layers.values()} == {False, True}
+    for own, layer in layers.items():
+        kind, numbers = found[place(f"{own}.weight")]
+        assert kind == ("F32" if layer.always_real else "Q1_0")
+        assert not layer.always_real or torch.equal(numbers, layer.weight.T)
+
+
 def test_int8_tables_keep_their_numbers(tmp_path: Path) -> None:
     tokenizer = byte_level()
     model = pack_model(frozen(build("llama", tokenizer)), real="int8")
@@ -374,7 +388,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[StoMPPError], str]] = {
     "not binarized": (llama, NotBinarizedError, "no binary layers"),
     "W1A1": (lambda: binarized(llama()), ExportError, "sign of its activations"),
     "stages not frozen": (lambda: binarized(llama(), binarize="weights"), ExportError, "commit=True"),
-    "nothing binary": (lambda: binarized(llama(), binarize="nothing"), ExportError, "leaves the weight"),
+    "nothing binary": (lambda: binarized(llama(), binarize="nothing"), ExportError, "leaves every weight"),
     "unknown architecture": (opt, ExportError, "OPTForCausalLM is none of them"),
     "classifier": (classifier, ExportError, "a classifier's head"),
     "adapters": (lora, ExportError, "unload"),

@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import ExportError, ExtraError, NotBinarizedError
 from ..integrations.sharding import GATHER, refuse_sharded
 from ..integrations.torch import modules_of
-from ..modules import FROZEN, BinaryLayer, Member
+from ..modules import BinaryLayer, Member
 from .gguf_architectures import Fields, architecture_of
 from .gguf_tensors import gguf_tensors
 from .gguf_tokenizers import load_tokenizer, vocabulary
@@ -132,16 +132,16 @@ def _check_members(model: nn.Module) -> None:
             "StoMPPConfig(binarize='weights')) and training come first; llama.cpp's own convert_hf_to_gguf.py writes "
             "models in full precision."
         )
-    for name, member in found.items():
-        config = member.stompp_config
-        if config.binary_activations or not isinstance(member, BinaryLayer):
+    binary = {name: member for name, member in found.items() if not member.always_real}
+    if not binary:
+        raise ExportError("export_gguf: binarize='nothing', or last_stage=0, leaves every weight of this model real.")
+    for name, member in binary.items():
+        if member.stompp_config.binary_activations or not isinstance(member, BinaryLayer):
             raise ExportError(
                 f"export_gguf: {name} takes the sign of its activations, and llama.cpp has none. Train with "
                 "StoMPPConfig(binarize='weights'), or stompp_hf.export_onnx(model, path)."
             )
-        if not config.binary_weights:
-            raise ExportError(f"export_gguf: binarize={config.binarize!r} leaves the weight of {name} real.")
-        if member.stage_state != FROZEN:
+        if not member.is_settled:
             raise ExportError(
                 f"export_gguf: {name} is not frozen yet ({member.stage_state}), so its weight is not binary. Train to "
                 "the end of the run, or pack_model(model, commit=True) to freeze it now, untrained."

@@ -70,13 +70,14 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Held]]:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         start = f"{prefix}." if prefix else ""
-        if isinstance(module, BinaryLayer):
+        own: tuple[str, ...] = OWN_TENSORS if isinstance(module, BinaryLayer) else ()
+        if isinstance(module, BinaryLayer) and not module.always_real:
+            own = (*own, module.weight_name)
             yield f"{start}weight", _binary(f"{start}weight", module)
         elif isinstance(module, Int8Embedding):
             yield f"{start}weight", Int8Weight(_here(module.weight_int8), _here(module.weight_step).float())
         for name, parameter in module.named_parameters(recurse=False):
-            binary = isinstance(module, BinaryLayer) and name in (*OWN_TENSORS, module.weight_name)
-            if id(parameter) in seen or binary:
+            if id(parameter) in seen or name in own:
                 continue
             seen.add(id(parameter))
             values = _here(parameter).float()
