@@ -1,6 +1,7 @@
 """Tiny models of each architecture that export_gguf knows, and tokenizers of each kind, trained on the spot."""
 
 import functools
+import json
 import random
 from collections.abc import Callable
 from pydoc_data import topics
@@ -35,7 +36,7 @@ GPT2 = {
     "eos_token_id": 1,
 }  # fmt: skip
 GEMMA3 = {
-    "num_hidden_layers": 3, "sliding_window": 8, "query_pre_attn_scalar": 32, "_sliding_window_pattern": 2,
+    "num_hidden_layers": 3, "sliding_window": 8, "query_pre_attn_scalar": 32,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "tie_word_embeddings": True,
     "rope_parameters": {
         "full_attention": {**LINEAR, "rope_theta": 5000.0},
@@ -159,11 +160,23 @@ def word_pieces(*, lowercase: bool = True) -> Any:
     )
 
 
+def of_class(cls: str, base: Callable[[], Any]) -> Any:
+    """A tokenizer of a class of transformers, which splits and normalizes as that class does."""
+    model = json.loads(base().backend_tokenizer.to_str())["model"]
+    merges = {"merges": [tuple(pair) for pair in model["merges"]]} if "merges" in model else {}
+    return getattr(transformers, cls)(vocab=model["vocab"], **merges)
+
+
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     **{f"byte-level, {split}": functools.partial(byte_level, split) for split in SPLITS},
     "byte-level, with bos": functools.partial(byte_level, adds_bos=True),
     "SentencePiece, as Llama 2": functools.partial(sentence_pieces, prefix=True),
     "SentencePiece, as Gemma": functools.partial(sentence_pieces, prefix=False),
+    "LlamaTokenizer": functools.partial(of_class, "LlamaTokenizer", functools.partial(sentence_pieces, prefix=True)),
+    "GemmaTokenizer": functools.partial(of_class, "GemmaTokenizer", functools.partial(sentence_pieces, prefix=False)),
+    "Qwen2Tokenizer": functools.partial(of_class, "Qwen2Tokenizer", functools.partial(byte_level, "qwen2")),
+    "GPT2Tokenizer": functools.partial(of_class, "GPT2Tokenizer", byte_level),
+    "BertTokenizer": functools.partial(of_class, "BertTokenizer", word_pieces),
     "WordPiece": word_pieces,
     "WordPiece, cased": functools.partial(word_pieces, lowercase=False),
 }

@@ -384,6 +384,7 @@ def lora() -> Any:
     return peft.get_peft_model(frozen(llama()), peft.LoraConfig(target_modules=["q_proj"], r=2))
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 REFUSED: dict[str, tuple[Callable[[], Any], type[StoMPPError], str]] = {
     "not binarized": (llama, NotBinarizedError, "no binary layers"),
     "W1A1": (lambda: binarized(llama()), ExportError, "sign of its activations"),
@@ -405,7 +406,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[StoMPPError], str]] = {
         lambda: frozen(build("qwen3", byte_level(), attention_bias=True)), ExportError, "attention_bias",
     ),
     "another pattern of windows": (
-        lambda: frozen(build("gemma3", byte_level(), layer_types=["full_attention"] * 3)), ExportError, "layer_types",
+        lambda: frozen(build("gemma3", byte_level(), layer_types=[FULL, SLIDING, SLIDING])), ExportError, "layer_types",
     ),
     "a tensor without a place": (extra_parameter, ExportError, "no place for model.extra"),
 }  # fmt: skip

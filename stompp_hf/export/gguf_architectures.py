@@ -137,9 +137,10 @@ def _llama(config: Any) -> Fields:
 
 def _gemma3(config: Any) -> Fields:
     refuse_unless(config, "query_pre_attn_scalar", (head_size(config),))
-    every, count = getattr(config, "_sliding_window_pattern", 6), config.num_hidden_layers
-    kinds = ["full_attention" if i % every == 0 else "sliding_attention" for i in range(1, count + 1)]
-    refuse_unless(config, "layer_types", (kinds,))
+    kinds, full = config.layer_types, "full_attention"
+    every = kinds.index(full) + 1 if full in kinds else len(kinds) + 1
+    expected = [full if i % every == 0 else "sliding_attention" for i in range(1, len(kinds) + 1)]
+    refuse_unless(config, "layer_types", (expected,))
     local = _rope(config, config.rope_parameters["sliding_attention"], ("default",))
     return {
         **_decoder(config),

@@ -29,7 +29,7 @@ PRE = {
 }
 """llama.cpp's name of what splits a text into words, by the patterns that do it, one after the other."""
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "pad_token_id", "mask_token_id")
 
 
 def load_tokenizer(tokenizer: Any) -> Any:
@@ -97,7 +97,7 @@ def vocabulary(tokenizer: Any, rows: int, pre: str | None) -> Fields:
             token, role = name, BYTE
         else:
             token, role = name, NORMAL
-        if role != UNUSED and name == model.get("unk_token") and kind["tokenizer_model"] != "gpt2":
+        if number == tokenizer.unk_token_id and kind["tokenizer_model"] != "gpt2":
             role = UNKNOWN
         tokens.append(_spelled(token, role, kind["tokenizer_model"]))
         types.append(role)
@@ -191,7 +191,7 @@ def _normalizers(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _special(tokenizer: Any, model: str) -> Fields:
-    fields = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
+    fields = {name: getattr(tokenizer, name, None) for name in SPECIAL}
     if model == "bert":  # puts its first and last around every text
         fields |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
     else:
