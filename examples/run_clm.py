@@ -49,6 +49,16 @@ from transformers import (
 from stompp_hf import StoMPPConfig, StoMPPTrainerCallback, binarize_model, create_optimizer, get_plan, report
 from stompp_hf.training.metrics import frozen_fraction
 
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full_precision": ("full_precision", {}),
+    "w1a1": ("stompp", {"binarize": "weights_and_activations"}),
+    "w1a32": ("stompp", {"binarize": "weights"}),
+    "vanilla_ste": ("vanilla_ste", {}),
+    "ste_free": ("stompp", {"frozen_gradient": "zero"}),
+    "with_ste": ("stompp", {"frozen_gradient": StoMPPConfig.frozen_gradient}),
+}
+"""What `--compare` takes: a method, and StoMPP options in place of those given."""
+
 
 @dataclass
 class ModelArguments(RecordArguments, TeacherArguments, LoraArguments):
@@ -78,8 +88,9 @@ class ModelArguments(RecordArguments, TeacherArguments, LoraArguments):
             "choices": ["stompp", "vanilla_ste", "full_precision"],
         },
     )
-    compare: bool = field(
-        default=False, metadata={"help": "Train in full precision, W1A1 and W1A32, from equal weights, one by one."}
+    compare: list[str] | None = field(
+        default=None,
+        metadata={"help": "Train in each of these ways, from equal weights, one by one.", "choices": list(WAYS)},
     )
     evaluate_stages: bool = field(default=True, metadata={"help": "Evaluate whenever a stage has just been frozen."})
     prompt: str | None = field(default=None, metadata={"help": "At the end, print what the model goes on with."})
@@ -105,19 +116,14 @@ DEMO = {
 }  # fmt: skip
 """Defaults of the embedded run: a small Llama from scratch, which warms up in full precision."""
 
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "full precision": ("full_precision", {}),
-    "W1A1": ("stompp", {"binarize": "weights_and_activations"}),
-    "W1A32": ("stompp", {"binarize": "weights"}),
-}
-"""What `--compare` compares."""
-
 
 def parse(words: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments, StoMPPConfig]:
     """Options from any number of .json and .yaml files, then from the command line; what comes later wins."""
     read = read_words(words)
     theirs = {"dataset_name", "train_file", "model_name_or_path", "model_type", "config_name"}
-    demo = {} if read.given & theirs else {**DEMO, "compare": not read.given & {"method", "binarize"}}
+    demo: dict[str, Any] = {} if read.given & theirs else dict(DEMO)
+    if demo and not read.given & {"method", "binarize", "frozen_gradient"}:
+        demo["compare"] = ["full_precision", "w1a1", "w1a32"]
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, StoMPPConfig))
     pin = torch.accelerator.is_available()
     parser.set_defaults(binarize="weights", dataloader_pin_memory=pin, **demo)
@@ -273,17 +279,20 @@ def compare(
     model_args: ModelArguments, args: TrainingArguments, stompp: StoMPPConfig, sources: DataArguments, source: Source
 ) -> dict[str, dict[str, float]]:
     """Train in each way from the same seed, so from equal weights and on equal batches, and print a table."""
+    assert model_args.compare
     results: dict[str, dict[str, float]] = {}
     logging.getLogger("stompp_hf").setLevel(logging.WARNING)
-    lines = [f"\n{'':16} {'perplexity':>10} {'to full precision':>18} {'minutes':>8}"]
-    for name, (method, options) in METHODS.items():
+    first = model_args.compare[0]
+    lines = [f"\n{'':16} {'perplexity':>10} {f'to {first}':>18} {'minutes':>8}"]
+    for name in model_args.compare:
+        method, options = WAYS[name]
         one = copy.copy(args)
-        one.output_dir = os.path.join(args.output_dir, name.lower().replace(" ", "_"))
+        one.output_dir = os.path.join(args.output_dir, name)
         print(f"\n{name}, in {one.output_dir}", flush=True)
         way = replace(model_args, method=method)
         trainer, result = train(way, one, replace(stompp, **options), sources, source)
         results[name] = result
-        ratio = result["perplexity"] / results["full precision"]["perplexity"]
+        ratio = result["perplexity"] / results[first]["perplexity"]
         lines.append(f"{name:16} {result['perplexity']:10.2f} {ratio:18.3f} {result['train_runtime'] / 60:8.2f}")
     if trainer.is_world_process_zero():
         print("\n".join(lines))

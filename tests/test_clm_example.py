@@ -14,7 +14,8 @@ from stompp_hf import get_plan, pack_model
 from stompp_hf.surgery.members import binary_layers
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "benchmarks")]
+import clm_memory  # noqa: E402
 import run_clm as example  # noqa: E402
 from text_data import END, DataArguments, docstrings, load_text, prepare, train_tokenizer  # noqa: E402
 
@@ -93,11 +94,15 @@ def test_embedded_comparison(
     """Three ways from equal weights; the perplexity at each stage, a sample, and a model that reloads as it was."""
     results = run(monkeypatch, "--output_dir", str(tmp_path), "--docstring_characters", "20000", *NARROW)
     printed = capsys.readouterr().out
-    assert json.loads((tmp_path / "comparison.json").read_text()).keys() == results.keys() == example.METHODS.keys()
+    assert (
+        json.loads((tmp_path / "comparison.json").read_text()).keys()
+        == results.keys()
+        == {"full_precision", "w1a1", "w1a32"}
+    )
     starts = [line for line in printed.splitlines() if line.startswith("  step      0:")]
     assert len({line.rsplit(" ", 1)[1] for line in starts}) == 1 and len(starts) == 3
     assert printed.count("1 of 2 stages frozen, perplexity") == 2 and printed.count("sample: ") == 3
-    assert f"W1A32            {results['W1A32']['perplexity']:10.2f}" in printed
+    assert f"w1a32            {results['w1a32']['perplexity']:10.2f}" in printed
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "w1a32")
     assert {layer.stage_state for layer in binary_layers(model).values()} == {"frozen"}
     assert (
@@ -138,3 +143,14 @@ def test_full_precision_then_binary_taught_by_it(
     run(monkeypatch, *files, "--model_name_or_path", real, "--teacher", real, "--output_dir", out)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert {layer.stage_state for layer in binary_layers(model).values()} == {"frozen"}
+
+
+def test_memory_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every state takes its two steps; the table is made by processes of their own, here a single one."""
+    args = clm_memory.BenchmarkArguments(tiny=True, seq=8)
+    for state in clm_memory.STATES:
+        assert clm_memory.measure(args, state)["seconds"] > 0
+    monkeypatch.setattr(clm_memory, "STATES", (clm_memory.PLAIN,))
+    monkeypatch.setattr(sys, "argv", ["clm_memory.py", "--tiny", "True", "--seq", "8"])
+    clm_memory.main()
+    assert "| plain |" in capsys.readouterr().out

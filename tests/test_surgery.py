@@ -1,14 +1,16 @@
 """binarize_model, restore_model and report: what is converted, what is left and why, and what stays as it was."""
 
 import logging
+import time
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from models import CASES, logits, quick, same_tensors, train
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from stompp_hf import (
     BinaryLayer,
@@ -27,6 +29,7 @@ from stompp_hf.errors import (
     PatternError,
     StoMPPError,
 )
+from stompp_hf.surgery.members import binary_layers
 
 BERT = CASES["bert"]
 BLOCK = ["attention.self.query", "attention.self.key", "attention.self.value"]
@@ -366,3 +369,41 @@ def test_one_block_without_a_probe(caplog: pytest.LogCaptureFixture) -> None:
     assert "no probe of OneBlock" in caplog.text
     assert [entry.name for entry in plan.entries] == ["blocks.0"]
     assert plan.left["stem"].startswith("first layer") and plan.left["head"].startswith("head")
+
+
+# ---- without memory ----
+
+
+def llama(**shapes: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **shapes))
+
+
+@pytest.mark.parametrize("binarize", ["weights", "weights_and_activations"])
+def test_a_model_on_the_meta_device_is_planned_as_a_real_one(binarize: str) -> None:
+    shapes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    config = StoMPPConfig(binarize=binarize)
+    real = binarize_model(llama(**shapes), config)
+    with torch.device("meta"):
+        meta = llama(**shapes)
+    binarize_model(meta, config)
+    stages = [[(entry.name, entry.stage) for entry in get_plan(model).entries] for model in (meta, real)]
+    assert stages[0] == stages[1] and report(meta) == report(real)
+    tensors = [{k: v.shape for k, v in model.state_dict().items()} for model in (meta, real)]
+    assert tensors[0] == tensors[1] and all(tensor.is_meta for tensor in meta.state_dict().values())
+
+
+def test_a_billion_parameters_become_binary_in_seconds() -> None:
+    with torch.device("meta"):
+        model = llama(vocab_size=128256, hidden_size=2048, num_hidden_layers=16, intermediate_size=8192)
+    begin = time.process_time()
+    binarize_model(model, StoMPPConfig(binarize="weights"))
+    assert time.process_time() - begin < 10
+    assert sum(layer.weight_count for layer in binary_layers(model).values()) > 1e9
+
+
+def test_offloaded_weights_are_refused() -> None:
+    model = mlp(nn.Linear(8, 8))
+    cpu_offload(model, torch.device("cpu"))
+    assert model[2].weight.is_meta
+    with pytest.raises(NothingToBinarizeError, match="load the model without offloading"):
+        binarize_model(model, example_inputs=torch.randn(3, 8))

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import StoMPPConfig
 from ..errors import ConfigError, NothingToBinarizeError, PatternError
-from ..integrations.accelerate import has_replaced_forward
+from ..integrations.accelerate import has_replaced_forward, is_hooked
 from ..integrations.torch import ConvTranspose, parameters_of
 from ..modules import BINARY_CLASSES, binary_class_of
 from ..modules.registry import unlike_its_base
@@ -87,8 +87,8 @@ def _unfit(model: nn.Module, name: str, module: nn.Module, owners: dict[int, lis
     if len(owners[id(weight)]) > 1 or name in tied:
         others = [owner for owner in owners[id(weight)] if owner != name]
         return f"its weight is tied{' to ' + ', '.join(others) if others else ''}"
-    if weight.is_meta:
-        return "its weight is on the meta device (offloaded?): load the model without offloading to binarize it"
+    if weight.is_meta and is_hooked(module):
+        return "its weight is offloaded: load the model without offloading to binarize it"
     if weight.dtype not in _REAL:
         return f"its weight is stored as {weight.dtype}"
     if has_replaced_forward(module):
