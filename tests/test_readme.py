@@ -15,6 +15,7 @@ import numpy
 import onnxruntime
 import pytest
 import torch
+from gguf_models import byte_level, frozen
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -52,8 +53,8 @@ GUIDES = [
 MOST_BYTES = 9000
 """Of the README: two screens."""
 COMMAND = "python -m stompp_hf "
-RUN_BEFORE: set[str] = {"runs/sst2_binary"}
-"""Folders that a command reads, and that a long command before it would have made."""
+RUN_BEFORE = {"runs/sst2_binary": "out", "runs/lm": "lm"}
+"""Folders that a command reads, and that a long command before it would have made; and what stands for each."""
 INPUTS = {"input_ids": torch.arange(1, 7).reshape(1, 6)}
 
 Names = dict[str, Any]
@@ -83,11 +84,15 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=2
     )
     BertForSequenceClassification(config).save_pretrained(here / "checkpoint")
+    tokenizer = byte_level()
     causal = LlamaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(causal).save_pretrained(here / "causal")
+    frozen(LlamaForCausalLM(causal)).save_pretrained(here / "lm")
+    for name in ("causal", "lm"):
+        tokenizer.save_pretrained(here / name)
     model = finished(here)
     model.save_pretrained(here / "out")
     pack_model(model).save_pretrained(here / "packed")
@@ -306,8 +311,8 @@ def test_blocks_run(path: Path, names: Names, capsys: pytest.CaptureFixture[str]
             continue
         for line in text.splitlines():
             if line.startswith(COMMAND):
-                for word in RUN_BEFORE & set(line.split()):
-                    shutil.copytree("out", word)
+                for word in RUN_BEFORE.keys() & set(line.split()):
+                    shutil.copytree(RUN_BEFORE[word], word)
                 assert main(shlex.split(line, comments=True)[3:]) == 0, capsys.readouterr().err
     with pytest.raises(StopIteration):  # as many steps as blocks
         next(steps)
