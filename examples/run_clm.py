@@ -112,7 +112,7 @@ DEMO = {
     "block_size": 128, "end_of_text": True, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
     "max_steps": 400, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32, "logging_steps": 100,
     "save_strategy": "no", "disable_tqdm": True, "do_train": True, "do_eval": True, "eval_on_start": True,
-    "start": 0.2, "end": 0.6, "refresh_rate": 20, "prompt": "Return the",
+    "start": 0.2, "end": 0.6, "prompt": "Return the",
 }  # fmt: skip
 """Defaults of the embedded run: a small Llama from scratch, which warms up in full precision."""
 
