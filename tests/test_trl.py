@@ -121,11 +121,18 @@ def test_a_teacher_is_refused_in_words(tmp_path: Path, checkpoint: str, weights:
 
 
 def test_the_guide(tmp_path: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines in the guide, as they stand there."""
+    """The lines in the guide, on a CPU."""
     (block,) = re.findall(r"```py\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"dataset": ROWS}
-    exec(compile(block.replace("your-causal-lm", checkpoint), str(GUIDE), "exec"), names)
+    exec(
+        compile(
+            block.replace("your-causal-lm", checkpoint).replace("learning_rate=", "use_cpu=True, learning_rate="),
+            str(GUIDE),
+            "exec",
+        ),
+        names,
+    )
     assert get_plan(names["trainer"].model).config.binarize == "weights"
-    assert names["trainer"].state.log_history[-1]["stompp_frozen_fraction"] == 1
+    assert {layer.stage_state for layer in binary_layers(names["trainer"].model).values()} == {"frozen"}
     assert (tmp_path / "runs" / "sft" / "model.safetensors").exists()
