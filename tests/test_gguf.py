@@ -3,6 +3,7 @@
 What llama.cpp makes of them: test_llama_cpp.py.
 """
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -165,6 +166,13 @@ def test_layers_behind_the_last_stage_stay_real(packed: bool, tmp_path: Path) ->
         assert not layer.always_real or torch.equal(numbers, layer.weight.T)
 
 
+def test_scales_that_float16_cuts_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    export_gguf(scaled(0.0), tmp_path / "zero.gguf", byte_level())
+    assert "cuts digits" not in caplog.text
+    export_gguf(scaled(3e-6), tmp_path / "small.gguf", byte_level())
+    assert "up_proj" in caplog.text and "cuts digits" in caplog.text
+
+
 def test_int8_tables_keep_their_numbers(tmp_path: Path) -> None:
     tokenizer = byte_level()
     model = pack_model(frozen(build("llama", tokenizer)), real="int8")
@@ -265,8 +273,8 @@ def test_binary_weights_in_other_types(tmp_path: Path) -> None:
 
 
 def test_metadata(tmp_path: Path) -> None:
-    tokenizer = byte_level("llama-bpe", adds_bos=True)
-    tokenizer.chat_template = "{{ messages }}"
+    tokenizer = copy.deepcopy(byte_level("llama-bpe", adds_bos=True))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     path = export_gguf(frozen(build("llama", tokenizer, vocab_size=520)), tmp_path / "new" / "m.gguf", tokenizer)
     expected = {
         "general.architecture": "llama", "general.file_type": 40, "llama.block_count": 2,
@@ -278,7 +286,7 @@ def test_metadata(tmp_path: Path) -> None:
     tokens, types = value(path, "tokenizer.ggml.tokens"), value(path, "tokenizer.ggml.token_type")
     assert len(tokens) == len(types) == 520 and tokens[0] == "<s>" and types[:3] == [3, 3, 1]
     assert tokens[-1] == "[PAD519]" and types[-1] == 5
-    tokenizer.chat_template = None
+    assert value(path, "tokenizer.chat_template.tools") == "{{ tools }}"
 
 
 def test_a_window_that_llama_cpp_has_not_bounds_the_context(tmp_path: Path) -> None:
@@ -396,6 +404,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[StoMPPError], str]] = {
     "tied weights": (tied, ExportError, "are tied"),
     "infinite scale": (lambda: scaled(float("inf")), NonFiniteError, "up_proj"),
     "scale beyond float16": (lambda: scaled(1e5), ExportError, "beyond float16"),
+    "real value beyond float16": (
+        lambda: changed(frozen(llama()), lambda model: model.lm_head.weight.data[0].fill_(1e6)), ExportError,
+        "real='float32' takes it",
+    ),
     "latent NaN": (latent_nan, NonFiniteError, "up_proj"),
     "yarn": (yarn, ExportError, "yarn"),
     "llama3's rope elsewhere": (
@@ -464,7 +476,7 @@ def byte_level_with_eos_twice() -> Any:
 
 
 def test_refused_options(tmp_path: Path) -> None:
-    model, tokenizer = frozen(llama()), byte_level()
+    model, tokenizer = frozen(llama(vocab_size=800)), byte_level()
     (tmp_path / "there.gguf").write_text("mine")
     cases = [
         (tmp_path / "there.gguf", {}, "overwrite=True"),
@@ -476,6 +488,8 @@ def test_refused_options(tmp_path: Path) -> None:
     for path, options, text in cases:
         with pytest.raises(ExportError, match=text):
             export_gguf(model, path, tokenizer, **options)
+    with pytest.raises(ExportError, match="byte-level BPE"):
+        export_gguf(model, tmp_path / "new.gguf", sentence_pieces(prefix=True), pre="qwen2")
     assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
     assert (tmp_path / "there.gguf").read_text() == "mine"
     export_gguf(model, tmp_path / "there.gguf", tokenizer, overwrite=True)

@@ -86,6 +86,10 @@ def vocabulary(tokenizer: Any, rows: int, pre: str | None) -> Fields:
             f"export_gguf writes byte-level BPE, BPE with byte_fallback (as Llama 2 and Gemma have it) and WordPiece, "
             f"and this tokenizer is a {model['type']} of another kind."
         )
+    if pre is not None and kind["tokenizer_model"] != "gpt2":
+        raise ExportError(
+            f"export_gguf: pre={pre!r} is for byte-level BPE; leave it out for a {model['type']} like this."
+        )
     tokens, types = [], []
     for number in range(rows):
         name, own = names.get(number), added.get(number)
@@ -196,7 +200,9 @@ def _special(tokenizer: Any, model: str) -> Fields:
         fields |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
     else:
         fields |= _around(tokenizer, fields["bos_token_id"], fields["eos_token_id"])
-    template = getattr(tokenizer, "chat_template", None)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
     return {name: value for name, value in {**fields, "chat_template": template}.items() if value is not None}
 
 
