@@ -320,6 +320,14 @@ def test_merges_that_sentencepiece_would_not_make(tmp_path: Path, caplog: pytest
     assert "no merge joins" in caplog.text
 
 
+def test_added_tokens_that_a_space_would_be_put_in_front_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for prefix in (False, True):
+        tokenizer = copy.deepcopy(sentence_pieces(prefix=prefix))
+        tokenizer.add_tokens(["<tool>"])
+        export_gguf(frozen(build("llama", tokenizer)), tmp_path / f"{prefix}.gguf", tokenizer)
+        assert ("added tokens (<tool>)" in caplog.text) == prefix
+
+
 def test_a_name_for_how_words_are_split(tmp_path: Path) -> None:
     spec = json.loads(byte_level().backend_tokenizer.to_str())
     spec["pre_tokenizer"] = {

@@ -161,6 +161,13 @@ def _sentence_pieces(spec: dict[str, Any], rows: int, names: dict[int, str]) -> 
     steps = spec["pre_tokenizer"] or {}
     steps = [*steps.get("pretokenizers", [steps]), *_normalizers(spec)]
     prefix = any(step.get("type") == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in steps)
+    spaced = [token["content"] for token in spec["added_tokens"] if token["normalized"] and not token["special"]]
+    if prefix and spaced:
+        logger.warning(
+            "export_gguf: this tokenizer puts a space in front of added tokens (%s), too, and llama.cpp does not: they "
+            "are split differently where they stand in a text. Add them as special ones.",
+            ", ".join(spaced),
+        )
     return {
         "tokenizer_model": "llama",
         "tokenizer_pre": "default",
