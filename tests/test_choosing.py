@@ -278,8 +278,8 @@ def test_what_forbids_a_call_by_address() -> None:
 
 ELSEWHERE = {
     # Not which way a product goes: clips as tensors, states that a graph holds, values of a fused layer.
-    "is_compiling": {"modules/binary_layer.py", "modules/stage_member.py", "inference/followed_affine.py"},
-    "is_dynamo_compiling": {"inference/fused_layers.py"},  # dynamo does not follow a call in C
+    "is_compiling": {"modules/binary_layer.py", "modules/stage_member.py", "modules/followed_affine.py"},
+    "is_dynamo_compiling": {"modules/prechecked_linear.py"},  # dynamo does not follow a call in C
     "is_in_onnx_export": {"method/mixing.py"},  # signs by other operators
     "is_tracing": set(),
     "is_in_functorch": {"modules/stage_member.py"},  # whether a state can be read

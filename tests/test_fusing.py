@@ -31,6 +31,7 @@ from stompp_hf.inference.separable_pooling import SeparableMaxPool2d
 from stompp_hf.kernels.kept import _kept
 from stompp_hf.modules import BinaryLinear, binary_class_of
 from stompp_hf.modules.packed import PackedLayer
+from stompp_hf.modules.prechecked_linear import PreparedLinear
 from stompp_hf.surgery.members import binary_layers
 
 CASES = {**models.CASES, **vision.CASES}
@@ -62,6 +63,8 @@ def test_models_compute_the_same_with_kernels_and_without(name: str, monkeypatch
     for kind in ("linear", "conv"):
         original = getattr(kernels, kind)
         monkeypatch.setattr(kernels, kind, lambda *a, o=original, k=kind: (calls.append(k), o(*a))[1])
+    straight = PreparedLinear.__call__
+    monkeypatch.setattr(PreparedLinear, "__call__", lambda *a: (calls.append("straight"), straight(*a))[1])
     found, expected = kernels_and_torch(model, batch)
     assert torch.equal(found, expected)
     if kernels.choice().used == "c":

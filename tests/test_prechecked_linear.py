@@ -231,6 +231,6 @@ def test_a_fused_layer_is_a_class_of_its_own(plain: nn.Module) -> None:
     for again in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert type(again) is fused_class and torch.equal(again(x), y) and torch.equal(again(**{name: x}), y)
         again.unfuse()
-        assert type(again) is packed_class and torch.equal(again(x), y) and not hasattr(again, "fused_scale")
+        assert type(again) is packed_class and not hasattr(again, "fused_scale") and torch.equal(again(x), y)
     fuse(layer, *layer.scale_and_shift())
     assert type(layer.restore()) is kind

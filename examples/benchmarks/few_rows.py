@@ -21,7 +21,7 @@ from training_cost import machine
 from transformers import HfArgumentParser, logging
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, fuse_for_inference, pack_model
-from stompp_hf.inference.prechecked_linear import PreparedLinear
+from stompp_hf.modules.prechecked_linear import PreparedLinear
 
 
 @dataclass

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import PackingError
 from ..modules.activations import Changed, changed_classes
+from ..modules.followed_affine import FollowedAffine
 
 
 class FoldedBatchNorm(Changed):
@@ -31,6 +32,32 @@ FOLDED = changed_classes(FoldedBatchNorm, "Folded", (nn.BatchNorm1d, nn.BatchNor
 TOLERANCE = 8 * torch.finfo(torch.float32).eps
 """By how much a folded BatchNorm may differ, in parts of the sum of the sizes of its terms."""
 VALUES_AT_ONCE = 2**22
+
+
+class FollowedBatchNorm(FollowedAffine):
+    """Scale and shift of a layer with a BatchNorm in them: they follow its tensors, too."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.norm,)
+
+    def make(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        scale, shift = layer.scale_and_shift()
+        return fold(scale, shift, self.norm)
+
+    def sources(self, layer: Any) -> list[tuple[Any, str]]:
+        own = [(self.norm, name) for name in ("running_mean", "running_var", "weight", "bias")]
+        return [*super().sources(layer), *own]
+
+    def check(self, layer: Any, scale: Tensor, shift: Tensor | None) -> None:
+        if not is_folded_well(layer, scale, shift, self.norm):
+            raise PackingError(
+                f"{type(layer).__name__}: the {type(self.norm).__name__} in it has other values now, which round "
+                "too differently: stompp_hf.unfuse(model), then stompp_hf.fuse_for_inference(model) again."
+            )
 
 
 def fold(scale: Tensor, shift: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:

@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from ..errors import PackingError
 from ..integrations.accelerate import rebind_forward
 from ..integrations.torch import has_tangent
 from ..method.layer_product import LinearProduct
 from ..method.packed_product import packed_forward, packed_real_forward, packed_reference
+from ..modules.followed_affine import FollowedAffine
 from ..modules.packed import PackedLayer
+from ..modules.prechecked_linear import StraightForward
 from ..modules.runtime_classes import Made, made_class, name_for
 from ..modules.stage_member import Member
 from ..modules.subclasses import class_for, forward_of
-from .followed_affine import FollowedAffine
-from .prechecked_linear import PreparedLinear
 
 
 class FusedLayer(PackedLayer):
@@ -38,15 +37,11 @@ class FusedLayer(PackedLayer):
     """
 
     fused: FollowedAffine
-    fused_scale: Tensor
-    fused_shift: Tensor | None
+    is_for_inference = True
 
     def unfuse(self) -> None:
+        super().unfuse()
         layer: Any = self
-        for name in ("fused", "prepared"):
-            layer.__dict__.pop(name, None)
-        for name in ("fused_scale", "fused_shift"):
-            delattr(layer, name)
         layer.__class__ = type(self).packed_class  # type: ignore[attr-defined]
         rebind_forward(layer)
 
@@ -83,35 +78,18 @@ class FusedLayer(PackedLayer):
         self.fused.seen = None
 
 
-class FusedLinearLayer(FusedLayer):
+class FusedLinearLayer(StraightForward, FusedLayer):
     """A fused layer of rows of features. In eager mode, it computes without a detour."""
 
-    prepared: PreparedLinear | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        prepared = self.prepared
-        if prepared is not None and not is_dynamo_compiling():
-            y = prepared.quick(input)
-            if y is None and self.observer is None:
-                y = prepared(self, input)
-            if y is not None:
-                return y  # type: ignore[no-any-return]
-        elif not is_dynamo_compiling():
-            self.prepared = PreparedLinear()
-            return self.forward(input)
-        return super().forward(input)
-
-
-def fuse(layer: Any, scale: Tensor, shift: Tensor | None, norm: Any = None) -> None:
-    """Turn a packed layer into its fused class, in place.
-
-    Scale and shift are made of the layer's tensors, with those of `norm`, a BatchNorm, in them: `FollowedAffine`.
-    """
+def fuse(layer: Any, scale: Tensor, shift: Tensor | None, following: FollowedAffine | None = None) -> None:
+    """Turn a packed layer into its fused class, in place, with scale and shift that `following` made."""
     cls = type(layer)
     for name, value in (("fused_scale", scale), ("fused_shift", shift)):
+        layer.__dict__.pop(name, None)  # where an evaluation left one
         layer.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
     layer.__class__ = fused_class(*(cls.made_from if issubclass(cls, Made) else (cls, cls.plain_class)))
-    layer.fused = FollowedAffine(norm)
+    layer.fused = FollowedAffine() if following is None else following
     layer.fused.look(layer)
     rebind_forward(layer)
 

@@ -12,13 +12,13 @@ from ..errors import PackingError
 from ..integrations.torch import has_forward_hooks, tensors_in
 from ..method.weight_scales import is_grouped
 from ..modules.embedding import BinaryEmbedding
+from ..modules.followed_affine import FollowedAffine
 from ..modules.packed import PackedLayer
 from ..surgery.members import binary_layers, get_plan, planned_model
 from ..surgery.recorder import Recorder
 from ..surgery.running import example_inputs_of
 from ..surgery.unfusing import GRADIENTS
-from .folded_batchnorm import FOLDED, is_folded_well
-from .followed_affine import made
+from .folded_batchnorm import FOLDED, FollowedBatchNorm, is_folded_well
 from .fused_layers import fuse
 from .separable_pooling import SeparableMaxPool2d
 
@@ -62,21 +62,22 @@ def fuse_for_inference(model: Model, example_inputs: Any = None, *, exact: bool 
         logger.warning("%d layers have a scale a group, which no kernel sums by, and stay as they are.", len(by_group))
     layers = {name: layer for name, layer in layers.items() if name not in by_group}
     followers = {} if exact else _followers(root, layers, example_inputs)
-    plans: list[tuple[Any, Tensor, Tensor | None, Any]] = []
+    plans: list[tuple[Any, Tensor, Tensor | None, FollowedAffine, Any]] = []
     with torch.no_grad():
         for name, layer in layers.items():
             real = layer.activation_scale is None
             if real and exact:
                 continue  # its sums keep torch's order
             norm = None if real else followers.get(name)
-            scale, shift = made(layer, norm)
+            following = FollowedAffine() if norm is None else FollowedBatchNorm(norm)
+            scale, shift = following.made(layer)
             if norm is not None and not is_folded_well(layer, scale, shift, norm):
                 logger.warning("%s: its BatchNorm rounds too differently to be folded, and stays.", name)
-                norm = None
-                scale, shift = made(layer)
-            plans.append((layer, scale, shift, norm))
-    for layer, scale, shift, norm in plans:
-        fuse(layer, scale, shift, norm)
+                norm, following = None, FollowedAffine()
+                scale, shift = following.made(layer)
+            plans.append((layer, scale, shift, following, norm))
+    for layer, scale, shift, following, norm in plans:
+        fuse(layer, scale, shift, following)
         if norm is not None:
             norm.__class__ = FOLDED[type(norm)]
     for module in list(root.modules()):

@@ -20,8 +20,10 @@ from .attention import BinaryAttention
 from .binary_layer import BinaryLayer
 from .conv import BinaryConv1d, BinaryConv2d, BinaryConv3d
 from .embedding import BinaryEmbedding
+from .followed_affine import FollowedAffine
 from .layer_state import OWN_TENSORS
 from .linear import BinaryConv1D, BinaryLinear
+from .prechecked_linear import StraightForward
 from .stage_member import FROZEN, Member
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -102,6 +104,9 @@ class PackedLayer(PackedMember, BinaryLayer):
     weight_name = "weight_bits"
     weight_bits: Tensor
     weight_shape: torch.Size
+    fused: FollowedAffine | None = None
+    is_for_inference: ClassVar[bool] = False
+    """Whether it was fused for inference alone, and no gradient is ever wanted."""
 
     @classmethod
     def buffers_of(cls, member: Any) -> dict[str, Tensor | None]:
@@ -115,11 +120,18 @@ class PackedLayer(PackedMember, BinaryLayer):
         member.weight_shape, member.output_dtype = latents.shape, latents.dtype
         rebind_forward(member)
 
+    def unfuse(self) -> None:
+        layer: Any = self
+        for name in ("fused", "prepared", "fused_scale", "fused_shift"):
+            if name in layer.__dict__ or name in layer._buffers:
+                delattr(layer, name)
+
     def unpack(self) -> Member:
         """Turn it back into its binary class, in place, with latents max(|s|, tiny) * sign(w).
 
         Their signs are those of the packed weight whatever became of s, and their size is what the scale started from.
         """
+        self.unfuse()
         signs, size = self._bits().signs(self.weight_scale.dtype), self.weight_scale.detach().abs()
         latents = signs.mul_(self._weight_shaped(size.clamp_min(torch.finfo(size.dtype).tiny)))
         layer: Any = self
@@ -149,12 +161,22 @@ class PackedLayer(PackedMember, BinaryLayer):
             way = self.product.route(x, bits, *own)
             dtype, product, pad = self._kind(x)
             if way is not Route.TORCH and dtype in DTYPES:
-                operands = (x, threshold, bits, self.scale_and_shift(), dtype)
                 in_graph = way is Route.OPERATOR
+                operands = (x, threshold, bits, self.scale_and_shift() if in_graph else self.followed(), dtype)
                 y = packed_forward(*operands, product, pad) if in_graph else product.by_kernel(*operands, pad, way)
                 if y is not None:
                     return y
         return super()._frozen(x)
+
+    def followed(self) -> tuple[Tensor, Tensor | None]:
+        """`scale_and_shift`, kept from call to call as long as nothing that they are made of changes; no gradient."""
+        if self.fused is None:
+            self.fused = FollowedAffine()
+        return self.fused.affine(self)
+
+    def goes_straight(self) -> bool:
+        """Whether the kernel computes now what the layer is to compute, for an input that it takes."""
+        return not torch.is_grad_enabled() and self.activation_scale is not None and not is_grouped(self.weight_scale)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
         """What follows the product, y = scale * z + shift, in float32: a and the bias, where s stands inside it."""
@@ -234,17 +256,20 @@ def register_packed(packed_class: _Packed) -> _Packed:
 
 
 @register_packed
-class PackedLinear(PackedLayer, BinaryLinear):
+class PackedLinear(StraightForward, PackedLayer, BinaryLinear):
     """A packed nn.Linear."""
 
     binary_class = BinaryLinear
 
 
 @register_packed
-class PackedConv1D(PackedLayer, BinaryConv1D):
+class PackedConv1D(StraightForward, PackedLayer, BinaryConv1D):
     """A packed Conv1D of transformers; its bits lie in rows of output channels, as everywhere."""
 
     binary_class = BinaryConv1D
+
+    def forward(self, x: Tensor) -> Tensor:  # named as in Conv1D
+        return super().forward(x)
 
 
 @register_packed

@@ -1,10 +1,11 @@
-"""The forward of a fused linear layer whose checks were made before: with one row, Python is most of the time."""
+"""The forward of a packed linear layer whose checks were made before: with one row, Python is most of the time."""
 
 import functools
 from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads, is_autocast_enabled
+from torch.compiler import is_dynamo_compiling
 
 from .. import kernels
 from ..integrations.torch import QUESTIONS, VERSION, buffers_of, is_watched, parameters_of
@@ -20,7 +21,7 @@ SHARED = (
 
 
 class PreparedLinear:
-    """y = scale * (sign(x - b) @ sign(w).T) + shift of a fused layer, or of its real x, straight to compiled C.
+    """y = scale * (sign(x - b) @ sign(w).T) + shift of a layer, or of its real x, straight to compiled C.
 
     A call returns None where the layer has to go its ordinary way: plain torch, another device, a dtype that C does not
     take, a gradient, autocast, a subclass of Tensor, anybody who listens (`is_watched`). Addresses are those of
@@ -45,7 +46,7 @@ class PreparedLinear:
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
         if type(x) is not Tensor or not x.is_cpu or x.requires_grad or is_autocast_enabled("cpu") or is_watched():
             return None
-        layer.fused.affine(layer)  # the values may be older than the layer's tensors
+        layer.followed()  # the values may be older than the layer's tensors
         if self.choice is not choice() or self.dtype is not layer.output_dtype or self._moved():
             self._look_up(layer)
         taken = DTYPES.get(x.dtype)
@@ -98,8 +99,9 @@ class PreparedLinear:
     def _look_up(self, layer: Any) -> None:
         chosen, buffers, dtype = choice(), buffers_of(layer), layer.output_dtype
         home = buffers if "activation_threshold" in buffers else parameters_of(layer)
-        names = ("weight_bits", "fused_scale", "fused_shift", "activation_threshold")
-        found = [(buffers, name) for name in names[:3]] + [(home, names[3])]
+        values = buffers if "fused_scale" in buffers else vars(layer)  # buffers, where they were fused for good
+        found = [(buffers, "weight_bits"), (values, "fused_scale"), (values, "fused_shift")]
+        found.append((home, "activation_threshold"))
         tensors = [place[name] for place, name in found]
         bits, scale, shift, threshold = tensors
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -134,7 +136,27 @@ def _fits(
     """Whether C can take a layer's tensors."""
     return (
         all(t is None or (t.is_cpu and t.is_contiguous()) for t in (bits, scale, shift, threshold))
+        and all(t is None or t.dtype is torch.float32 for t in (scale, shift, threshold))
         and 0 < features < choosing.EXACT
         and (dtype is torch.float32 if real else dtype in DTYPES)
         and kernels.sizes_fit(features, features, threshold, bits, scale, shift)
     )
+
+
+class StraightForward:
+    """The forward of packed linear layers: where no gradient is wanted, in eager mode, straight to compiled C."""
+
+    prepared: PreparedLinear | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        layer: Any = self
+        if not is_dynamo_compiling() and (layer.is_for_inference or layer.goes_straight()):
+            prepared = self.prepared
+            if prepared is None:
+                prepared = self.prepared = PreparedLinear()
+            y = prepared.quick(input)
+            if y is None and layer.observer is None:
+                y = prepared(layer, input)
+            if y is not None:
+                return y  # type: ignore[no-any-return]
+        return super().forward(input)  # type: ignore[misc, no-any-return]
