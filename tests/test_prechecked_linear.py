@@ -21,9 +21,9 @@ from stompp_hf.modules import binary_class_of
 pytestmark = pytest.mark.skipif(kernels.native.library_path() is None, reason="the compiled part was not built")
 
 
-def packed(plain: nn.Module, binarize: str = "weights_and_activations") -> Any:
+def packed(plain: nn.Module, binarize: str = "weights_and_activations", scale: str = "channel") -> Any:
     """A packed layer of its own, calibrated on normal numbers."""
-    layer: Any = binary_class_of(plain).convert(plain, StoMPPConfig(binarize=binarize))  # type: ignore[union-attr]
+    layer: Any = binary_class_of(plain).convert(plain, StoMPPConfig(binarize=binarize, weight_scale=scale))  # type: ignore[union-attr]
     layer.calibrate_weight()
     if binarize != "weights":
         layer.calibrate_activation(torch.randn(64, layer.product.features(layer.weight)))
@@ -92,7 +92,7 @@ def test_a_layer_follows_its_tensors() -> None:
     layer.float()
     assert layer(x).dtype == torch.float32
     layer.unfuse()
-    assert not hasattr(layer, "prepared") and torch.equal(layer(x), expected(layer, x))
+    assert layer.prepared is None and torch.equal(layer(x), expected(layer, x))
 
 
 def test_copies_make_their_own() -> None:
@@ -234,3 +234,38 @@ def test_a_fused_layer_is_a_class_of_its_own(plain: nn.Module) -> None:
         assert type(again) is packed_class and not hasattr(again, "fused_scale") and torch.equal(again(x), y)
     fuse(layer, *layer.scale_and_shift())
     assert type(layer.restore()) is kind
+
+
+# ---- packed layers that nobody fused ----
+
+
+@pytest.mark.parametrize("plain", [nn.Linear(70, 40), Conv1D(40, 70)])
+def test_packed_layers_go_straight_where_nothing_wants_a_gradient(plain: nn.Module) -> None:
+    torch.manual_seed(0)
+    layer, x = packed(plain), torch.randn(1, 70)
+    y = expected(layer, x).detach()
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(layer(x), y)
+        assert layer.prepared is not None and layer.prepared.quick(x) is not None
+    trained = layer(x)  # its scales learn, and so the ordinary way
+    assert trained.requires_grad and torch.equal(trained, y)
+    with torch.no_grad():
+        layer.weight_scale.mul_(2.0)
+        assert torch.equal(layer(x), expected(layer, x)) and not torch.equal(layer(x), y)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected(layer, x))
+    again = copy.deepcopy(layer)
+    assert again.prepared is None and torch.equal(again(x), layer(x))
+    assert "fused_scale" not in layer.state_dict() and "fused_scale" not in dict(layer.named_buffers())
+    layer.unpack()
+    assert not hasattr(layer, "fused_scale") and not hasattr(layer, "prepared")
+
+
+def test_packed_layers_with_real_inputs_or_group_scales_do_not() -> None:
+    """Their sums are in torch's order, and no kernel sums by groups."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 70)
+    for layer in (packed(nn.Linear(70, 40), "weights"), packed(nn.Linear(70, 40), scale="group")):
+        with torch.no_grad():
+            assert torch.equal(layer(x), expected(layer, x)) and layer.prepared is None
