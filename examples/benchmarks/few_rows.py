@@ -4,11 +4,13 @@
     python examples/benchmarks/few_rows.py --weights_only True
 
 "in C": the whole call, checks included, is one function of C; "prechecked": Python calls the kernel with addresses that
-were looked up before; "ordinary": the layer's own forward; "real": nn.Linear of the same size. They take turns in one
-process, in a different order each round; times are medians over the rounds, and outputs of the three are compared
-bit for bit. Prints a Markdown table.
+were looked up before; "ordinary": the layer's own forward; "not fused": the packed layer as `from_pretrained` gives it;
+"real": nn.Linear of the same size. They take turns in one process, in a different order each round; times are medians
+over the rounds, and outputs of all but the last are compared bit for bit (with real inputs, "not fused" sums in torch's
+order, and is not). Prints a Markdown table.
 """
 
+import copy
 import random
 import time
 from collections.abc import Callable
@@ -66,8 +68,8 @@ class _NotWhole(PreparedLinear):
 WAYS: dict[str, type[PreparedLinear]] = {"in C": PreparedLinear, "prechecked": _NotWhole, "ordinary": _Never}
 
 
-def ways_of(layer: nn.Module, real: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What is compared; each way but the last is the same layer with another object that prepares its calls."""
+def ways_of(layer: nn.Module, packed: nn.Module, real: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What is compared; the first ways are the same layer with another object that prepares its calls."""
 
     def through(prepared: PreparedLinear) -> Callable[[Tensor], Tensor]:
         def call(x: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def ways_of(layer: nn.Module, real: nn.Module) -> dict[str, Callable[[Tensor], T
 
         return call
 
-    return {**{name: through(kind()) for name, kind in WAYS.items()}, "real": real}
+    return {**{name: through(kind()) for name, kind in WAYS.items()}, "not fused": packed, "real": real}
 
 
 def main() -> None:
@@ -86,8 +88,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     binarize = "weights" if args.weights_only else "weights_and_activations"
     print(f"Microseconds a call, and how many times faster than the ordinary way; {machine(args)}\n")
-    print("| inputs x outputs | rows |", " | ".join((*WAYS, "real")), "|")
-    print("|---|---|---|---|---|---|")
+    print("| inputs x outputs | rows |", " | ".join((*WAYS, "not fused", "real")), "|")
+    print("|---|---|---|---|---|---|---|")
     for size in args.sizes.split(","):
         inputs, outputs = map(int, size.split("x"))
         torch.manual_seed(0)
@@ -97,12 +99,12 @@ def main() -> None:
         binarize_model(model, config, example_inputs=torch.randn(2, inputs))
         Progression(model, 2).step(2)
         calibrate(model, [torch.randn(8, inputs)])
-        pack_model(model)
+        packed = copy.deepcopy(pack_model(model))
         fuse_for_inference(model, torch.randn(2, inputs))
         for rows in map(int, args.rows.split(",")):
             x = torch.randn(rows, inputs)
             with torch.no_grad():
-                times = measure(ways_of(model.layer, real), x, args)
+                times = measure(ways_of(model.layer, packed.layer, real), x, args)
             ordinary = times["ordinary"]
             cells = (f"{value:.1f} ({ordinary / value:.1f}x)" for value in times.values())
             print(f"| {inputs} x {outputs} | {rows} | {' | '.join(cells)} |")
@@ -110,7 +112,8 @@ def main() -> None:
 
 def measure(ways: dict[str, Callable[[Tensor], Tensor]], x: Tensor, args: FewRowsArguments) -> dict[str, float]:
     """Microseconds a call of each way: medians over the rounds."""
-    outputs = [[ways[name](x) for _ in range(3)][-1] for name in WAYS]  # the first calls prepare the others
+    alike = [*WAYS, *([] if args.weights_only else ["not fused"])]
+    outputs = [[ways[name](x) for _ in range(3)][-1] for name in alike]  # the first calls prepare the others
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
     times: dict[str, list[float]] = {name: [] for name in ways}
     now = time.process_time if args.cpu_time else time.perf_counter

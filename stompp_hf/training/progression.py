@@ -125,7 +125,7 @@ class Progression:
         places = [(window, self.layers[name].place) for name, window in self.windows.items()]
         places = [(window, place) for window, place in places if not place.never]
         rates = {w.end - w.begin: place.refresh(self.total_steps) for w, place in places}
-        short = {steps: rate for steps, rate in rates.items() if 0 <= steps < 2 * rate}
+        short = {steps: rate for steps, rate in rates.items() if 0 <= steps < 2 * rate and rate > 1}
         if short and self.config.end > self.config.start:
             warn_once(
                 logger, self.model,
