@@ -153,6 +153,18 @@ def test_attention_and_embeddings_are_shipped_too(name: str, tmp_path: Path) -> 
     assert torch.isfinite(logits(half, case.batch(77))).all()
 
 
+def test_tables_stay_in_the_file_and_products_get_aligned_weights(
+    packed: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[tuple[int, ...]] = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t, *a, **k: copied.append(tuple(t.shape)) or clone(t, *a, **k))
+    model = load(packed[0])
+    products = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    assert tuple(model.get_input_embeddings().weight.shape) not in copied
+    assert products and copied and all(p.data_ptr() % 64 == 0 for module in products for p in module.parameters())
+
+
 def test_size(tmp_path: Path) -> None:
     config = hf.BertConfig(
         vocab_size=100,

@@ -25,6 +25,7 @@ def test_round_trip(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> No
     u = numbers(shape, seed, dtype)
     bits = pack_signs(u)
     assert bits.dtype == torch.uint8 and bits.shape == (*shape[:-1], -(-shape[-1] // 8))
+    assert pack_signs(u.to("meta")).shape == bits.shape and pack_signs(u.to("meta")).is_meta
     back = unpack_signs(bits, shape[-1], dtype)
     assert back.dtype == dtype and back.is_contiguous() and torch.equal(back, hard(u))
     assert torch.equal(count_ones(bits), (u >= 0).sum(-1))

@@ -5,8 +5,10 @@
 Every stage of the model is frozen at once and calibrated on random inputs: sizes and times are those of a trained one.
 The last column says what rounding does to the logits of this untrained one, whose activations lie anywhere about their
 thresholds, where a flipped sign flips others in every later layer; for a trained one, ask python -m stompp_hf compare.
-Each load is a process of its own, the kinds take turns, and times and peaks are medians over the rounds: of loading
-and one forward pass, in seconds and in MB above what the process took before. Prints Markdown tables.
+Each load is a process of its own, which has imported the model's class; the kinds take turns, and times and peaks are
+medians over the rounds: of loading and one forward pass, in seconds and in MB above what the process took before. A
+plain file is mapped, and read when the model first runs: the sum of both is what passes before there is an answer, and
+what a process waits for anyway, importing transformers and the class, is given beside it. Prints Markdown tables.
 """
 
 import copy
@@ -31,9 +33,10 @@ from stompp_hf.surgery.running import example_inputs_of
 
 LOAD = """
 import json, sys, time
+started = time.perf_counter()
 import torch, transformers
-from transformers import AutoModelForSequenceClassification
-import stompp_hf
+from transformers import AutoConfig, AutoModelForSequenceClassification
+import stompp_hf, stompp_hf.checkpoints.saving
 from stompp_hf.surgery.running import example_inputs_of
 
 def peak():  # of this very process; what getrusage says is inherited from the parent
@@ -43,13 +46,16 @@ def peak():  # of this very process; what getrusage says is inherited from the p
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
+getattr(transformers, AutoConfig.from_pretrained(sys.argv[1]).architectures[0])
+imported = time.perf_counter() - started
 before, begin = peak(), time.perf_counter()
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
 loaded, held = time.perf_counter() - begin, peak() - before
 begin = time.perf_counter()
 with torch.no_grad():
     model(**example_inputs_of(model))
-print(json.dumps([loaded, time.perf_counter() - begin, held, peak() - before]))
+ran = time.perf_counter() - begin
+print(json.dumps([imported, loaded, ran, loaded + ran, held, peak() - before]))
 """
 
 KINDS: dict[str, tuple[dict[str, str], str | None]] = {
@@ -101,7 +107,7 @@ def weights(folder: Path) -> int:
 
 
 def load_all(folder: Path, repeats: int) -> dict[str, list[float]]:
-    """Medians of seconds to load, seconds of the first forward pass, and both peaks of memory in MB, by kind."""
+    """Medians, by kind: seconds to import, to load, of the first forward pass and of both; peaks of memory in MB."""
     rows: dict[str, list[list[float]]] = {kind: [] for kind in (PLAIN, *KINDS)}
     for _ in range(repeats):
         for kind, found in rows.items():
@@ -131,10 +137,10 @@ def main() -> dict[str, Any]:
         print(f"    bits and weight scales: {ratio:.1f} times smaller")
         if args.repeats:
             print(f"\n{args.repeats} rounds, torch {torch.__version__}, one thread, {platform.machine()}:\n")
-            print("| checkpoint | load, s | first forward, s | peak of loading, MB | peak with forward, MB |")
-            print("|---|---|---|---|---|")
-            for kind, (load, forward, held, peak) in load_all(folder, args.repeats).items():
-                print(f"| {kind} | {load:.2f} | {forward:.3f} | {held:.0f} | {peak:.0f} |")
+            print("| checkpoint | imports, s | load, s | first forward, s | both, s | peak of loading, MB | of both |")
+            print("|---|---|---|---|---|---|---|")
+            for kind, (imports, load, forward, both, held, peak) in load_all(folder, args.repeats).items():
+                print(f"| {kind} | {imports:.1f} | {load:.2f} | {forward:.3f} | {both:.2f} | {held:.0f} | {peak:.0f} |")
     return sizes
 
 

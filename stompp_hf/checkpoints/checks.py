@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, NonFiniteError
-from ..integrations.sharding import everywhere, local
+from ..integrations.sharding import everywhere, is_sharded, local
 from ..integrations.torch import saved_tensors
 from ..integrations.transformers import is_initialized, may_be_missing, not_saved
 from ..modules.converted import Converted
@@ -38,7 +38,7 @@ def name_in(modules: Mapping[str, Any], name: str, prefix: str) -> str | None:
 def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of the modules to which binarization added some, by name, on the meta device."""
     return {
-        f"{name}.{own}": tensor.detach().to("meta")
+        f"{name}.{own}": tensor if tensor.is_meta else tensor.detach().to("meta")
         for name, module in _converted(model).items()
         for own, tensor in saved_tensors(module).items()
     }
@@ -51,20 +51,29 @@ def check_names(model: PreTrainedModel, found: Iterable[Header]) -> set[str]:
         CheckpointError: they do; without it those tensors would be left out, and others filled at random.
     """
     prefix, modules = model.base_model_prefix, dict(model.named_modules())
-    names = set()
+    names: set[str] = set()
+    lacking: dict[str, set[str] | None] = {}
     for header in found:
         names.add(header.name)
         owner, _, own = header.name.rpartition(".")
-        place = name_in(modules, owner, prefix)
-        module = None if place is None else modules[place]
-        if place is not None and own in OWNERS and "F" in header.dtype:  # transformers would cast it
+        if owner not in lacking:
+            place = name_in(modules, owner, prefix)
+            lacking[owner] = None if place is None else _lacking(modules[place])
+        if (absent := lacking[owner]) is None:
+            continue
+        if own in OWNERS and "F" in header.dtype:  # transformers would cast it
             raise CheckpointError(f"{header.name} is {header.dtype} in the checkpoint, and must be of whole numbers.")
-        owned = (*module.own_names, *OWNERS) if isinstance(module, Converted) else OWNERS
-        if module is not None and own in owned and own not in saved_tensors(module):
+        if own in absent:
             raise CheckpointError(
                 f"the checkpoint holds {header.name}, which by its config.json should not be there: {BELONGS}"
             )
     return names
+
+
+def _lacking(module: nn.Module) -> set[str]:
+    """The names of tensors that only binary modules of other options have, and this module has not."""
+    owned = (*module.own_names, *OWNERS) if isinstance(module, Converted) else OWNERS
+    return set(owned) - saved_tensors(module).keys()
 
 
 def check_loaded(model: PreTrainedModel, expected: Mapping[str, Tensor], names: set[str]) -> None:
@@ -169,8 +178,8 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     here = local(tensor)
     total = here.sum(dtype=None if here.dtype == torch.float64 else torch.float32)  # one pass, and no memory
-    finite = total.isfinite()
-    return everywhere(finite if bool(finite) else here.isfinite().all(), tensor)
+    finite = bool(total.isfinite()) or bool(here.isfinite().all())
+    return everywhere(torch.tensor(finite, device=here.device), tensor) if is_sharded(tensor) else finite
 
 
 def _check_complete(model: PreTrainedModel, names: set[str]) -> None:

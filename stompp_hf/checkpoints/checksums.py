@@ -11,7 +11,7 @@ import logging
 import mmap
 import os
 import zlib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..integrations.sharding import is_sharded
-from .files import read_header
 
 logger = logging.getLogger(__name__)
 KEY = "stompp"
@@ -43,8 +42,10 @@ def _sum(tensor: Tensor) -> str:
     return f"{zlib.crc32(flat.numpy().data):08x}"
 
 
-def check_files(files: Iterable[Path], mark: str | None) -> None:
+def check_files(read: Mapping[Path, tuple[Mapping[str, Any], int]], mark: str | None) -> None:
     """Hold the safetensors files of a checkpoint to the sums in them, to each other, and to the mark in config.json.
+
+    read: what `read_header` gave, by file.
 
     Raises:
         CheckpointError: a covered tensor is not what was saved, or the files are of several saves.
@@ -54,7 +55,6 @@ def check_files(files: Iterable[Path], mark: str | None) -> None:
         raise CheckpointError(f"{SWITCH}={switch!r} is neither 'check' nor 'skip'.")
     if switch == "skip":
         return
-    read = {path: read_header(path) for path in files}
     notes = {path: _note(path, header) for path, (header, _) in read.items()}
     if not any(notes.values()):
         for path in list(notes)[:1]:  # where there is any: a pickle has no place for sums

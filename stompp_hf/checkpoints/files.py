@@ -1,7 +1,7 @@
 """Reading a checkpoint folder without loading it: config.json, the class it names, headers, single tensors."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,15 @@ def headers(files: Iterable[Path]) -> Iterator[Header]:
         CheckpointError: a file is damaged or cut off; the message names it.
     """
     for path in files:
-        for name, value in read_header(path)[0].items():
-            if name != "__metadata__":
-                first, last = value["data_offsets"]
-                yield Header(name, value["dtype"], value["shape"], last - first)
+        yield from tensors_in(read_header(path)[0])
+
+
+def tensors_in(header: Mapping[str, Any]) -> Iterator[Header]:
+    """What one file says of its tensors, from what `read_header` gave."""
+    for name, value in header.items():
+        if name != "__metadata__":
+            first, last = value["data_offsets"]
+            yield Header(name, value["dtype"], value["shape"], last - first)
 
 
 def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:

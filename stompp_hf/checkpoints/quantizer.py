@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -19,8 +20,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from ..config import METHOD, StoMPPConfig
 from ..errors import CheckpointError, StoMPPError
+from ..integrations.torch import saved_tensors
 from ..integrations.transformers import mark_initialized, mark_plain
 from ..modules import TRANSITION, BinaryEmbedding, binary_class_of
+from ..modules.converted import Converted
 from ..surgery.binarize import binarize_model, convert
 from ..surgery.members import members
 from ..surgery.ownership import own_configs, plans_of
@@ -30,7 +33,7 @@ from ..surgery.real_storage import narrow_tables, write_narrow
 from ..surgery.unattended import watch
 from .checks import check_loaded, check_names, expected_tensors, name_in
 from .checksums import check_files
-from .files import headers
+from .files import read_header, tensors_in
 from .packing import pack_members
 
 logger = logging.getLogger(__name__)
@@ -74,14 +77,18 @@ class StoMPPQuantizer(HfQuantizer):
                 own_configs(modules[place])  # its config is a part of the whole model's
             _prepare(modules[place], plan)
         self.expected = expected_tensors(model)
-        self.names = check_names(model, headers(files))
-        check_files(files, self.quantization_config.get("save"))
+        read = {file: read_header(file) for file in files}
+        self.names = check_names(model, (tensor for header, _ in read.values() for tensor in tensors_in(header)))
+        check_files(read, self.quantization_config.get("save"))
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
         """Leave out conversions of tensors, where a checkpoint's names are those of the model's modules."""
         if isinstance(self.quantization_config, StoMPPConfig) or not self.quantization_config.has_own_names:
             return super().update_weight_conversions(weight_conversions, *model)
         return [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Nothing: it goes over all names, to add those that other methods give to the parts of a weight."""
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether transformers should leave a tensor's shape to us; its own error does not name the tensor."""
@@ -170,11 +177,17 @@ def _align(model: PreTrainedModel) -> None:
     """Move tensors that lie at odd addresses: a small float product rounds differently there.
 
     Weights are loaded where they lie in the file; without this, what stays real in a model (a classifier's head, say)
-    would give logits that differ from the trained model's in their last bits.
+    would give logits that differ from the trained model's in their last bits. Tables of which rows are taken, and what
+    scales, cuts or holds signs, are in no such product, and stay in the file until they are read.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
+    for module in model.modules():
+        own = saved_tensors(module)
+        if isinstance(module, nn.Embedding):
+            continue
+        skipped = module.own_names if isinstance(module, Converted) else ()
+        for name, tensor in own.items():
+            if name not in skipped and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
 
 
 def _place(model: PreTrainedModel, plan: Plan) -> None:

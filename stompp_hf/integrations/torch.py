@@ -147,8 +147,9 @@ def modules_of(module: nn.Module) -> dict[str, Any]:
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a module itself that a state dict holds: it stands on `_non_persistent_buffers_set`."""
-    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    return {name: tensor for name, tensor in own.items() if name not in module._non_persistent_buffers_set}
+    left_out = module._non_persistent_buffers_set
+    own = (*module._parameters.items(), *module._buffers.items())
+    return {name: tensor for name, tensor in own if tensor is not None and name not in left_out}
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -17,6 +17,8 @@ def pack_signs(u: Tensor) -> Tensor:
     Shape and dtype: (..., n), any real dtype, to uint8 (..., ceil(n / 8)).
     Source:   the layout is this library's choice.
     """
+    if u.is_meta:  # the skeleton of a checkpoint: there is a shape, and nothing to compute
+        return torch.empty((*u.shape[:-1], -(-u.shape[-1] // 8)), dtype=torch.uint8, device=u.device)
     ones = F.pad((u.detach() >= 0).view(torch.uint8), (0, -u.shape[-1] % 8))
     places = torch.arange(8, dtype=torch.uint8, device=u.device)
     return (ones.unflatten(-1, (ones.shape[-1] // 8, 8)) << places).sum(-1, dtype=torch.uint8)

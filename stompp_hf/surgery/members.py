@@ -88,9 +88,9 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     """
     module: Any = model
     for part in name.split("."):
-        while part not in modules_of(module) and (inner := _wrapped(module)) is not None:
+        while (child := modules_of(module).get(part)) is None and (inner := _wrapped(module)) is not None:
             module = inner
-        module = module.get_submodule(part)
+        module = module.get_submodule(part) if child is None else child
     while not isinstance(module, Member) and (inner := _wrapped(module)) is not None:
         module = inner
     return module  # type: ignore[no-any-return]

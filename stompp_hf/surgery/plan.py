@@ -1,9 +1,10 @@
 """The plan of a binarized model: which layers, in which order, in which stages. Saved with the model as JSON."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import StoMPPConfig
@@ -194,14 +195,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values, with a digest of them."""
-        held = asdict(self)
         values = {
             "format": PACKED_FORMAT if self.packed else TRAINING_FORMAT,
             "format_version": FORMAT_VERSION,
             "names": OWN_NAMES,
-            "config": held["config"],
-            "modules": held["entries"],
-            **{name: held[name] for name in (*_DICTIONARIES, "attention", "real", "int8")},
+            "config": self.config.to_dict(),
+            "modules": [copy.copy(vars(entry)) for entry in self.entries],
+            **{name: copy.copy(getattr(self, name)) for name in (*_DICTIONARIES, "attention", "real", "int8")},
         }
         return {**values, "digest": digest(values)}
 

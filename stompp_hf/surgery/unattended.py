@@ -55,7 +55,7 @@ def watch(model: nn.Module) -> None:
     """
     for root in planned_models(model).values():
         attended(root)
-        found = [m for m in members(root).values() if isinstance(m, BinaryLayer) and not m.is_settled]
+        found = [m for m in members(root).values() if isinstance(m, BinaryLayer) and not (m.is_packed or m.is_settled)]
         learning = [m.weight for m in found if m.weight.requires_grad and not m.weight.is_meta]
         if learning:
             _watches[root] = _Watch(root, learning)
