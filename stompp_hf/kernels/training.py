@@ -132,17 +132,16 @@ def mix_weight_backward(
     return to_weight, to_scale
 
 
-def levels(
-    x: Tensor, threshold: Tensor | None, scale: Tensor, offset: float, wants_levels: bool, window: float | None
+def signs(
+    x: Tensor, threshold: Tensor | None, scale: Tensor, wants_signs: bool, window: float | None
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    """sign(x - b) + offset as int8, and |x - b| < window * |scale| as bool, each if wanted; None as above.
+    """sign(x - b) > 0 and |x - b| < window * |scale|, booleans, each if wanted; None as above.
 
     Args:
         x: any shape.
         threshold: one a feature, in a shape that broadcasts over x.
         scale: a single one.
-        offset: 0.0 or 1.0.
-        wants_levels: whether the levels are made.
+        wants_signs: whether the signs are made.
         window: in units of the scale; None makes no window.
     """
     if not trains_with(x, threshold, scale) or (threshold is not None and not threshold.is_contiguous()):
@@ -150,15 +149,15 @@ def levels(
     sizes = _sizes(x, torch.Size(()) if threshold is None else threshold.shape)
     if sizes is None or scale.numel() != 1:
         return None
-    whole = torch.empty_like(x, dtype=torch.int8) if wants_levels else None
+    above = torch.empty_like(x, dtype=torch.bool) if wants_signs else None
     near = None if window is None else torch.empty_like(x, dtype=torch.bool)
     call = _Mixing(
-        u=x.data_ptr(), threshold=_address(threshold), scale=scale.data_ptr(), levels=_address(whole),
-        code=_address(near), offset=offset, width=window or 0.0,
+        u=x.data_ptr(), threshold=_address(threshold), scale=scale.data_ptr(), levels=_address(above),
+        code=_address(near), offset=0.5, width=window or 0.0,  # -1 + 0.5 and 1 + 0.5 as whole numbers are 0 and 1
     )  # fmt: skip
-    if wants_levels or window is not None:
+    if wants_signs or window is not None:
         _run("stompp_levels", call, sizes)
-    return whole, near
+    return above, near
 
 
 def through_window(grad: Tensor, window: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import kernels
 from ..kernels import training
+from .flag_bits import Kept, Layout, pack_flags, unpack_flags, unpack_levels
 from .layer_product import Product, affine
 from .mixing import Edge, hard, hard_above, inside, through_weight
 from .packed_product import packed_product
@@ -42,12 +43,11 @@ class _FrozenProduct(torch.autograd.Function):
         latents = weight if isinstance(weight, Tensor) else None
         # What the backward pass needs, and no more: an STE-free layer with fixed scales saves nothing at all.
         needs = ctx.needs_input_grad
-        passes, known = surrogate.passes, surrogate.activation
+        passes = surrogate.passes
         makes_grad_weight = passes and needs[1]  # the scales' gradients come from it then, else from z
         keeps_z = (needs[2] or needs[3]) and not makes_grad_weight
-        keeps_x = known is Rule.INSIDE if binary_input else makes_grad_weight
+        keeps_x = makes_grad_weight and not binary_input
         wants_k = binary_input and (needs[0] or needs[4])
-        reach = width if wants_k and known is Rule.NEAR else None
 
         operand = y = kept_z = row_sums = None
         way, signs = kernels.Route.TORCH, weight
@@ -73,25 +73,24 @@ class _FrozenProduct(torch.autograd.Function):
             y = z * product.per_channel(scale, z) if kept_z is z else z.mul_(product.per_channel(scale, z))
             y = y if shift is None else y.add_(product.per_channel(shift, z))
 
-        levels = factor = None
+        above = factor = above_layout = factor_layout = None
         if activation_scale is not None:
             at = None if threshold is None else product.per_feature(threshold, x)
-            keeps_levels = makes_grad_weight and not keeps_x
-            levels, factor = kept_of_input(x, operand, at, activation_scale, offset, keeps_levels, reach, surrogate)
-            if wants_k and known is None:
-                factor = surrogate.of_activation(x, at, activation_scale, *clips[:2], width)
+            edges = (*clips[:2], width)
+            wanted = (makes_grad_weight, wants_k)
+            kept = kept_of_input(x, operand, at, activation_scale, edges, *wanted, surrogate)
+            (above, above_layout), (factor, factor_layout) = kept
         ctx.save_for_backward(
             x if keeps_x else None,
-            levels,
+            above,
             latents if (passes or not binary_input) and (needs[0] or needs[1] or needs[4]) else None,
             weight_scale,
             activation_scale,
-            threshold,
             kept_z,
             row_sums,
             factor,
         )
-        ctx.clips = clips
+        ctx.clips, ctx.layouts = clips, (above_layout, factor_layout)
         ctx.product, ctx.offset, ctx.pad, ctx.surrogate = product, offset, pad, surrogate
         ctx.binary_input, ctx.shapes, ctx.others = binary_input, (x.shape, shape), others
         ctx.bits, ctx.narrow = None if latents is not None else weight, narrow
@@ -100,8 +99,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, levels, weight, s, a, threshold, z, row_sums, factor = ctx.saved_tensors
-        low, high, clip = ctx.clips
+        x, above, weight, s, a, z, row_sums, factor = ctx.saved_tensors
         wants_x, wants_weight, wants_s, wants_a, wants_threshold, wants_bias = ctx.needs_input_grad[:6]
         product, offset, passes = ctx.product, ctx.offset, ctx.surrogate.passes
         shaped = [-1 if dim == product.channel_dim else 1 for dim in range(len(ctx.shapes[1]))]
@@ -114,19 +112,13 @@ class _FrozenProduct(torch.autograd.Function):
         if ctx.bits is not None and needs_signs:
             weight_signs = ctx.bits.signs(grad.dtype)
         if weight_signs is not None and wants_weight and passes:
-            if levels is not None:
-                operand = levels
-            elif ctx.binary_input:
-                operand = signs_above(x, threshold, product)
-                operand = operand.add_(offset) if offset else operand
-            else:
-                operand = x
-            grad_weight = product.grad_weight(grad.to(narrow), operand.to(narrow), ctx.shapes[1], ctx.pad).to(wide)
+            operand = unpack_levels(above, ctx.layouts[0], narrow, offset) if ctx.binary_input else x.to(narrow)
+            grad_weight = product.grad_weight(grad.to(narrow), operand, ctx.shapes[1], ctx.pad).to(wide)
             if wants_s or wants_a:
                 per_channel = (grad_weight * weight_signs).sum(ctx.others)
             if ctx.binary_input:
                 grad_weight = grad_weight.mul_(a)
-            grad_weight = through_weight(ctx.surrogate, grad_weight, weight, s.reshape(shaped), clip)
+            grad_weight = through_weight(ctx.surrogate, grad_weight, weight, s.reshape(shaped), ctx.clips[2])
         elif wants_s or wants_a:
             z = z.to(grad.dtype)
             z = z if row_sums is None else z + product.per_channel(row_sums * offset, z)
@@ -138,10 +130,8 @@ class _FrozenProduct(torch.autograd.Function):
         if weight_signs is not None and needs_signs:
             binary_weight = weight_signs.mul_(s.reshape(shaped)).to(narrow)
             grad_x = product.grad_input(grad.to(narrow), binary_weight, ctx.shapes[0]).to(wide)
-            if ctx.binary_input and ctx.surrogate.activation is Rule.INSIDE:
-                grad_x = inside(grad_x, x, low, high)
-            if factor is not None and not training.through_window(grad_x, factor):
-                grad_x = grad_x.mul_(factor)
+            if factor is not None:
+                grad_x = through_kept(ctx.surrogate, grad_x, factor, ctx.layouts[1])
             if wants_threshold:
                 grad_threshold = -product.feature_sums(grad_x)
         grad_bias = product.channel_sums(grad) if wants_bias else None
@@ -177,20 +167,35 @@ def _for_kernel(
 
 
 def kept_of_input(
-    x: Tensor, operand: Tensor | None, threshold: Tensor | None, scale: Tensor, offset: float, keeps_levels: bool,
-    reach: float | None, surrogate: Surrogate,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """For the backward pass, a byte an entry: the levels sign(x - b) + offset, and |x - b| < reach * |a|."""
-    if not keeps_levels and reach is None:
-        return None, None
-    made = training.levels(x, threshold, scale, offset, keeps_levels, reach)
-    if made is not None:
-        return made
-    levels = None
-    if keeps_levels:
-        levels = (hard_above(x, threshold) if operand is None else operand).to(torch.int8)
-        levels = levels.add_(int(offset)) if offset else levels
-    return levels, None if reach is None else surrogate.of_activation(x, threshold, scale, None, None, reach)
+    x: Tensor, operand: Tensor | None, threshold: Tensor | None, scale: Tensor, edges: tuple[Edge, Edge, float],
+    keeps_signs: bool, keeps_k: bool, surrogate: Surrogate,
+) -> tuple[Kept, Kept]:  # fmt: skip
+    """For the backward pass, a bit an entry: sign(x - b), and k, which has more bits only where it is a number.
+
+    Args:
+        x: the input.
+        operand: sign(x - b), where it was made already.
+        threshold: b, in a shape that broadcasts over x, or None for 0.
+        scale: a.
+        edges: low and high of the clip, and `surrogate_width`.
+        keeps_signs, keeps_k: which of the two are wanted.
+        surrogate: says what k is.
+    """
+    near = edges[2] if keeps_k and surrogate.activation is Rule.NEAR else None
+    above, k = training.signs(x, threshold, scale, keeps_signs, near) or (None, None)
+    if keeps_signs and above is None:
+        above = (hard_above(x, threshold) if operand is None else operand) > 0
+    if keeps_k and k is None:
+        k = surrogate.of_activation(x, threshold, scale, *edges)
+    return pack_flags(above), pack_flags(k)
+
+
+def through_kept(surrogate: Surrogate, grad: Tensor, kept: Tensor, layout: Layout | None) -> Tensor:
+    """k * g of frozen activations, from the k that was kept; g is overwritten."""
+    if surrogate.activation is Rule.INSIDE:
+        return inside(grad, unpack_levels(kept, layout, grad.dtype), -1.0, 2.0)  # as the clip's own gradient has it
+    k = unpack_flags(kept, layout)
+    return grad if training.through_window(grad, k) else grad.mul_(k)
 
 
 def signs_above(x: Tensor, threshold: Tensor | None, product: Product) -> Tensor:

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
-from ..kernels import training
-from .frozen_product import kept_of_input, signs_above
+from .flag_bits import unpack_levels
+from .frozen_product import kept_of_input, signs_above, through_kept
 from .layer_product import Product
-from .mixing import Edge, hard, inside, through_weight
+from .mixing import Edge, hard, through_weight
 from .sign_bits import SignBits
-from .surrogates import Rule, Surrogate
+from .surrogates import Surrogate
 from .weight_scales import group_sums, over_weight, scaled
 
 
@@ -45,38 +45,38 @@ class _GroupedProduct(torch.autograd.Function):
         narrow: torch.dtype | None,
         group_size: int,
     ) -> Tensor:
-        needs, known, real = ctx.needs_input_grad, surrogate.activation, activation_scale is None
+        needs, real = ctx.needs_input_grad, activation_scale is None
         wants_k = needs[0] or needs[4]
         makes_grad_weight = (needs[1] and surrogate.passes) or needs[2] or needs[3]
         makes_grad_x = wants_k and (real or surrogate.passes)
         ctx.signs_of = (group_size, weight.shape, product.channel_dim)
         binary_weight = scaled(_signs_of(weight, x.dtype), weight_scale, group_size, product.channel_dim)
 
-        levels = factor = None
+        above = factor = above_layout = factor_layout = None
         if activation_scale is None:
             y = product(x, binary_weight, pad)
         else:
             operand = signs_above(x, threshold, product)
             at = None if threshold is None else product.per_feature(threshold, x)
-            reach = width if wants_k and known is Rule.NEAR else None
-            keeps = makes_grad_weight
-            levels, factor = kept_of_input(x, operand, at, activation_scale, offset, keeps, reach, surrogate)
-            if wants_k and known is None:
-                factor = surrogate.of_activation(x, at, activation_scale, *clips[:2], width)
+            edges = (*clips[:2], width)
+            wanted = (makes_grad_weight, wants_k)
+            kept = kept_of_input(x, operand, at, activation_scale, edges, *wanted, surrogate)
+            (above, above_layout), (factor, factor_layout) = kept
             operand = operand.add_(offset) if offset else operand
             y = product(operand.double(), binary_weight.double(), pad).to(x.dtype).mul_(activation_scale)
         y = y if bias is None else y.add_(product.per_channel(bias, y))
 
         latents = weight if isinstance(weight, Tensor) else None
         ctx.save_for_backward(
-            x if (makes_grad_weight if real else known is Rule.INSIDE) else None,
-            levels,
+            x if makes_grad_weight and real else None,
+            above,
             latents if makes_grad_weight or makes_grad_x else None,
             weight_scale,
             activation_scale,
             factor,
         )
         ctx.bits, ctx.sizes, ctx.clips = weight if latents is None else None, x.shape, clips
+        ctx.layouts, ctx.offset = (above_layout, factor_layout), offset
         ctx.makes_grad_weight, ctx.makes_grad_x = makes_grad_weight, makes_grad_x
         ctx.product, ctx.pad, ctx.surrogate, ctx.narrow = product, pad, surrogate, narrow
         return y
@@ -84,8 +84,7 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, levels, latents, s, a, factor = ctx.saved_tensors
-        low, high, clip = ctx.clips
+        x, above, latents, s, a, factor = ctx.saved_tensors
         wants_x, wants_weight, wants_s, wants_a, wants_threshold, wants_bias = ctx.needs_input_grad[:6]
         product, surrogate, shape = ctx.product, ctx.surrogate, ctx.signs_of[1]
         wide, narrow = grad.dtype, ctx.narrow or grad.dtype
@@ -95,21 +94,19 @@ class _GroupedProduct(torch.autograd.Function):
         weight = ctx.bits if latents is None else latents
         signs: Any = None if weight is None else _signs_of(weight, wide)
         if ctx.makes_grad_weight:
-            operand = (x if a is None else levels).to(narrow)
+            operand = x.to(narrow) if a is None else unpack_levels(above, ctx.layouts[0], narrow, ctx.offset)
             grad_weight = product.grad_weight(grad.to(narrow), operand, shape, ctx.pad).to(wide)  # dL/dw' / a
             sums = group_sums(grad_weight * signs, ctx.signs_of[0], product.channel_dim)
             grad_s = sums if a is None else sums * a
             grad_a = None if a is None else (sums * s).sum().reshape(a.shape)
             if wants_weight:
                 passed = grad_weight if a is None else grad_weight.mul_(a)
-                grad_weight = through_weight(surrogate, passed, latents, over_weight(s, *ctx.signs_of), clip)
+                grad_weight = through_weight(surrogate, passed, latents, over_weight(s, *ctx.signs_of), ctx.clips[2])
         if ctx.makes_grad_x:
             binary_weight = scaled(signs, s, ctx.signs_of[0], product.channel_dim).to(narrow)
             grad_x = product.grad_input(grad.to(narrow), binary_weight, ctx.sizes).to(wide)
-            if a is not None and surrogate.activation is Rule.INSIDE:
-                grad_x = inside(grad_x, x, low, high)
-            if factor is not None and not training.through_window(grad_x, factor):
-                grad_x = grad_x.mul_(factor)
+            if factor is not None:
+                grad_x = through_kept(surrogate, grad_x, factor, ctx.layouts[1])
             grad_threshold = -product.feature_sums(grad_x) if wants_threshold else None
         return (
             grad_x if wants_x else None,

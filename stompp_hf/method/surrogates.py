@@ -36,7 +36,7 @@ class Surrogate:
     """k, with which a frozen entry passes a gradient g back, as k * g; never multiplied by the entry's scale.
 
     It has no state: one object serves every layer. Its functions run without autograd, and return k in a shape that
-    broadcasts over u: numbers, booleans (kept for the backward pass, these take a byte an entry), or None for 1.
+    broadcasts over u: numbers, booleans (kept for the backward pass, these take a bit an entry), or None for 1.
     """
 
     passes: bool = True

@@ -15,6 +15,7 @@ from transformers import activations as hub
 
 from ..integrations.transformers import mark_initialized
 from ..kernels import apply
+from ..method.flag_bits import pack_flags, unpack_flags
 from .converted import Converted
 
 ABSORBABLE: dict[str, Callable[[Tensor], Tensor]] = {"ReLU": F.relu, "ReLU6": F.relu6, "Hardswish": F.hardswish}
@@ -25,10 +26,10 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, kind: str) -> Tensor:  # type: ignore[override]
         ctx.kind = kind
-        if kind == "Hardswish":
-            ctx.save_for_backward(u)
-        else:  # a byte an entry is enough
-            ctx.save_for_backward((u > 0) & (u < 6) if kind == "ReLU6" else u > 0)
+        kept, ctx.layout = u, None
+        if kind != "Hardswish":  # a bit an entry is enough
+            kept, ctx.layout = pack_flags((u > 0) & (u < 6) if kind == "ReLU6" else u > 0)
+        ctx.save_for_backward(kept)
         return u.view_as(u)
 
     @staticmethod
@@ -37,7 +38,7 @@ class _Gate(torch.autograd.Function):
         (saved,) = ctx.saved_tensors
         if ctx.kind == "Hardswish":
             return torch.ops.aten.hardswish_backward(grad, saved), None
-        return grad * saved, None
+        return grad * unpack_flags(saved, ctx.layout), None
 
 
 def gate(u: Tensor, kind: str) -> Tensor:
