@@ -26,9 +26,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, kind: str) -> Tensor:  # type: ignore[override]
         ctx.kind = kind
-        kept, ctx.layout = u, None
-        if kind != "Hardswish":  # a bit an entry is enough
-            kept, ctx.layout = pack_flags((u > 0) & (u < 6) if kind == "ReLU6" else u > 0)
+        flags = {"ReLU": lambda: u > 0, "ReLU6": lambda: (u > 0) & (u < 6), "Hardswish": lambda: u}[kind]()
+        kept, ctx.layout = pack_flags(flags)
         ctx.save_for_backward(kept)
         return u.view_as(u)
 
