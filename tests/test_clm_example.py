@@ -73,6 +73,28 @@ def test_blocks_are_the_text_in_order() -> None:
         prepare(data, tokenizer, DataArguments(block_size=4096), 5000)
 
 
+@pytest.mark.parametrize("kind", ["hub", "json", "txt"])
+def test_text_from_a_hub_data_set_and_from_files(tmp_path: Path, kind: str) -> None:
+    """A tenth of the rows is held out where no other are given; of several columns one is the text."""
+    rows = [f"line {i}" for i in range(40)]
+    data = Dataset.from_dict({"number": list(range(40)), "story": rows})
+    options: dict[str, Any] = {"validation_split_percentage": 10, "text_column": "story"}
+    if kind == "hub":  # a folder is a data set as one on the hub
+        data.to_parquet(tmp_path / "data" / "train.parquet")
+        options["dataset_name"] = str(tmp_path / "data")
+    elif kind == "json":
+        data.to_json(tmp_path / "train.json")
+        options["train_file"] = str(tmp_path / "train.json")
+        with pytest.raises(ValueError, match="the columns are number, story"):
+            load_text(DataArguments(**{**options, "text_column": "text"}), str(tmp_path / "cache"))
+    else:
+        (tmp_path / "train.txt").write_text("".join(f"{row}\n" for row in rows))
+        rows = [f"{row}\n" for row in rows]
+        options = {"validation_split_percentage": 10, "train_file": str(tmp_path / "train.txt")}
+    data = load_text(DataArguments(**options), str(tmp_path / "cache"))
+    assert data["validation"]["text"] == rows[:4] and data["train"]["text"] == rows[4:]
+
+
 @pytest.mark.parametrize(
     "options, word",
     [
@@ -116,7 +138,16 @@ def test_config_file_on_a_checkpoint_and_an_adapter(
 ) -> None:
     """The recipe freezes and teaches a checkpoint on text files; a LoRA adapter is trained beside the packed result."""
     files = ("--train_file", str(checkpoint / "train.txt"), "--validation_file", str(checkpoint / "valid.txt"))
-    words = (str(CONFIGS / f"clm_{name}.yaml"), *files, "--save_strategy", "no", "--logging_steps", "1")
+    words = (
+        str(CONFIGS / f"clm_{name}.yaml"),
+        *files,
+        "--teacher",
+        "own",
+        "--save_strategy",
+        "no",
+        "--logging_steps",
+        "1",
+    )
     out = tmp_path / "out"
     results = run(monkeypatch, *words, "--model_name_or_path", str(checkpoint), "--output_dir", str(out))
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]

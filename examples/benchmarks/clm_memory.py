@@ -45,7 +45,7 @@ class BenchmarkArguments:
     tiny: bool = field(default=False, metadata={"help": "A model of two small layers."})
     batch: int = field(default=1, metadata={"help": "Sequences a step."})
     seq: int = field(default=256, metadata={"help": "Tokens a sequence."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Of AdamW; a low one is raised for binary layers."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW; binary_lr raises a low one."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's number."})
     state: str | None = field(default=None, metadata={"help": "Measure this state alone, in this process."})
 
