@@ -255,6 +255,8 @@ def llm(names: Names) -> Steps:
     yield
     assert get_plan(names["model"]).packed and names["tokens"].shape[0] == 1
     assert inspect(Path("packed-lm")).plan.packed
+    yield
+    assert Path("packed-lm.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def inside(names: Names) -> Steps:
