@@ -39,6 +39,7 @@ from transformers import (
 
 from stompp_hf import Progression, StoMPPConfig, binarize_model, calibrate, fuse_for_inference, kernels, pack_model
 from stompp_hf.checkpoints.packing import pack_members
+from stompp_hf.inference.fused_layers import fuse
 from stompp_hf.modules import binary_class_of
 
 ENOUGH = 2e-4
@@ -113,8 +114,7 @@ def frozen(plain: nn.Module, x: Tensor, args: BenchmarkArguments) -> nn.Module:
         layer.calibrate_activation(layer.product.rows(x))
     layer.enter("frozen", 1.0)
     pack_members({"layer": layer})
-    scale, shift = layer.scale_and_shift()
-    layer.fuse(scale, shift)
+    fuse(layer, *layer.scale_and_shift())
     return layer
 
 

@@ -88,6 +88,23 @@ def total_steps(args: BenchmarkArguments) -> int:
     return round(WINDOW * stages(args) / (StoMPPConfig().end - StoMPPConfig().start))
 
 
+def binarized(args: BenchmarkArguments) -> str:
+    """What becomes binary, as StoMPPConfig says it."""
+    return "weights" if args.weights_only else "weights_and_activations"
+
+
+def methods(args: BenchmarkArguments) -> dict[str, StoMPPConfig | None]:
+    """The options of each method; None for the plain model."""
+    ste = StoMPPConfig(binarize=binarized(args), frozen_gradient=args.surrogate)
+    free = replace(ste, frozen_gradient="zero")
+    return {PLAIN: None, VANILLA: ste.as_vanilla_ste(), WITH_STE: ste, STE_FREE: free}
+
+
+def halfway(args: BenchmarkArguments) -> int:
+    """The step at which half of the stages are frozen, and the next one is at p = 0.5."""
+    return stages(args) // 2 * WINDOW + round(0.5 ** (1 / 3) * WINDOW)
+
+
 def build(args: BenchmarkArguments) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """A model with random weights, and one batch of inputs."""
     if args.shapes in RESNET_SHAPES:
@@ -219,11 +236,7 @@ def main() -> None:
     logging.set_verbosity_error()
     if args.threads:
         torch.set_num_threads(args.threads)
-    binarize = "weights" if args.weights_only else "weights_and_activations"
-    ste = StoMPPConfig(binarize=binarize, frozen_gradient=args.surrogate)
-    free = replace(ste, frozen_gradient="zero")
-    configs = {PLAIN: None, VANILLA: ste.as_vanilla_ste(), WITH_STE: ste, STE_FREE: free}
-    runners = {name: Runner(args, config) for name, config in configs.items()}
+    runners = {name: Runner(args, config) for name, config in methods(args).items()}
 
     count, total = stages(args), total_steps(args)
     half = count // 2
@@ -231,7 +244,7 @@ def main() -> None:
     names = {0: "none", count: "all"}
     frozen = [round(share * count) for share in args.fractions]
     states = {k * WINDOW if k < count else total: f"{names.get(k, f'{k} of {count}')} frozen" for k in frozen}
-    states[half * WINDOW + round(0.5 ** (1 / 3) * WINDOW)] = f"{half} of {count} frozen, the next at p = 0.5"
+    states[halfway(args)] = f"{half} of {count} frozen, the next at p = 0.5"
     points = [round(total * (i + 0.5) / args.run_points) for i in range(args.run_points)]
     at_state, at_point = {}, []
     for step in sorted({*states, *points}):
@@ -242,7 +255,7 @@ def main() -> None:
 
     memory = "peak above the start, MB" if args.device.startswith("cuda") else "saved for backward (no parameters), MB"
     size = f"{args.seq} tokens" if args.shapes in BERT_SHAPES else f"{args.size}x{args.size} pixels"
-    what = f"{binarize}, {'bfloat16' if args.bf16 else 'float32'}"
+    what = f"{binarized(args)}, {'bfloat16' if args.bf16 else 'float32'}"
     print(f"{args.shapes} shapes, batch {args.batch}, {size}, {what}; {machine(args)}\n")
     print(f"| state | method | step, ms | / plain | / vanilla STE | progression.step(), ms | {memory} |")
     print("|---|---|---|---|---|---|---|")
