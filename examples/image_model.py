@@ -9,6 +9,7 @@ import yaml
 from image_data import DataArguments, Pixels
 from options import RecordArguments, TeacherArguments
 from small_images import small_image_config
+from stage_edges import StopArguments
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ModelArguments(RecordArguments, TeacherArguments):
+class ModelArguments(RecordArguments, TeacherArguments, StopArguments):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(

@@ -26,7 +26,7 @@ from options import (
     resumed_from,
     set_up_logging,
 )
-from stage_edges import EvaluateAtStageEdges
+from stage_edges import StopArguments, print_stages
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -42,20 +42,16 @@ from transformers import (
 from stompp_hf import (
     StoMPPConfig,
     StoMPPTrainerCallback,
-    StopFreezingCallback,
     binarize_model,
     create_optimizer,
     get_plan,
-    record_stages,
     report,
-    stage_curve,
 )
-from stompp_hf.trainer.stopping import UNDONE
 from stompp_hf.training.metrics import frozen_fraction
 
 
 @dataclass
-class ModelArguments(RecordArguments, TeacherArguments, LoraArguments):
+class ModelArguments(RecordArguments, TeacherArguments, LoraArguments, StopArguments):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(
@@ -84,14 +80,6 @@ class ModelArguments(RecordArguments, TeacherArguments, LoraArguments):
         },
     )
     evaluate_stages: bool = field(default=True, metadata={"help": "Evaluate whenever a stage has just been frozen."})
-    stop_drop: float | None = field(
-        default=None,
-        metadata={
-            "help": "Freeze no further once the main metric has fallen by more than this since full precision, and go "
-            "back to the last good stage's end; needs --start above 0, or --stop_reference."
-        },
-    )
-    stop_reference: float | None = field(default=None, metadata={"help": "The main metric in full precision."})
     evaluate_binary: bool = field(
         default=False, metadata={"help": "At each evaluation, also evaluate the model as if fully binary now."}
     )
@@ -198,10 +186,7 @@ def main() -> dict[str, float]:
     if training_args.do_train:
         model_args.record(trainer, model_args, data_args, training_args)
     if not adapter and model_args.evaluate_stages and training_args.do_train and training_args.do_eval:
-        trainer.add_callback(EvaluateAtStageEdges(callback))
-        if model_args.stop_drop is not None:
-            stop = StopFreezingCallback(callback, model_args.stop_drop, task.main_metric, model_args.stop_reference)
-            trainer.add_callback(stop)
+        model_args.add_stop(trainer, callback, task.main_metric)
 
     summary: dict[str, float] = {}
     if training_args.do_train:
@@ -223,8 +208,6 @@ def main() -> dict[str, float]:
         if adapter and trainer.is_world_process_zero():
             print_adapter(model, training_args.output_dir, model_args.ignore_mismatched_sizes)
         elif training_args.do_train and trainer.is_world_process_zero():
-            if get_plan(model).freezing:
-                record_stages(training_args.output_dir, trainer.model)
             print_course(trainer, task, data["validation"])
     if training_args.do_predict and "test" in data:
         write_predictions(trainer, task, data["test"].remove_columns("labels"), training_args.output_dir)
@@ -246,30 +229,12 @@ def print_course(trainer: Trainer, task: Any, validation: Any) -> None:
     print(report(trainer.model).splitlines()[0])
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StoMPPTrainerCallback))
     progression = callback.progression
-    points = stage_curve(trainer.model) if plan.freezing else []
-    full_precision = None
-    seen = set()
-    for record in rows:
-        step = record["step"]
-        if progression is None or step in seen:
-            continue
-        seen.add(step)
-        if UNDONE in record:
-            print(f"  step {step:6d}: with stage {record[UNDONE]} {key} {record[key]:.4f}, undone: it stays real")
-            continue
-        frozen = plan.freezing - len(progression.unfinished_stages(step))
-        line = f"  step {step:6d}: {frozen} of {plan.stage_count} stages frozen, {key} {record[key]:.4f}"
-        if points:
-            share = points[frozen].share_1bit
-            line += f", packed {points[frozen].bytes / 1e6:.2f} MB"
-            line += f", {share:.0%} of multiply-accumulates 1-bit" if share else ""
-        print(line)
-        if frozen == 0:
-            full_precision = record[key]
+    print_stages(trainer, callback, key)
+    first = [r[key] for r in rows if progression and plan.freezing == len(progression.unfinished_stages(r["step"]))]
     if not task.is_regression:
         print(f"majority class: {majority_share(validation['labels']):.4f}")
-    if full_precision is not None:
-        print(f"full precision (before the first stage froze): {full_precision:.4f}")
+    if first:
+        print(f"full precision (before the first stage froze): {first[-1]:.4f}")
     if progression is not None and progression.is_complete() and plan.freezing and rows:
         print(f"{progression.outcome} ({plan.config.binarize.replace('_', ' ')}): {rows[-1][key]:.4f}")
 

@@ -21,7 +21,7 @@ import torch
 from image_data import DataArguments, Task, collate, load_task, prepare
 from image_model import ModelArguments, load_config, load_model, load_processor
 from options import config_of, read_words, resumed_from, set_up_logging
-from stage_edges import EvaluateAtStageEdges
+from stage_edges import print_stages
 from transformers import (
     AutoModelForImageClassification,
     HfArgumentParser,
@@ -143,7 +143,7 @@ def train(
     if args.do_train:
         trainer.add_callback(NewEpoch(data["train"]))
     if model_args.evaluate_stages and args.do_train and args.do_eval:
-        trainer.add_callback(EvaluateAtStageEdges(callback))
+        model_args.add_stop(trainer, callback, "accuracy")
 
     summary: dict[str, float] = {}
     if args.do_train:
@@ -217,16 +217,11 @@ def print_course(trainer: Trainer, summary: dict[str, float]) -> None:
     plan = get_plan(trainer.model)
     print(report(trainer.model).splitlines()[0])
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StoMPPTrainerCallback))
-    progression, accuracies = callback.progression, {}
-    for record in trainer.state.log_history:
-        if "eval_accuracy" in record:
-            accuracies.setdefault(record["step"], record["eval_accuracy"])
+    progression = callback.progression
     if progression is None or not plan.freezing:
         print(f"full precision: {summary.get('eval_accuracy', float('nan')):.4f}")
         return
-    for step, accuracy in accuracies.items():
-        frozen = plan.freezing - len(progression.unfinished_stages(step))
-        print(f"  step {step:6d}: {frozen} of {plan.stage_count} stages frozen, accuracy {accuracy:.4f}")
+    print_stages(trainer, callback, "eval_accuracy")
     if progression.is_complete() and "eval_accuracy" in summary:
         print(f"{progression.outcome} ({plan.config.binarize.replace('_', ' ')}): {summary['eval_accuracy']:.4f}")
 

@@ -194,7 +194,7 @@ def tiny_bert(path: Path, labels: int) -> None:
 def test_stopping_where_it_pays(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     printed = run("examples/run_glue.py", "--output_dir", out, *TINY, "--stop_drop", "0", "--stop_reference", "2")
-    assert "with stage 1 eval_accuracy" in printed and "undone: it stays real" in printed
+    assert "with stage 1 accuracy" in printed and "undone: it stays real" in printed
     assert "1 of 4 stages frozen" not in printed
     printed = run("examples/run_glue.py", "--output_dir", out, *TINY, "--last_stage", "2")
     assert "1 of 4 stages frozen" in printed and "2 of 4 stages binary" in printed

@@ -297,6 +297,17 @@ def test_stages_are_evaluated(
         assert f"{frozen} of 4 stages frozen, accuracy" in printed
 
 
+def test_freezing_stops_where_accuracy_falls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here(
+        monkeypatch, "--output_dir", str(tmp_path), "--method", "stompp", "--max_steps", "12", "--stop_drop", "0",
+        *("--stop_reference", "2", "--evaluate_stages", "True", "--config_overrides", RESNET[-1], *QUICK),
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "with stage 1 accuracy" in printed and "1 of 4 stages frozen" not in printed
+
+
 @pytest.mark.timm
 def test_timm_checkpoint(tmp_path: Path) -> None:
     """A local checkpoint in timm's layout, through transformers' wrapper, with torchvision's augmentation."""

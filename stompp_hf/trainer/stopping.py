@@ -13,9 +13,6 @@ from ..method.windows import Window
 from ..training.progression import Progression
 from .callback import StoMPPTrainerCallback, logger
 
-UNDONE = "stompp_stage_undone"
-"""In log_history, beside what was measured with it: the stage that was frozen, and is real again."""
-
 
 class StopFreezingCallback(TrainerCallback, ExportableState):
     """Evaluates when a stage has frozen, and stops the freezing where the metric has fallen too far.
@@ -53,12 +50,15 @@ class StopFreezingCallback(TrainerCallback, ExportableState):
         self.stompp, self.drop, self.metric, self.full_precision = stompp, drop, metric, full_precision
         self.good_stages = 0
         self.stopped = False
+        self.undone_at: int | None = None
+        """The step of the evaluation after which its stage became real again."""
         self._edge: int | None = None
         self._copy: dict[str, torch.Tensor] = {}
 
     def state(self) -> dict[str, Any]:
         """What Trainer saves with a checkpoint."""
-        values = {"full_precision": self.full_precision, "good_stages": self.good_stages, "stopped": self.stopped}
+        kept = ("full_precision", "good_stages", "stopped", "undone_at")
+        values = {name: getattr(self, name) for name in kept}
         return {"args": {"drop": self.drop, "metric": self.metric}, "attributes": values}
 
     # ---- Trainer's events ----
@@ -127,8 +127,7 @@ class StopFreezingCallback(TrainerCallback, ExportableState):
                 "end to go back to; training goes on from those that there are.",
             )  # fmt: skip
         progression.stop_after(self.good_stages)
-        state.log_history[-1][UNDONE] = self.good_stages + 1
-        self.stopped, self._copy = True, {}
+        self.stopped, self.undone_at, self._copy = True, state.global_step, {}
         if state.is_world_process_zero:
             say(
                 logger, "%s is %.4g, more than %g below full precision (%.4g): freezing ends with stage %d of %d.",
