@@ -125,7 +125,8 @@ class StoMPPConfig:
         "absorb",
         "A ReLU (ReLU6, Hardswish) before binary activations: absorb it into the layers it feeds where nothing else "
         "reads it (nothing changes at the start), keep it, drop it wherever it feeds one (also after additions, and "
-        "GELU, SiLU and Mish too), or rprelu: make every such ReLU an RPReLU, with learnable shifts and slope (a ReLU "
+        "GELU, SiLU and Mish too; also before layers that last_stage leaves real), or rprelu: make every such ReLU an "
+        "RPReLU, with learnable shifts and slope (a ReLU "
         "at the start).",
     )
     conv_padding: Literal["zero", "one"] = _option(

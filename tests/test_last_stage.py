@@ -230,17 +230,132 @@ def test_a_loss_falls_when_it_rises(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "said", "changes"),
     [
-        ({"drop": -1.0}, "drop"),
-        ({"drop": 0.1}, "which metric"),
-        ({"drop": 0.1, "metric": "worth"}, "full_precision=0.91"),
+        ({"drop": -1.0}, "drop", {}),
+        ({"drop": 0.1}, "which metric", {}),
+        ({"drop": 0.1, "metric": "worth"}, r"full_precision=0\.91", {}),
+        ({"drop": 0.1, "metric": "worth"}, r"full_precision=0\.91", {"start": 0.01}),  # of 20 steps: none
+        ({"drop": 0.1, "metric": "worth"}, r"full_precision=0\.91", {"start": 0.5, "end": 0.5}),
+        ({"drop": 0.1, "metric": "accurary"}, "there are loss, worth", {"start": 0.1}),
     ],
 )
-def test_what_it_cannot_know_is_asked_for(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    stompp = StoMPPTrainerCallback()
+def test_what_it_cannot_know_is_asked_for(
+    options: dict[str, Any], said: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    stompp, model = StoMPPTrainerCallback(), bert(**{"start": 0.0, **changes})
     with pytest.raises(ConfigError, match=said):
-        trainer_of(tmp_path, bert(start=0.0), stompp, StopFreezingCallback(stompp, **options)).train()
+        stop = StopFreezingCallback(stompp, **options)
+        trainer_of(tmp_path, model, stompp, stop, compute_metrics=Worth(0.9)).train()
+
+
+def test_it_comes_behind_the_other_callback(tmp_path: Path) -> None:
+    stompp = StoMPPTrainerCallback()
+    stop = StopFreezingCallback(stompp, 0.1, "worth")
+    with pytest.raises(ConfigError, match=r"callbacks=\[stompp, stop\]"):
+        trainer_of(tmp_path, bert(), stop, stompp, compute_metrics=Worth()).train()
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "values", "stopped"),
+    [
+        ("worth", {}, (0.9, float("nan")), True),
+        ("worth", {"greater_is_better": False}, (0.9, 0.5, 0.5), False),
+        ("worth", {"greater_is_better": False}, (0.5, 0.9), True),
+        ("worth_mse", {}, (0.5, 0.9), True),  # less is better
+        ("worth_mse", {}, (0.9, 0.5, 0.5), False),
+    ],
+)
+def test_which_way_is_down(
+    metric: str, options: dict[str, Any], values: tuple[float, ...], stopped: bool, tmp_path: Path
+) -> None:
+    stompp, worth = StoMPPTrainerCallback(), Worth(*values)
+    stop = StopFreezingCallback(stompp, 0.1, metric, **options)
+    measured = lambda prediction: {metric: worth(prediction)["worth"]}  # noqa: E731
+    # load_best_model_at_end says that less is better, of the loss
+    arguments = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 20, "save_strategy": "steps"}
+    trainer_of(tmp_path, bert(), stompp, stop, compute_metrics=measured, save_steps=20, **arguments).train()
+    assert stop.stopped is stopped
+
+
+def test_a_bad_first_stage_is_undone_from_the_beginning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stompp, model = StoMPPTrainerCallback(), bert(start=0.0)
+    stop = StopFreezingCallback(stompp, drop=0.01, metric="worth", full_precision=0.9)
+    trainer_of(tmp_path, model, stompp, stop, compute_metrics=Worth(0.5)).train()
+    assert (stop.good_stages, stop.stopped) == (0, True) and not warnings(caplog, "no weights")
+
+
+def test_a_second_run_begins_anew(tmp_path: Path) -> None:
+    stompp = StoMPPTrainerCallback()
+    stop = StopFreezingCallback(stompp, drop=0.01, metric="worth")
+    trainer = trainer_of(tmp_path, bert(), stompp, stop, compute_metrics=Worth(0.9, 0.5))
+    trainer.train()
+    assert stop.stopped
+    trainer.model = trainer.model_wrapped = bert()
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.compute_metrics = Worth(0.8, 0.8, 0.8)
+    trainer.train()
+    assert (stop.full_precision, stop.good_stages, stop.stopped) == (0.8, 2, False)
+
+
+def test_what_was_undone_is_not_the_best(tmp_path: Path) -> None:
+    stompp = StoMPPTrainerCallback()
+    stop = StopFreezingCallback(stompp, drop=0.01, metric="worth")
+    worth = Worth(0.9, 0.9, 0.5)
+    best = {"metric_for_best_model": "other", "eval_strategy": "steps", "eval_steps": 20, "save_strategy": "best"}
+    trainer = trainer_of(
+        tmp_path, bert(), stompp, stop, compute_metrics=lambda p: {**worth(p), "other": 1.0 - worth.values.count(0)},
+        greater_is_better=True, **best,
+    )  # fmt: skip
+    trainer.train()
+    assert stop.undone_at == 18 and trainer.state.best_global_step in (None, 20)
+
+
+# ---- tensors of another last_stage ----
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(None, 1), (2, 1), (1, 0), (1, None), (1, 2), (0, 1)])
+def test_tensors_of_another_last_stage_are_refused(saved: Any, loaded: Any) -> None:
+    model = binarize_model(BERT.build(5), quick(last_stage=loaded, end=0.9))
+    with pytest.raises(RuntimeError, match=r"last_stage|never set"):
+        model.load_state_dict(finished(last_stage=saved).state_dict())
+
+
+def test_tensors_of_a_run_that_stopped_say_so(tmp_path: Path) -> None:
+    model, stompp = bert(), StoMPPTrainerCallback()
+    stop = StopFreezingCallback(stompp, drop=0.01, metric="worth")
+    trainer_of(tmp_path, model, stompp, stop, compute_metrics=Worth(0.9, 0.9, 0.5)).train()
+    for last_stage in (None, 1):  # the tensors say that the second stage stays real
+        again = bert(last_stage=last_stage)
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(logits(again, BERT.batch(1)), logits(model, BERT.batch(1)))
+        progression = Progression(again, TOTAL)
+        progression.step(TOTAL)
+        assert len(progression.frozen_layers()) == 6 and progression.is_complete()
+    with pytest.raises(RuntimeError, match="stompp_state holds"):
+        state = {name: t - 2 if name.endswith("stompp_state") else t for name, t in model.state_dict().items()}
+        bert().load_state_dict(state)
+
+
+def test_what_is_told_of_it(tmp_path: Path) -> None:
+    from stompp_hf import model_card, report
+    from stompp_hf.checkpoints.inspection import inspect
+
+    model = finished()
+    assert report(model).startswith("6 binary layers in 1 of 2 stages (the rest stays real)")
+    pack_model(model).save_pretrained(tmp_path)
+    assert "6 layers binary" in str(inspect(tmp_path)) and "1 of 2 stages" in str(inspect(tmp_path))
+    card = str(model_card(tmp_path))
+    assert f"`{FIRST}`" in card and f"`{SECOND}`" not in card.split("Real")[0].split("**Binary**")[1]
+
+
+def test_adapters_stand_in_what_stays_real() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=[f"{SECOND}.attention.self.query"], use_dora=True, task_type="SEQ_CLS")
+    tuned = get_peft_model(finished(), config)
+    before = logits(tuned, BERT.batch(1))
+    torch.testing.assert_close(logits(tuned.merge_and_unload(), BERT.batch(1)), before, atol=1e-5, rtol=1e-4)
 
 
 def test_a_resumed_run_remembers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -269,3 +269,18 @@ def test_packed_layers_with_real_inputs_or_group_scales_do_not() -> None:
     for layer in (packed(nn.Linear(70, 40), "weights"), packed(nn.Linear(70, 40), scale="group")):
         with torch.no_grad():
             assert torch.equal(layer(x), expected(layer, x)) and layer.prepared is None
+
+
+def test_training_lets_go_of_what_was_kept() -> None:
+    """Optimizers of old write through `.data`, which no version counts; training lies between evaluations."""
+    torch.manual_seed(0)
+    layer, x = packed(nn.Linear(70, 40)), torch.randn(1, 70)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        layer.train()
+        assert layer.prepared is None
+        layer.weight_scale.data.mul_(2.0)
+        layer.bias.data += 1.0
+        assert torch.equal(layer(x), expected(layer, x))
+        assert torch.equal(layer.eval()(x), expected(layer, x))

@@ -48,7 +48,7 @@ class Inspection:
         kinds = [f"{len(plan.of_kind(kind))} {kind}s" for kind in ("layer", "embedding", "attention")]
         kinds = [kind for kind in kinds if not kind.startswith("0 ")]
         lines = [
-            f"{self.architecture}: {', '.join(kinds)} binary ({plan.config.binarize}), {plan.stage_count} stages, "
+            f"{self.architecture}: {', '.join(kinds)} binary ({plan.config.binarize}), {plan.stages_in_words}, "
             f"{'packed: 8 weights a byte' if plan.packed else 'training format: latent weights'}",
             *(f"  {name:<38}{size:>14,} bytes" for name, size in sizes.items() if size),
             f"  {'all tensors':<38}{self.total:>14,} bytes ("

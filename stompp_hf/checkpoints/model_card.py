@@ -120,7 +120,8 @@ def _part(found: Inspection, name: str, metrics: Mapping[str, float]) -> str:
         else "loads the latent weights as a model in full precision. Its answers look plausible and are not this "
         "model's, which is worse than random ones"
     )
-    binary = f"{', '.join(kinds)}, in {plan.stage_count} stages: " + ", ".join(f"`{n}`" for n in plan.stage_names)
+    stages = plan.stage_names[: plan.freezing or None]
+    binary = f"{', '.join(kinds)}, in {plan.stages_in_words}: " + ", ".join(f"`{n}`" for n in stages)
     if plan.config.binarize == "nothing":
         binary = "nothing, as a baseline in full precision"
     lines = [

@@ -48,6 +48,7 @@ def pack_model(model: Model, *, commit: bool = False, real: str = FLOAT32) -> Mo
     refuse_sharded(model, "pack_model", GATHER)
     planned = list(planned_models(model).values())
     roots = [root for root in planned if not get_plan(root).packed] or planned
+    roots = [root for root in roots if get_plan(root).freezing] or roots  # a part that stays real stays as it is
     for root in roots:
         _check(get_plan(root), members(root), commit)
         check_real(root, real)

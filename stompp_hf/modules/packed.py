@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PackingError, WeightError
 from ..integrations.accelerate import rebind_forward
+from ..integrations.torch import buffers_of
 from ..kernels import DTYPES, Route
 from ..method.layer_product import affine
 from ..method.packed_product import packed_forward
@@ -121,10 +122,7 @@ class PackedLayer(PackedMember, BinaryLayer):
         rebind_forward(member)
 
     def unfuse(self) -> None:
-        layer: Any = self
-        for name in ("fused", "prepared", "fused_scale", "fused_shift"):
-            if name in layer.__dict__ or name in layer._buffers:
-                delattr(layer, name)
+        self._let_go()
 
     def unpack(self) -> Member:
         """Turn it back into its binary class, in place, with latents max(|s|, tiny) * sign(w).
@@ -169,14 +167,29 @@ class PackedLayer(PackedMember, BinaryLayer):
         return super()._frozen(x)
 
     def followed(self) -> tuple[Tensor, Tensor | None]:
-        """`scale_and_shift`, kept from call to call as long as nothing that they are made of changes; no gradient."""
+        """`scale_and_shift`, without a gradient; in eval mode kept as long as nothing that they are made of changes."""
+        if self.training and not self.is_for_inference:  # some optimizers write where no version counts it
+            return self.scale_and_shift()
         if self.fused is None:
             self.fused = FollowedAffine()
         return self.fused.affine(self)
 
     def goes_straight(self) -> bool:
         """Whether the kernel computes now what the layer is to compute, for an input that it takes."""
-        return not torch.is_grad_enabled() and self.activation_scale is not None and not is_grouped(self.weight_scale)
+        learns = self.training or torch.is_grad_enabled()
+        return not learns and self.activation_scale is not None and not is_grouped(self.weight_scale)
+
+    def train(self, mode: bool = True) -> Any:
+        if mode and not self.is_for_inference:
+            self._let_go()
+        return super().train(mode)
+
+    def _let_go(self) -> None:
+        """Forget what was kept from call to call."""
+        layer: Any = self
+        for name in ("fused", "prepared", "fused_scale", "fused_shift"):
+            if name in layer.__dict__ or name in buffers_of(layer):
+                delattr(layer, name)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
         """What follows the product, y = scale * z + shift, in float32: a and the bias, where s stands inside it."""

@@ -22,7 +22,7 @@ from ..method.surrogates import SURROGATES, Surrogate
 from ..method.windows import FROZEN, PENDING, TRANSITION, Place
 from .calibration import ActivationValues, Observer, in_processes
 from .converted import Converted
-from .freeze_state import FreezeState, empty_buffer
+from .freeze_state import STAYS_REAL, FreezeState, empty_buffer
 
 __all__ = ["FROZEN", "PENDING", "TRANSITION", "Member"]
 
@@ -157,7 +157,7 @@ class Member(Converted):
 
     @property
     def always_real(self) -> bool:
-        return self.place.never
+        return self.place.never or self.follow().stays_real
 
     @property
     def is_settled(self) -> bool:
@@ -233,7 +233,8 @@ class Member(Converted):
 
     def _due(self) -> tuple[str, float]:
         """State and frozen fraction that follow from the saved numbers."""
-        return self.place.state(self.freezing.step, self.freezing.total_steps)
+        freezing = self.freezing
+        return (PENDING, 0.0) if freezing.stays_real else self.place.state(freezing.step, freezing.total_steps)
 
     def _stand(self, state: str, share: float) -> None:
         """Enter a state of the progression, with its masks."""
@@ -268,7 +269,7 @@ class Member(Converted):
         """
         freezing = self.follow()
         freezing.step, freezing.total_steps, freezing.fingerprint = step, total, self.place.fingerprint
-        state, share = self.place.state(step, total)
+        state, share = self._due()
         if state != PENDING:
             self.calibrate_weight()
         self._stand(state, share)
@@ -307,7 +308,16 @@ class Member(Converted):
         began = self.place.state(found.step, found.total_steps)[0] != PENDING
         if began and not found.weight_ready and self._needs_weight_values:
             return "its stage has begun, and its weight scale was never set"
+        if self.place.never and (found.weight_ready or found.activation_ready) and not found.stays_real:
+            return "its stage had begun to freeze, and here it stays real (last_stage)"
         return found.damage()
+
+    def stay_real(self) -> None:
+        """Be real from now on, and for good, whatever was frozen; the saved state says so."""
+        self.freezing.weight_ready, self.freezing.activation_ready = STAYS_REAL, 0
+        self.observer = None
+        self.enter(PENDING, 0.0)
+        self.write_state()
 
     _needs_weight_values = False
 

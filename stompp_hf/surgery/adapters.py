@@ -104,13 +104,18 @@ def _names(name: str, keys: Iterable[str]) -> list[str]:
     return [key for key in keys if f".{name}".endswith(f".{key}")]
 
 
+def _is_binary(module: Any) -> bool:
+    """Whether it is to be left alone: what stays real for good is not."""
+    return isinstance(module, Member) and not module.always_real
+
+
 def _option(config: Any, name: str) -> Any:
     return getattr(config, name, None) or []
 
 
 def check_adapter(tuner: Any, model: nn.Module, adapter_name: str, state_dict: Any = None, **unused: Any) -> None:
     """Raise AdapterError, before PEFT changes anything, where an adapter is to stand and cannot."""
-    found = {plain_name(name): module for name, module in model.named_modules() if isinstance(module, Member)}
+    found = {plain_name(name): module for name, module in model.named_modules() if _is_binary(module)}
     if not found:
         return
     config = copy.copy(tuner.peft_config[adapter_name])
@@ -193,7 +198,7 @@ def _refuse(reasons: dict[str, str], what: str) -> None:
 
 def _merges(layer: Any, adapters: Any) -> bool:
     """Whether a merge of these adapters, or of the active ones, would add to a binary weight."""
-    if not isinstance(layer.get_base_layer(), BinaryLayer):
+    if not _is_binary(layer.get_base_layer()):
         return False
     asked = layer.active_adapters if adapters is None else adapters
     return bool(set(asked) & adapters_of(layer))

@@ -210,11 +210,12 @@ def report(model: nn.Module) -> str:
     It tells the plan, which is the same from surgery to the end; `summary` tells bits, bytes and products at any time.
     """
     plan, layers = get_plan(model), binary_layers(model)
-    binary = sum(layer.weight_count for layer in layers.values())
+    freezing = {*plan.of_kind("layer"), *plan.of_kind("embedding")}
+    binary = sum(layer.weight_count for name, layer in layers.items() if plain_name(name) in freezing)
     total = sum(parameter.numel() for parameter in model.parameters()) + (binary if plan.packed else 0)
     what = "are packed, 8 a byte" if plan.packed else "become binary"
     lines = [
-        f"{len(plan.of_kind('layer'))} binary layers in {plan.stage_count} stages ({plan.config.binarize}, order "
+        f"{len(plan.of_kind('layer'))} binary layers in {plan.stages_in_words} ({plan.config.binarize}, order "
         f"{plan.config.order}); {binary:,} of {total:,} parameters ({binary / total:.1%}) {what}"
     ]
     for stage, name in enumerate(plan.stage_names):

@@ -121,6 +121,9 @@ def stop_at(model: nn.Module, stage: int) -> None:
     replace(plan, config=config).freezing  # noqa: B018  # refuses before anything changes
     plan.config = config
     own(model, plan)
+    for member in members_of(model, plan).values():
+        if member.always_real:
+            member.stay_real()
 
 
 def disown(model: nn.Module) -> None:

@@ -114,11 +114,20 @@ class Plan:
             values["int8"] += plan.int8
             for changed in _DICTIONARIES:
                 values[changed] |= getattr(plan, changed)
+        if len(named) > 1:
+            values["config"] = replace(named[0].config, last_stage=None)  # each part has its own
         return replace(named[0], packed=all(plan.packed for plan in named), **values)
 
     def of_kind(self, kind: str) -> list[str]:
-        """Names of the entries of one kind, in the order in which they freeze."""
-        return [entry.name for entry in self.entries if entry.kind == kind]
+        """Names of the entries of one kind that freeze, in that order; without those behind `last_stage`."""
+        last = len(self.entries) if self.config.last_stage is None else self.freezing
+        return [entry.name for entry in self.entries if entry.kind == kind and entry.stage < last]
+
+    @property
+    def stages_in_words(self) -> str:
+        """How many stages there are, and how many of them freeze."""
+        words = f"{self.stage_count} stages"
+        return words if self.config.last_stage is None else f"{self.freezing} of {words} (the rest stays real)"
 
     @property
     def stage_count(self) -> int:

@@ -149,13 +149,13 @@ class StoMPPTrainerCallback(TrainerCallback):
     def _bind(self, model: Any, state: Any) -> None:
         layers, root = binary_layers(model), driven_model(model)
         first = next(iter(layers.values()))
-        finished = all(member.is_settled for member in members(root).values())
         adapted = has_adapters(model)  # then Trainer's checkpoints hold the adapter alone, and nothing of the base
+        if not adapted and (stage := stopped_after(state)) is not None:
+            stop_at(root, stage)
+        finished = all(member.is_settled for member in members(root).values())
         if adapted and not finished:
             check_adapted(first.step, state.global_step)
         elif state.global_step > 0 and not adapted:
-            if (stage := stopped_after(state)) is not None:
-                stop_at(root, stage)
             check_resumed(layers, state.global_step)
         # Where the model itself stands: ahead of Trainer's count if an earlier run, or another process, trained it.
         ahead = first.step if first.step > state.global_step or (adapted and finished) else 0

@@ -18,8 +18,12 @@ from .hold_frozen import around_steps
 FLIPPING_RATE = 0.02
 """The rate that binary layers are brought up to, in units of 1 / sqrt(K), the usual size of a weight of fan-in K.
 
-An optimizer that normalizes its gradients, as Adam does, then moves a latent weight by a fiftieth of its size a step.
+An optimizer whose steps are as large as its rate, as Adam's, then moves a latent weight by a fiftieth of its size a
+step. Where they are smaller (Adafactor scales them by the weight's own size, Muon by its shape), so are these.
 """
+
+PEAK = "stompp_peak_lr"
+"""Where a parameter group keeps the largest rate that it had, if no scheduler says it."""
 
 
 @dataclass
@@ -86,8 +90,9 @@ def rates(
 def peak_rates(optimizer: Any) -> dict[int, float]:
     """The learning rate of each parameter of an optimizer before any scheduler lowers it, by the parameter's id.
 
-    Schedulers leave it in the group's `initial_lr` (OneCycleLR: `max_lr`), which optimizers save; without one it is put
-    there now. 0 where a step's size is not the rate's: under SGD it is the gradient's, and relative Adafactor has none.
+    Schedulers leave it in the group's `initial_lr` (OneCycleLR: `max_lr`); without one the largest that was seen
+    counts, in a key of our own, which optimizers save. 0 where a step's size is not the rate's: under SGD it is the
+    gradient's, and Adafactor may have none.
     """
     found = {}
     normalizes = not isinstance(optimizer, torch.optim.SGD)
@@ -95,7 +100,9 @@ def peak_rates(optimizer: Any) -> dict[int, float]:
         now = group.get("lr") if normalizes else None
         if now is None:
             continue
-        peak = max(float(group.setdefault("initial_lr", now)), float(group.get("max_lr", 0.0)), float(now))
+        peak = max(float(value) for value in (now, *(group.get(key, 0.0) for key in ("initial_lr", "max_lr", PEAK))))
+        if "initial_lr" not in group:
+            group[PEAK] = peak
         found.update({id(parameter): peak for parameter in group["params"]})
     return found
 

@@ -219,8 +219,8 @@ class Progression:
         due = [
             layer
             for name, layer in self.layers.items()
-            if self.windows[name].observed_at <= step and layer.stompp_config.binary_activations
-            and layer.needs_activation_values and not layer.activation_ready
+            if self.windows[name].observed_at <= step and not layer.always_real
+            and layer.stompp_config.binary_activations and layer.needs_activation_values and not layer.activation_ready
         ]  # fmt: skip
         if not due:
             return
