@@ -14,8 +14,9 @@ STAYS_REAL = -1
 class FreezeState:
     """How far a member has frozen: what is saved, in the order of the buffer's int64 numbers, and what follows from it.
 
-    weight_ready, activation_ready: whether starting values were set (a weight_ready of `STAYS_REAL`: a run stopped before
-    this member's stage); activation_offset: 0 for the levels {-a, a}, 1 for {0, 2a}; total_steps: of the progression, 0 before its first step; step: how many updates came before this state;
+    weight_ready, activation_ready: whether starting values were set (a weight_ready of `STAYS_REAL`: a run stopped
+    before this member's stage); activation_offset: 0 for the levels {-a, a}, 1 for {0, 2a};
+    total_steps: of the progression, 0 before its first step; step: how many updates came before this state;
     fingerprint: of the plan that it was trained by.
     stage, share: "pending", "transition" or "frozen", and the frozen fraction; they follow from step, total and the
     member's place. has_frozen: share > 0, which forward asks, since a number that changes would be compiled anew.
