@@ -71,28 +71,30 @@ class ConvProduct:
         x = weight.new_empty(1).expand(shape)  # only its shape is looked at
         native = self._native_padding(0.0)
         if native is not None:
-            return self._backward(grad, x, weight, native, 0)
+            return self.gradients(grad, x, weight, (True, False), native)[0]  # type: ignore[return-value]
         with torch.enable_grad():
             inner = weight.new_zeros(shape).requires_grad_()
             outer = self.padded(inner, 0.0)
-        outer_grad = self._backward(grad, outer.detach(), weight, (0,) * len(self.stride), 0)
+        outer_grad = self.bare().gradients(grad, outer.detach(), weight, (True, False))[0]
         return torch.autograd.grad(outer, inner, outer_grad)[0]
 
     def grad_weight(self, grad: Tensor, x: Tensor, shape: torch.Size, pad: float = 0.0) -> Tensor:
         native = self._native_padding(pad)
         x = x if native is not None else self.padded(x, pad)
-        return self._backward(grad, x, grad.new_empty(1).expand(shape), native or (0,) * len(self.stride), 1)
+        weight, native = grad.new_empty(1).expand(shape), native or (0,) * len(self.stride)
+        return self.gradients(grad, x, weight, (False, True), native)[1]  # type: ignore[return-value]
 
-    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, ...], which: int) -> Tensor:
-        single = grad.dim() == len(self.stride) + 1
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool], padding: tuple[int, ...] | None = None
+    ) -> list[Tensor | None]:
+        padding = self._native_padding(0.0) if padding is None else padding
+        single, none = grad.dim() == len(self.stride) + 1, [0] * len(self.stride)
         if single:
             grad, x = grad.unsqueeze(0), x.unsqueeze(0)
-        wanted = [which == 0, which == 1, False]
-        none = [0] * len(self.stride)
-        result = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, self.stride, padding, self.dilation, False, none, self.groups, wanted
-        )[which]
-        return result.squeeze(0) if single and which == 0 else result
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, self.stride, padding, self.dilation, False, none, self.groups, [*wanted, False]
+        )
+        return [grad_x.squeeze(0) if single and wanted[0] else grad_x, grad_weight]
 
     def _native_padding(self, pad: float) -> tuple[int, ...] | None:
         """The padding as the convolution itself takes it; None where it cannot."""
@@ -106,6 +108,12 @@ class ConvProduct:
         """x with its padding around it; `pad` is the constant, where it is one."""
         around = [size for pair in reversed(self.padding) for size in pair]
         return F.pad(x, around, value=pad) if self.mode == "zeros" else F.pad(x, around, mode=self.mode)
+
+    def ready(self, x: Tensor, level: Tensor | None = None) -> tuple["ConvProduct", Tensor]:
+        if level is None:
+            return (self, x) if self._native_padding(0.0) is not None else (self.bare(), self.padded(x, 0.0))
+        ring = 1.0 - self.padded(torch.ones_like(x.detach()[:1]), 0.0)  # 1 where the padding is
+        return self.bare(), self.padded(x, 0.0) + ring * level
 
     def bare(self) -> "ConvProduct":
         """The same product of an x that is padded already."""

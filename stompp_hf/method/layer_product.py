@@ -4,6 +4,7 @@ A later layer class (a convolution, a packed layer) joins with a `Product` of it
 are written once, against this interface.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -63,6 +64,13 @@ class Product(Protocol):
     def grad_weight(self, grad: Tensor, x: Tensor, shape: torch.Size, pad: float = 0.0) -> Tensor:
         """dL/dw from dL/dz, for a weight of `shape`."""
 
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Sequence[Tensor | None]:
+        """dL/dx and dL/dw, each if wanted, bit for bit as autograd makes them; of what `ready` gave."""
+
+    def ready(self, x: Tensor, level: Tensor | None = None) -> tuple["Product", Tensor]:
+        """x with the padding that the operation cannot make itself, and the product of what is given: itself, or one
+        that pads no more; `level`, one a channel, is what stands in the padding (0 without)."""
+
     def rows(self, x: Tensor) -> Tensor:
         """x as (positions, features)."""
 
@@ -113,6 +121,14 @@ class LinearProduct:
 
     def grad_weight(self, grad: Tensor, x: Tensor, shape: torch.Size, pad: float = 0.0) -> Tensor:
         return grad.reshape(-1, grad.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
+
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> list[Tensor | None]:
+        rows = grad.reshape(-1, grad.shape[-1])  # a matrix as it lies: matmul may take another sum for a transposed one
+        of_x = self.grad_input(rows, weight, x.shape).reshape(x.shape) if wanted[0] else None
+        return [of_x, self.grad_weight(grad, x, weight.shape) if wanted[1] else None]
+
+    def ready(self, x: Tensor, level: Tensor | None = None) -> tuple[Product, Tensor]:
+        return self, x
 
     def per_channel(self, values: Tensor, z: Tensor) -> Tensor:
         return values

@@ -19,7 +19,8 @@ from ..integrations.accelerate import rebind_forward
 from ..method.frozen_product import frozen_product
 from ..method.grouped_product import grouped_product
 from ..method.layer_product import Product
-from ..method.mixing import Edge, hard, mix_activation, mix_weight
+from ..method.mixed_product import Mixture, mixed_product
+from ..method.mixing import Edge, hard
 from ..method.sign_bits import SignBits
 from ..method.weight_scales import is_grouped, scale_shape
 from .activations import ABSORBABLE, gate
@@ -37,10 +38,10 @@ _OWN_ATTRIBUTES = (
 class BinaryLayer(KeptWeight, LayerState):
     """A layer whose weight, and whose input, become binary entry by entry.
 
-    Forward, by state: pending: the plain layer (clipped, where a clip is set); in transition:
-    product(mix_activation(x), mix_weight(w)) + bias; frozen: `frozen_product`, or, with a scale a group,
-    `grouped_product`. See these for formulas and gradients. Where the activation f in front of it was absorbed, x is
-    the value before f, real entries compute with f(x), and every gradient to x passes through f.
+    Forward, by state: pending: the plain layer (clipped, where a clip is set); in transition: `mixed_product`; frozen:
+    `frozen_product`, or, with a scale a group, `grouped_product`. See these for formulas and gradients. Where the
+    activation f in front of it was absorbed, x is the value before f, real entries compute with f(x), and every
+    gradient to x passes through f.
 
     Extra tensors (parameters when learnable, buffers otherwise): weight_scale (out,), (1,), or (out, groups);
     weight_clip, activation_scale, activation_low, activation_high (1,); activation_threshold (in,); stompp_state int64
@@ -177,40 +178,31 @@ class BinaryLayer(KeptWeight, LayerState):
         """What a constant padding of a frozen input holds, in units of the activation scale."""
         return 0.0
 
-    def _mixed_product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The product in transition, from operands that are mixed already."""
-        return self._product_of(x)(x, weight)
-
     def _add_bias(self, z: Tensor) -> Tensor:
         return z if self.bias is None else z.add_(self.product.per_channel(self.bias.to(z.dtype), z))
 
     def _in_transition(self, x: Tensor) -> Tensor:
-        weight = mix_weight(
-            self.weight,
-            self._weight_shaped(self.weight_scale),
-            _mask(self.weight_mask, self.weight),
-            self._edges_now()[2],
-            self.surrogate,
-        )
+        real = mask = None
+        weight_mask = _mask(self.weight_mask, self.weight)
         if self.activation_scale is None:
             x = self._activated(x)
         else:
-            features = self.product.per_feature
-            threshold = self.activation_threshold
-            x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
-            real = None if self.absorbed is None else self._activated(x)
-            x = mix_activation(
-                self._gated(x),
-                self.activation_scale,
-                None if threshold is None else features(threshold, x),
-                self._placed_mask(x),
-                *self._edges_now()[:2],
-                self.activation_offset,
-                self.surrogate,
-                real,
-                self.stompp_config.surrogate_width,
-            )
-        return self._add_bias(self._mixed_product(x, weight))
+            mask = self._placed_mask(x)
+            if self.absorbed is not None:
+                x = x.to(self.weight.dtype)
+                real, x = self._activated(x), self._gated(x)
+        mixture = Mixture(
+            self._product_of(x),
+            self._edges_now(),
+            self.activation_offset,
+            self._pad_level(),
+            self.surrogate,
+            self.stompp_config.surrogate_width,
+            self._weight_shaped,
+        )
+        of_weight = (self.weight, self.weight_scale, weight_mask)
+        of_input = (self.activation_scale, self.activation_threshold, mask)
+        return self._add_bias(mixed_product(mixture, x, real, *of_weight, *of_input))
 
     def _edges_now(self) -> tuple[Edge, Edge, Edge]:
         """Low and high of the input, and the weight's clip; in a compiled graph as tensors, which layers can share."""

@@ -47,15 +47,6 @@ class BinaryConv(BinaryLayer):
         binary = self.activation_scale is not None
         return 1.0 + self.activation_offset if binary and self._pads_with_one else 0.0
 
-    def _mixed_product(self, x: Tensor, weight: Tensor) -> Tensor:
-        product = self._product_of(x)
-        if self.activation_scale is None or self.activation_mask is None or not self._pads_with_one:
-            return product(x, weight)  # a real input, or one without frozen channels
-        # Around frozen channels stands the upper level, around the others 0. The ring is 1 where the padding is.
-        level = self.activation_scale * self._pad_level() * self.activation_mask
-        ring = 1.0 - product.padded(torch.ones_like(x.detach()[:1]), 0.0)
-        return product.bare()(product.padded(x, 0.0) + ring * product.per_feature(level, x), weight)
-
 
 @register
 class BinaryConv1d(BinaryConv, nn.Conv1d):
