@@ -108,10 +108,12 @@ def peak_rates(optimizer: Any) -> dict[int, float]:
 
 
 def largest_share(optimizer: Any, found: Iterable[Rate]) -> float:
-    """The largest share that any of an optimizer's parameters will make of a step."""
+    """The largest share that any of an optimizer's parameters will make of a step; infinite where nobody knows yet."""
+    if not hasattr(optimizer, "param_groups"):
+        return math.inf
     peaks = peak_rates(optimizer)
-    own = [rate for rate in found if id(rate.parameter) in peaks]
-    return max((rate.at(rate.begin, peaks[id(rate.parameter)]) for rate in own), default=1.0)
+    own = [(rate, peaks[id(rate.parameter)]) for rate in found if id(rate.parameter) in peaks]
+    return max((math.inf if peak == 0.0 else rate.at(rate.begin, peak) for rate, peak in own), default=1.0)
 
 
 def scale_steps(optimizer: Any, found: Iterable[Rate], step: Callable[[], int]) -> list[Any]:

@@ -20,7 +20,7 @@ from ..surgery.adapters import has_adapters
 from ..surgery.members import weighted
 from .committed_signs import CommittedSigns
 from .hold_frozen import hold_frozen, parameters_of, skip_blocked
-from .learning_rates import largest_share, rates, scale_steps
+from .learning_rates import Rate, largest_share, rates, scale_steps
 
 logger = logging.getLogger(__name__)
 
@@ -85,44 +85,48 @@ class Optimizers:
 
     def _hook(self, one: Any) -> list[Any]:
         apart = in_processes() and not any(is_sharded(p) for p in self._model.parameters())
-        scaled = self._scales(one)
+        found = self._rates(one)
         if self._held:
             require_hooks(one, "frozen_gradient='zero'", "frozen_gradient='ste'")
             refuse_unholdable(one)
         if apart:
             require_hooks(one, "training on several processes", "train on one")
-        require_parameters(one, self._model, bool(self._held) or scaled)
+        asked = self._shares[0] != 1.0 or self._shares[1] not in (None, 1.0)
+        require_parameters(one, self._model, bool(self._held) or asked)
         hooks: list[Any] = []
         if self._held:
             hooks += hold_frozen(one, list(self._held.values()), self._now)
         if apart:
             hooks += skip_blocked(one, self._model.parameters(), self._now)
-        if scaled:
-            found = rates(self._model, self._members, self._begins, *self._shares)
+        if found:
             hooks += scale_steps(one, found, self._now)
-            if self._shares[1] is None and (most := largest_share(one, found)) > 1.0:
-                logger.info("binary layers move at up to %.3g times the rate of %s (binary_lr)", most, _class_of(one))
         return hooks
 
-    def _scales(self, one: Any) -> bool:
-        """Whether something moves by another share of this optimizer's steps than the whole."""
+    def _rates(self, one: Any) -> list[Rate]:
+        """The rates of what moves by another share of this optimizer's steps than the whole; empty if nothing does."""
         pending, binary = self._shares
-        if binary is None and pending == 1.0:  # nobody asked: what cannot be done is left
-            try:
-                require_hooks(one, "", "")
-                refuse_unholdable(one)
-            except ConfigError:
-                warn_once(
-                    logger, self._model,
-                    "binary layers learn at the rate of %s, whose steps cannot be scaled: too slow for them where it "
-                    "suits real weights. Use torch.optim.AdamW; or raise the rate, and say so: "
-                    "StoMPPConfig(binary_lr=1.0).",
-                    _class_of(one),
-                )  # fmt: skip
-                return False
-        elif self._shares != (1.0, 1.0):
+        if self._shares == (1.0, 1.0):
+            return []
+        found = rates(self._model, self._members, self._begins, pending, binary)
+        if binary is not None or pending != 1.0:
             require_hooks(one, f"pending_lr={pending}, binary_lr={binary}", "pending_lr=1.0, binary_lr=1.0")
-        return self._shares != (1.0, 1.0)
+            return found
+        most = largest_share(one, found)
+        if most == 1.0:
+            return []
+        try:  # nobody asked: what cannot be done is left
+            require_hooks(one, "", "")
+            refuse_unholdable(one)
+        except ConfigError:
+            warn_once(
+                logger, self._model,
+                "binary layers learn at the rate of %s, whose steps cannot be scaled: too slow for them where it suits "
+                "real weights. Use torch.optim.AdamW; or raise the rate, and say so: StoMPPConfig(binary_lr=1.0).",
+                _class_of(one),
+            )  # fmt: skip
+            return []
+        logger.info("binary layers move at up to %.3g times the rate of %s (binary_lr)", most, _class_of(one))
+        return found
 
     def before(self, step: int) -> None:
         """Before the model goes to `step`: look whether the optimizers kept to it.
