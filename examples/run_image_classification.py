@@ -218,7 +218,7 @@ def print_course(trainer: Trainer, summary: dict[str, float]) -> None:
     print(report(trainer.model).splitlines()[0])
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StoMPPTrainerCallback))
     progression = callback.progression
-    if progression is None or not plan.freezing:
+    if progression is None or plan.config.binarize == "nothing":
         print(f"full precision: {summary.get('eval_accuracy', float('nan')):.4f}")
         return
     print_stages(trainer, callback, "eval_accuracy")

@@ -278,7 +278,11 @@ def test_what_forbids_a_call_by_address() -> None:
 
 ELSEWHERE = {
     # Not which way a product goes: clips as tensors, states that a graph holds, values of a fused layer.
-    "is_compiling": {"modules/binary_layer.py", "modules/stage_member.py", "modules/followed_affine.py"},
+    # What is kept for the backward pass is the compiler's to plan.
+    "is_compiling": {
+        *("modules/binary_layer.py", "modules/stage_member.py", "modules/followed_affine.py"),
+        *("method/flag_bits.py", "method/mixed_product.py"),
+    },
     "is_dynamo_compiling": {"modules/prechecked_linear.py"},  # dynamo does not follow a call in C
     "is_in_onnx_export": {"method/mixing.py"},  # signs by other operators
     "is_tracing": set(),

@@ -194,7 +194,7 @@ def test_killed_six_times(uninterrupted: Path, tmp_path: Path, seed: int) -> Non
 
 def test_resumed_on_one_process(tmp_path: Path) -> None:
     """Two processes until the kill, one from then on, the same global batch: equal masks, and weights but for sums."""
-    job = {"dropout": False, "regime": "ste"}
+    job = {"dropout": False, "regime": "ste", "options": {"binary_lr": 1.0}}  # steps no larger than what is told apart
     whole = finish({**job, "out": str(tmp_path / "whole")})
     out = str(tmp_path / "resumed")
     assert launch({**job, "out": out, "kill": {"rank": 0, "step": 12, "seconds": 0.0}}).returncode != 0

@@ -46,7 +46,7 @@ def main(job: dict[str, Any]) -> None:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    model = binarize_model(model, quick(frozen_gradient=job.get("regime", "zero"), **WINDOWS))
+    model = binarize_model(model, quick(frozen_gradient=job.get("regime", "zero"), **WINDOWS, **job.get("options", {})))
     args = arguments(out, per_device_train_batch_size=8 // world, save_total_limit=2, ddp_backend="gloo")
     trainer = Trainer(model, args, train_dataset=rows(48))
     StoMPPTrainerCallback().attach(trainer)

@@ -269,7 +269,7 @@ class Member(Converted):
         """
         freezing = self.follow()
         freezing.step, freezing.total_steps, freezing.fingerprint = step, total, self.place.fingerprint
-        state, share = self._due()
+        state, share = (PENDING, 0.0) if freezing.stays_real else self.place.state(step, total)
         if state != PENDING:
             self.calibrate_weight()
         self._stand(state, share)
