@@ -1,5 +1,7 @@
 """pending_lr and binary_lr: what waits and what is binary move by shares of a step, the rest by all of it."""
 
+from typing import Any
+
 import pytest
 import torch
 from models import CASES, quick
@@ -8,7 +10,7 @@ from torch import nn
 from stompp_hf import Progression, StoMPPConfig, binarize_model
 from stompp_hf.errors import ConfigError
 from stompp_hf.surgery.members import binary_layers, members
-from stompp_hf.training.learning_rates import Rate, peak_rates, rates
+from stompp_hf.training.learning_rates import PROPORTIONAL, Rate, peak_rates, rates, scale_steps
 
 BERT = CASES["bert"]
 TOTAL = 12
@@ -188,3 +190,44 @@ def test_unset_leaves_optimizers_that_cannot_be_scaled(caplog: pytest.LogCapture
     caplog.clear()
     Progression(binarize_model(BERT.build(), quick(binary_lr=1.0)), TOTAL).attach(object())
     assert "binary_lr" not in caplog.text
+
+
+# ---- without copies ----
+
+
+def grown(name: str, rate: float, options: dict[str, Any], shares: bool) -> dict[str, torch.Tensor]:
+    """A layer's parameters after some steps: by shares of an optimizer's steps, or by groups of their own."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4)
+    groups = [{"params": [layer.weight], "lr": rate * 1e-2}, {"params": [layer.bias], "lr": 1e-2}]
+    optimizer = getattr(torch.optim, name)(layer.parameters() if shares else groups, lr=1e-2, **options)
+    if shares:
+        scale_steps(optimizer, [Rate(layer.weight, 0, 1.0, rate), Rate(layer.bias, 0, 1.0, 1.0)], lambda: 0)
+    for step in range(5):
+        torch.manual_seed(step)
+        layer(torch.randn(3, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(optimizer.param_groups) == (1 if shares else 2)
+    return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize("name", sorted(cls.__name__ for cls in PROPORTIONAL))
+def test_shares_are_those_of_groups_with_rates_of_their_own(name: str, options: dict[str, Any]) -> None:
+    options = {**options, **({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})}
+    found, expected = (grown(name, 7.0, options, shares) for shares in (True, False))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_step_that_raises_leaves_no_split_groups_behind() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    scale_steps(optimizer, [Rate(layer.weight, 0, 1.0, 3.0)], iter(range(9)).__next__)
+    layer(torch.ones(1, 3)).sum().backward()
+    layer.weight.grad = torch.sparse_coo_tensor([[0], [0]], [1.0], (2, 3))  # AdamW takes none
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    layer.weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1

@@ -22,6 +22,12 @@ An optimizer whose steps are as large as its rate, as Adam's, then moves a laten
 step. Where they are smaller (Adafactor scales them by the weight's own size, Muon by its shape), so are these.
 """
 
+PROPORTIONAL = {
+    *(torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam),
+    *(torch.optim.RMSprop, torch.optim.SGD),
+}
+"""Classes whose step is the learning rate times something that does not depend on it, decay included."""
+
 PEAK = "stompp_peak_lr"
 """Where a parameter group keeps the largest rate that it had, if no scheduler says it."""
 
@@ -121,18 +127,31 @@ def scale_steps(optimizer: Any, found: Iterable[Rate], step: Callable[[], int]) 
 
     Forward:  theta <- theta + rate * (optimizer(theta) - theta), decay and momentum included
     Source:   this library's choice.
-    Cost:     for the time of the step a copy of what has another rate than 1.
+    Cost:     none for `PROPORTIONAL` optimizers, whose groups are split by rate for the time of the step; for others,
+              and at a rate of 0, for that time a copy of what has another rate than 1.
 
     Returns the hooks' handles.
     """
     found = list(found)
+    groups: list[dict[str, Any]] = []
+    """Those that are split just now."""
+    by_groups = type(optimizer) in PROPORTIONAL
 
     def keep(own: set[int]) -> list[Any]:
+        if groups:  # a step that raised left them
+            optimizer.param_groups, groups[:] = list(groups), []
         now, peaks = step(), peak_rates(optimizer)
         moving = [(r.parameter, r.at(now, peaks.get(id(r.parameter), 0.0))) for r in found if id(r.parameter) in own]
-        return [(parameter, rate, parameter.detach().clone()) for parameter, rate in moving if rate != 1.0]
+        moving = [(parameter, rate) for parameter, rate in moving if rate != 1.0]
+        if by_groups and moving:
+            groups[:] = optimizer.param_groups
+            optimizer.param_groups = split(groups, {id(parameter): rate for parameter, rate in moving if rate})
+            moving = [(parameter, rate) for parameter, rate in moving if not rate]
+        return [(parameter, rate, parameter.detach().clone()) for parameter, rate in moving]
 
     def scale(kept: list[Any]) -> None:
+        if groups:
+            optimizer.param_groups, groups[:] = list(groups), []
         for parameter, rate, value in kept:
             if rate == 0.0:
                 parameter.copy_(value)  # also where the optimizer made it infinite
@@ -140,3 +159,14 @@ def scale_steps(optimizer: Any, found: Iterable[Rate], step: Callable[[], int]) 
                 parameter.lerp_(value, 1.0 - rate)
 
     return around_steps(optimizer, step, keep, scale)
+
+
+def split(groups: Iterable[dict[str, Any]], rates: dict[int, float]) -> list[dict[str, Any]]:
+    """An optimizer's groups with one for each rate: its own learning rate times that of its parameters, by their id."""
+    found = []
+    for group in groups:
+        parts: dict[float, list[Any]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(rates.get(id(parameter), 1.0), []).append(parameter)
+        found += [{**group, "params": parameters, "lr": group["lr"] * rate} for rate, parameters in parts.items()]
+    return found
