@@ -101,6 +101,11 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def is_view(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of another one, `Tensor._base`."""
+    return tensor._base is not None
+
+
 class Seen:
     """A tensor as it was: whether it is another by now.
 

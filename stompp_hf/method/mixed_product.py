@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
+from ..integrations.torch import is_view
 from .layer_product import Product
 from .mixing import Edge, mix_activation, mix_weight
 from .surrogates import Surrogate
@@ -59,7 +60,7 @@ class _MixedProduct(torch.autograd.Function):
         ctx.mixture = mixture
         product, x, weight = mixture.operands(*(None if t is None else t.detach() for t in tensors))  # type: ignore[arg-type]
         y: Tensor = product(x, weight)
-        return y if y._base is None else y.clone()  # of one sample: what comes next may add to it in place
+        return y.clone() if is_view(y) else y  # of one sample: what comes next may add to it in place
 
     @staticmethod
     @once_differentiable
