@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import yaml
 from image_data import DataArguments, Pixels
-from options import RecordArguments, TeacherArguments
+from options import HubArguments, MethodArguments, RecordArguments, TeacherArguments
 from small_images import small_image_config
 from stage_edges import StopArguments
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForImageClassification
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ModelArguments(RecordArguments, TeacherArguments, StopArguments):
+class ModelArguments(HubArguments, MethodArguments, RecordArguments, TeacherArguments, StopArguments):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(
@@ -43,18 +43,7 @@ class ModelArguments(RecordArguments, TeacherArguments, StopArguments):
     image_processor_name: str | None = field(
         default=None, metadata={"help": "Where size, mean and standard deviation come from, if not the checkpoint."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
-    token: str | None = field(default=None, metadata={"help": "Hub token."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
     ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "Re-create a head of another size."})
-    method: str = field(
-        default="stompp",
-        metadata={
-            "help": "stompp; or a baseline of the same options: vanilla_ste (frozen from step 0), full_precision.",
-            "choices": ["stompp", "vanilla_ste", "full_precision"],
-        },
-    )
     compare: bool = field(
         default=False, metadata={"help": "Train by four methods in turn, from equal weights. On if nothing is given."}
     )
@@ -86,18 +75,10 @@ def load_config(args: ModelArguments, names: list[str]) -> Any:
             raise ValueError(f"--config_overrides: a {source} config has no {', '.join(unknown)}.")
         config = CONFIG_MAPPING[source](**overrides, **labels)
     elif source is not None:
-        config = AutoConfig.from_pretrained(source, **overrides, **labels, **hub_options(args))
+        config = AutoConfig.from_pretrained(source, **overrides, **labels, **args.hub)
     else:
         raise ValueError("add --model_name_or_path, or --config_name to train from scratch.")
     return small_image_config(config) if args.small_image_stem else config
-
-
-def hub_options(args: ModelArguments) -> dict[str, Any]:
-    """What every from_pretrained takes."""
-    return {
-        "cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token,
-        "trust_remote_code": args.trust_remote_code,
-    }  # fmt: skip
 
 
 def load_processor(args: ModelArguments, data_args: DataArguments, config: Any) -> tuple[Any, Pixels]:
@@ -105,7 +86,7 @@ def load_processor(args: ModelArguments, data_args: DataArguments, config: Any) 
     source, known = args.image_processor_name or args.model_name_or_path, getattr(config, "image_size", None)
     if source is not None:
         try:
-            processor = AutoImageProcessor.from_pretrained(source, **hub_options(args))
+            processor = AutoImageProcessor.from_pretrained(source, **args.hub)
         except OSError:
             logger.warning("%s has no image processor: ImageNet's mean and standard deviation are used.", source)
         else:
@@ -133,7 +114,7 @@ def load_model(
             args.model_name_or_path,
             config=config,
             ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-            **hub_options(args),
+            **args.hub,
         )
     else:
         model = AutoModelForImageClassification.from_config(config, trust_remote_code=args.trust_remote_code)

@@ -95,6 +95,45 @@ def set_up_logging(args: TrainingArguments) -> None:
 
 
 @dataclass
+class HubArguments:
+    """How everything is fetched."""
+
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    token: str | None = field(default=None, metadata={"help": "Hub token."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What every from_pretrained takes."""
+        return {
+            "cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token,
+            "trust_remote_code": self.trust_remote_code,
+        }  # fmt: skip
+
+
+@dataclass
+class MethodArguments:
+    """Which method trains the model."""
+
+    method: str = field(
+        default="stompp",
+        metadata={
+            "help": "stompp; or a baseline of the same options: vanilla_ste (frozen from step 0), full_precision.",
+            "choices": ["stompp", "vanilla_ste", "full_precision"],
+        },
+    )
+
+
+def publish(trainer: Trainer, card: dict[str, Any]) -> None:
+    """Push what was trained, if that was asked for; else write its card beside it."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    elif trainer.args.do_train:
+        trainer.create_model_card(**card)
+
+
+@dataclass
 class TeacherArguments:
     """Who teaches the model while it freezes, and how much."""
 

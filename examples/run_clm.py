@@ -19,12 +19,15 @@ from typing import Any
 
 import torch
 from options import (
+    HubArguments,
     LoraArguments,
+    MethodArguments,
     RecordArguments,
     TeacherArguments,
     config_of,
     is_binarized,
     plain_again,
+    publish,
     read_words,
     resumed_from,
     set_up_logging,
@@ -61,7 +64,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclass
-class ModelArguments(RecordArguments, TeacherArguments, LoraArguments):
+class ModelArguments(HubArguments, MethodArguments, RecordArguments, TeacherArguments, LoraArguments):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(
@@ -77,17 +80,6 @@ class ModelArguments(RecordArguments, TeacherArguments, LoraArguments):
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer, if not the checkpoint's; the small Llama's is trained on the text."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
-    token: str | None = field(default=None, metadata={"help": "Hub token."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
-    method: str = field(
-        default="stompp",
-        metadata={
-            "help": "stompp; or a baseline of the same options: vanilla_ste (frozen from step 0), full_precision.",
-            "choices": ["stompp", "vanilla_ste", "full_precision"],
-        },
-    )
     compare: list[str] | None = field(
         default=None,
         metadata={"help": "Train in each of these ways, from equal weights, one by one.", "choices": list(WAYS)},
@@ -98,14 +90,6 @@ class ModelArguments(RecordArguments, TeacherArguments, LoraArguments):
     def __post_init__(self) -> None:
         if self.model_name_or_path is not None and self.config_overrides is not None:
             raise ValueError("--config_overrides is for a model from scratch; leave --model_name_or_path out.")
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        """How everything is fetched."""
-        return {
-            "cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token,
-            "trust_remote_code": self.trust_remote_code,
-        }  # fmt: skip
 
 
 DEMO = {
@@ -253,10 +237,7 @@ def train(
         "tasks": "text-generation", "finetuned_from": model_args.model_name_or_path,
         "dataset": sources.dataset_name, "tags": ["stompp", "1-bit"],
     }  # fmt: skip
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    elif args.do_train:
-        trainer.create_model_card(**card)
+    publish(trainer, card)
     return trainer, summary
 
 

@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
 from options import (
+    HubArguments,
     LoraArguments,
+    MethodArguments,
     RecordArguments,
     TeacherArguments,
     config_of,
     is_binarized,
     plain_again,
+    publish,
     read_words,
     resumed_from,
     set_up_logging,
@@ -51,7 +54,7 @@ from stompp_hf.training.metrics import frozen_fraction
 
 
 @dataclass
-class ModelArguments(RecordArguments, TeacherArguments, LoraArguments, StopArguments):
+class ModelArguments(HubArguments, MethodArguments, RecordArguments, TeacherArguments, LoraArguments, StopArguments):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(
@@ -59,19 +62,8 @@ class ModelArguments(RecordArguments, TeacherArguments, LoraArguments, StopArgum
     )
     config_name: str | None = field(default=None, metadata={"help": "Config, if not the checkpoint's."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the checkpoint's."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
-    token: str | None = field(default=None, metadata={"help": "Hub token."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the hub."})
     ignore_mismatched_sizes: bool = field(default=False, metadata={"help": "Re-create a head of another size."})
     freeze_embeddings: bool = field(default=False, metadata={"help": "Do not train the input embeddings."})
-    method: str = field(
-        default="stompp",
-        metadata={
-            "help": "stompp; or a baseline of the same options: vanilla_ste (frozen from step 0), full_precision.",
-            "choices": ["stompp", "vanilla_ste", "full_precision"],
-        },
-    )
     preset: str = field(
         default="default",
         metadata={
@@ -116,19 +108,15 @@ def load_model(args: ModelArguments, task: Any) -> tuple[Any, Any]:
             attention_probs_dropout_prob=0.0, id2label=labels, label2id=numbers, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         return AutoModelForSequenceClassification.from_config(config), tokenizer
-    hub = {
-        "cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token,
-        "trust_remote_code": args.trust_remote_code,
-    }  # fmt: skip
     config = AutoConfig.from_pretrained(
         args.config_name or args.model_name_or_path,
-        id2label=labels, label2id=numbers, finetuning_task=task.name, **hub,
+        id2label=labels, label2id=numbers, finetuning_task=task.name, **args.hub,
     )  # fmt: skip
     if task.is_regression:
         config.problem_type = "regression"
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, **hub)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, **args.hub)
     model = AutoModelForSequenceClassification.from_pretrained(
-        args.model_name_or_path, config=config, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **hub
+        args.model_name_or_path, config=config, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **args.hub
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -215,10 +203,7 @@ def main() -> dict[str, float]:
     card: dict[str, Any] = {"tasks": "text-classification", "finetuned_from": origin, "tags": ["stompp", "1-bit"]}
     if name is not None:
         card.update(dataset_tags="glue", dataset_args=name, dataset=f"GLUE {name.upper()}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    elif training_args.do_train:
-        trainer.create_model_card(**card)
+    publish(trainer, card)
     return summary
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from image_data import DataArguments, Task, collate, load_task, prepare
 from image_model import ModelArguments, load_config, load_model, load_processor
-from options import config_of, read_words, resumed_from, set_up_logging
+from options import config_of, publish, read_words, resumed_from, set_up_logging
 from stage_edges import print_stages
 from transformers import (
     AutoModelForImageClassification,
@@ -166,10 +166,7 @@ def train(
         "tasks": "image-classification", "finetuned_from": model_args.model_name_or_path,
         "dataset": data_args.dataset_name, "tags": ["stompp", "1-bit"],
     }  # fmt: skip
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    elif args.do_train:
-        trainer.create_model_card(**card)
+    publish(trainer, card)
     return trainer, summary
 
 

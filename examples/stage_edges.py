@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from stompp_hf import StoMPPTrainerCallback, StopFreezingCallback, get_plan, record_stages, stage_curve
+from stompp_hf import StoMPPTrainerCallback, StopFreezingCallback, get_plan, stage_curve
+from stompp_hf.reports.stage_curve import write_stages
 
 
 @dataclass
@@ -49,7 +50,7 @@ def print_stages(trainer: Trainer, stompp: StoMPPTrainerCallback, key: str) -> N
         return
     points = stage_curve(trainer.model) if plan.freezing else []
     if points:
-        record_stages(trainer.args.output_dir, trainer.model)
+        write_stages(trainer.args.output_dir, points)
     stops = [c for c in trainer.callback_handler.callbacks if isinstance(c, StopFreezingCallback)]
     undone = {stop.undone_at: stop.good_stages + 1 for stop in stops}
     records = {record["step"]: record for record in reversed(trainer.state.log_history) if key in record}

@@ -90,14 +90,20 @@ def refuse_unless(config: Any, option: str, values: tuple[Any, ...]) -> None:
 # ---- metadata ----
 
 
-def _decoder(config: Any, ropes: tuple[str, ...] = ("default", "linear")) -> Fields:
-    size = head_size(config)
+def _sizes(config: Any) -> Fields:
     return {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "head_count": config.num_attention_heads,
+    }
+
+
+def _decoder(config: Any, ropes: tuple[str, ...] = ("default", "linear")) -> Fields:
+    size = head_size(config)
+    return {
+        **_sizes(config),
         "head_count_kv": config.num_key_value_heads,
         "key_length": size,
         "value_length": size,
@@ -163,11 +169,7 @@ def _gpt2(config: Any) -> Fields:
 
 def _bert(config: Any) -> Fields:
     return {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "head_count": config.num_attention_heads,
+        **_sizes(config),
         "layer_norm_eps": config.layer_norm_eps,
         "token_type_count": config.type_vocab_size,
         "causal_attention": False,

@@ -6,7 +6,6 @@ llama.cpp would compute otherwise.
 
 import importlib.util
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +16,7 @@ from ..errors import ExportError, ExtraError, NotBinarizedError
 from ..integrations.sharding import GATHER, refuse_sharded
 from ..integrations.torch import modules_of
 from ..modules import BinaryLayer, Member
+from .arguments import check_choices, completed, refuse_folder
 from .gguf_architectures import Fields, architecture_of
 from .gguf_tensors import gguf_tensors
 from .gguf_tokenizers import load_tokenizer, vocabulary
@@ -80,7 +80,11 @@ def export_gguf(
 
     path = Path(path)
     refuse_sharded(model, "export_gguf", GATHER)
-    _check_options(path, overwrite, {"binary": binary, "real": real, "pooling": pooling or CHOICES["pooling"][0]})
+    pooled = pooling or CHOICES["pooling"][0]
+    check_choices("export_gguf", {"binary": binary, "real": real, "pooling": pooled}, CHOICES)
+    refuse_folder("export_gguf", path, "model.gguf")
+    if path.exists() and not overwrite:
+        raise ExportError(f"export_gguf: {path} exists; give another name, or overwrite=True to replace it.")
     _check_members(model)
     architecture = architecture_of(model)
     _check_ties(model)
@@ -93,28 +97,14 @@ def export_gguf(
         **vocabulary(load_tokenizer(tokenizer), model_.get_input_embeddings().num_embeddings, pre),
     }
     if architecture.embeds:
-        fields["pooling_type"] = PoolingType[(pooling or CHOICES["pooling"][0]).upper()]
+        fields["pooling_type"] = PoolingType[pooled.upper()]
     tensors = gguf_tensors(model_, architecture, binary, real)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        part = Path(folder, path.name)
+    with completed(path) as part:
         _write(part, architecture.name, {**fields, "file_type": LlamaFileType[FILE_TYPE[binary]]}, tensors)
-        part.replace(path)
     return path
 
 
 # ---- what is refused ----
-
-
-def _check_options(path: Path, overwrite: bool, options: dict[str, str]) -> None:
-    for option, value in options.items():
-        if value not in CHOICES[option]:
-            known = " or ".join(map(repr, CHOICES[option]))
-            raise ExportError(f"export_gguf: {option} is {known}, and not {value!r}.")
-    if path.is_dir():
-        raise ExportError(f"export_gguf: {path} is a folder; name the file in it, as in {path / 'model.gguf'}.")
-    if path.exists() and not overwrite:
-        raise ExportError(f"export_gguf: {path} exists; give another name, or overwrite=True to replace it.")
 
 
 def _check_members(model: nn.Module) -> None:

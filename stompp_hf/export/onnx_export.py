@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..errors import ExportError
 from ..surgery.members import get_plan, members
 from ..surgery.running import example_inputs_of, run
 from ..surgery.unfusing import unfuse
+from .arguments import check_choices, completed, refuse_folder
 from .forms import Form, code_table, export_form, sign_table
 
 logger = logging.getLogger(__name__)
@@ -96,12 +96,9 @@ def export_onnx(
     """
     _check_packages()
     path = Path(path)
-    if opset_version < OLDEST_OPSET or path.is_dir():
-        raise ExportError(
-            f"export_onnx writes operator sets from {OLDEST_OPSET} on, and not {opset_version}."
-            if opset_version < OLDEST_OPSET
-            else f"export_onnx: {path} is a folder; name the file in it, as in {path / 'model.onnx'}."
-        )
+    if opset_version < OLDEST_OPSET:
+        raise ExportError(f"export_onnx writes operator sets from {OLDEST_OPSET} on, and not {opset_version}.")
+    refuse_folder("export_onnx", path, "model.onnx")
     form = _form(products, weights, weights_only)
     twin = _twin(model, form)
     inputs = _by_name(model, example_inputs)
@@ -129,7 +126,8 @@ def export_onnx(
             "example_inputs may help, or attn_implementation='eager' when it is loaded, before binarize_model."
         ) from error
     _optimize(program.model)
-    _save(program, path)
+    with completed(path) as part:  # with the data of a file beyond 2 GB
+        program.save(part)
     return path
 
 
@@ -186,10 +184,7 @@ def _not_one(value: Any, axes: Mapping[int, str]) -> Any:
 
 
 def _form(products: str, weights: str, weights_only: str) -> Form:
-    for option, value in (("products", products), ("weights", weights), ("weights_only", weights_only)):
-        if value not in CHOICES[option]:
-            known = " or ".join(map(repr, CHOICES[option]))
-            raise ExportError(f"export_onnx: {option} is {known}, and not {value!r}.")
+    check_choices("export_onnx", {"products": products, "weights": weights, "weights_only": weights_only}, CHOICES)
     return Form(products == "integer", weights == "bits", weights_only == "matmul_nbits", sign_table(), code_table())
 
 
@@ -259,12 +254,3 @@ def _optimize(graph: Any) -> None:
     ClearMetadataAndDocStringPass()(graph)  # stack traces, the larger part of a small file
     for value in list(graph.graph.initializers.values()):
         value.name = value.name.removeprefix("model.")  # that of the wrapper: here names are the checkpoint's
-
-
-def _save(program: Any, path: Path) -> None:
-    """Write the file beside its place, and put it there when it is complete (with the data of one beyond 2 GB)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        program.save(Path(folder, path.name))
-        for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):
-            part.replace(path.parent / part.name)

@@ -1,5 +1,6 @@
 """When a member of a plan freezes: its place among the others, and the window of steps that follows from it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .schedules import frozen_fraction
@@ -29,6 +30,16 @@ class Window:
     def observed_at(self) -> int:
         """The training step whose inputs set the activation values: the last one with nothing frozen yet."""
         return self.begin if self.end > self.begin or self.begin == 0 else self.begin - 1
+
+
+def stage_edges(stages: Iterable[Iterable[Window]]) -> dict[int, int]:
+    """How many stages are frozen at each step at which the first one begins or one has just ended.
+
+    stages: the windows of the members of each stage, in the order in which these freeze.
+    """
+    inside = [list(windows) for windows in stages]
+    first = {min(w.begin for windows in inside for w in windows): 0} if inside else {}
+    return {**first, **{max(w.end for w in windows): number for number, windows in enumerate(inside, 1)}}
 
 
 @dataclass(frozen=True)

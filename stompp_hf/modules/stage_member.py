@@ -233,6 +233,10 @@ class Member(Converted):
 
     def _due(self) -> tuple[str, float]:
         """State and frozen fraction that follow from the saved numbers."""
+        return self._planned()
+
+    def _planned(self) -> tuple[str, float]:
+        """The same by the member's place in the plan, whatever its class makes of it."""
         freezing = self.freezing
         return (PENDING, 0.0) if freezing.stays_real else self.place.state(freezing.step, freezing.total_steps)
 
@@ -269,7 +273,7 @@ class Member(Converted):
         """
         freezing = self.follow()
         freezing.step, freezing.total_steps, freezing.fingerprint = step, total, self.place.fingerprint
-        state, share = (PENDING, 0.0) if freezing.stays_real else self.place.state(step, total)
+        state, share = self._planned()
         if state != PENDING:
             self.calibrate_weight()
         self._stand(state, share)

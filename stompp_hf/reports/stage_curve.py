@@ -1,13 +1,14 @@
 """What a model is worth after each stage: one run freezes stage by stage, and each stage's end could ship."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..method.windows import stage_edges
 from ..surgery.members import get_plan
 from .drawing import draw_line, label_ends, new_figure
 from .run_plots import titled
@@ -59,22 +60,26 @@ def stage_curve(model: nn.Module, example_inputs: Any = None) -> list[StagePoint
 
 def record_stages(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> Path:
     """Write `stage_curve` into a run's folder, for `report`. Call it on the first process."""
+    return write_stages(folder, stage_curve(model, example_inputs))
+
+
+def write_stages(folder: str | Path, points: Iterable[StagePoint]) -> Path:
+    """The same, of what `stage_curve` gave."""
     path = Path(folder) / STAGES
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {"stages": [asdict(point) for point in stage_curve(model, example_inputs)]}
+    values = {"stages": [asdict(point) for point in points]}
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return path
 
 
 def values_of(run: Run) -> list[tuple[StagePoint, float]]:
     """What the run's main metric was at the end of each stage, where it was evaluated there, and when all had ended."""
-    metric, windows = run.main_metric, [inside for _, inside in run.stage_windows()]
-    if metric is None or not windows or not run.stages:
+    if run.main_metric is None:
         return []
-    values = dict(zip(*run.series(metric), strict=True))
-    edges = [min(w.begin for inside in windows for w in inside), *(max(w.end for w in inside) for inside in windows)]
-    points = [p for stage in run.stages[: len(edges)] if (p := _point(stage)) is not None]
-    return [(point, values[edge]) for point, edge in zip(points, edges, strict=False) if edge in values]
+    values = dict(zip(*run.series(run.main_metric), strict=True))
+    points = {point.frozen: point for stage in run.stages if (point := _point(stage)) is not None}
+    edges = stage_edges(inside for _, inside in run.stage_windows())
+    return [(points[frozen], values[step]) for step, frozen in edges.items() if frozen in points and step in values]
 
 
 def _point(stage: dict[str, Any]) -> StagePoint | None:

@@ -96,7 +96,8 @@ class Plan:
             values[changed] = {name: [r for r in readers if r.startswith(start)] for name, readers in found}
         values["entries"] = [replace(entry, stage=order[entry.stage]) for entry in entries]
         if self.config.last_stage is not None:
-            values["config"] = replace(self.config, last_stage=str(sum(stage < self.freezing for stage in order)))
+            last = self.freezing
+            values["config"] = replace(self.config, last_stage=str(sum(stage < last for stage in order)))
         values["int8"] = [name for name in self.int8 if name.startswith(start)]
         return replace(self, **values).moved(lambda name: name.removeprefix(start))
 
@@ -183,13 +184,13 @@ class Plan:
         Stage k of n has [start + (end - start) k / n, start + (end - start)(k + 1) / n) of the run; with
         within_stage="forward" its members split that part in order. Those behind `last_stage` never freeze.
         """
-        config, count, found = self.config, self.stage_count, {}
+        config, count, freezing, found = self.config, self.stage_count, self.freezing, {}
         known = Place(
             start=config.start, end=config.end, schedule=config.schedule, refresh_rate=config.refresh_rate,
             mask_seed=config.mask_seed, fingerprint=self.fingerprint(prefix),
         )  # fmt: skip
         for stage in range(count):
-            known = replace(known, never=stage >= self.freezing)
+            known = replace(known, never=stage >= freezing)
             inside = [entry.name for entry in self.entries if entry.stage == stage]
             parts = len(inside) if config.within_stage == "forward" else 1
             for index, name in enumerate(inside):

@@ -9,7 +9,7 @@ from transformers.trainer_callback import ExportableState
 from ..console import say, warn_once
 from ..errors import ConfigError
 from ..integrations.sharding import local
-from ..method.windows import Window
+from ..method.windows import Window, stage_edges
 from ..training.progression import Progression
 from .callback import StoMPPTrainerCallback, logger
 
@@ -177,14 +177,11 @@ class StopFreezingCallback(TrainerCallback, ExportableState):
 
 
 def _edges(progression: Progression) -> dict[int, int]:
-    """The number of stages that are frozen at each step at which the first one begins or one has just ended."""
     windows: dict[int, list[Window]] = {}
     for entry in progression.plan.entries:
         if not progression.layers[entry.name].always_real:
             windows.setdefault(entry.stage, []).append(progression.windows[entry.name])
-    ends = {max(window.end for window in inside): stage + 1 for stage, inside in windows.items()}
-    first = {min(w.begin for inside in windows.values() for w in inside): 0} if windows else {}
-    return {**first, **ends}
+    return stage_edges(windows[stage] for stage in sorted(windows))
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

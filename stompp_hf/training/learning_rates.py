@@ -137,9 +137,12 @@ def scale_steps(optimizer: Any, found: Iterable[Rate], step: Callable[[], int]) 
     """Those that are split just now."""
     by_groups = type(optimizer) in PROPORTIONAL
 
-    def keep(own: set[int]) -> list[Any]:
-        if groups:  # a step that raised left them
+    def put_back() -> None:
+        if groups:
             optimizer.param_groups, groups[:] = list(groups), []
+
+    def keep(own: set[int]) -> list[Any]:
+        put_back()  # what a step that raised left
         now, peaks = step(), peak_rates(optimizer)
         moving = [(r.parameter, r.at(now, peaks.get(id(r.parameter), 0.0))) for r in found if id(r.parameter) in own]
         moving = [(parameter, rate) for parameter, rate in moving if rate != 1.0]
@@ -150,8 +153,7 @@ def scale_steps(optimizer: Any, found: Iterable[Rate], step: Callable[[], int]) 
         return [(parameter, rate, parameter.detach().clone()) for parameter, rate in moving]
 
     def scale(kept: list[Any]) -> None:
-        if groups:
-            optimizer.param_groups, groups[:] = list(groups), []
+        put_back()
         for parameter, rate, value in kept:
             if rate == 0.0:
                 parameter.copy_(value)  # also where the optimizer made it infinite
