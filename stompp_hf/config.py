@@ -129,6 +129,12 @@ class StoMPPConfig:
         "RPReLU, with learnable shifts and slope (a ReLU "
         "at the start).",
     )
+    gelu: Literal["keep", "relu"] = _option(
+        "keep",
+        "A GELU (SiLU, Mish) before binary activations: keep it, or make it a ReLU, whose outputs fit two levels {0, "
+        "2a}, from the first step on, and absorb or keep that as `relu` says (also before layers that last_stage "
+        "leaves real). A teacher keeps its own.",
+    )
     conv_padding: Literal["zero", "one"] = _option(
         "zero",
         "What pads a binary input of a convolution: zero, or one (the upper level), which keeps it exactly two-valued.",
@@ -219,6 +225,8 @@ class StoMPPConfig:
             if getattr(self, name) == "none" and getattr(self, f"learn_{name}"):
                 what = name.partition("_")[2]
                 self._refuse(f"learn_{name}", f"needs a {what}: add {name}={value!r}, or set it to False")
+        if self.gelu == "relu" and self.relu not in ("absorb", "keep"):
+            self._refuse("gelu", f"does not go with relu={self.relu!r}; use relu='absorb' or relu='keep' with it")
         if self.activation_mask == "element" and self.conv_padding == "one":
             self._refuse("conv_padding", "has no mask around it; use activation_mask='feature' with it")
         if self.attention == "binarize" and self.binarize == "weights":

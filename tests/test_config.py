@@ -39,6 +39,7 @@ UNUSUAL: dict[str, Any] = {
     "target_modules": ["query", "key"],
     "exclude_modules": ["pooler"],
     "relu": "keep",
+    "gelu": "relu",
     "conv_padding": "one",
     "first_layer": "binarize",
     "head": "binarize",
@@ -55,7 +56,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         for name in (
             *("binarize", "frozen_gradient", "within_stage", "weight_scale", "activation_scale", "first_layer"),
             *("activation_threshold", "activation_levels", "head", "schedule", "stages"),
-            *("downsampling", "relu", "conv_padding", "activation_mask", "attention", "embeddings"),
+            *("downsampling", "relu", "gelu", "conv_padding", "activation_mask", "attention", "embeddings"),
         )
     ],
     *[
@@ -92,6 +93,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("learn_weight_scale", {"weight_scale": "none"}),
     ("learn_activation_scale", {"activation_scale": "none", "activation_levels": "symmetric"}),
     ("learn_activation_threshold", {"activation_threshold": "none", "activation_levels": "symmetric"}),
+    *[("gelu", {"gelu": "relu", "relu": relu}) for relu in ("drop", "rprelu")],
     ("conv_padding", {"conv_padding": "one", "activation_mask": "element"}),
     ("attention", {"attention": "binarize", "binarize": "weights"}),
     ("attention", {"attention": "binarize", "activation_mask": "element"}),
@@ -219,6 +221,7 @@ def test_paper_values() -> None:
         "binary_lr": 1.0,
         "last_stage": None,
         "relu": "drop",
+        "gelu": "keep",
         "conv_padding": "zero",
         "target_modules": None,
         "exclude_modules": None,

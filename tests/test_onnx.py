@@ -43,6 +43,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama-tied", {}),
     "llama, attention and embeddings": ("llama", beyond.BOTH),
     "t5": ("t5", {}),
+    "vit, a relu for gelu": ("vit", {"gelu": "relu", "relu": "keep"}),
     "vit, attention": ("vit", {"attention": "binarize"}),
     "resnet, padding with one": ("resnet", {"conv_padding": "one"}),
     "resnet, weights": ("resnet", {"binarize": "weights"}),

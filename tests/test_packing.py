@@ -44,6 +44,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "padding with one": ("resnet", {"conv_padding": "one"}),
     "kept relu": ("resnet", {"relu": "keep"}),
     "rprelu": ("resnet", {"relu": "rprelu"}),
+    "relu for gelu, absorbed": ("bert", {"gelu": "relu"}),
+    "relu for gelu": ("vit", {"gelu": "relu", "relu": "keep"}),
     "dropped relu": ("mobilenet_v2", {"relu": "drop"}),
     "zero gradient": ("bert", {"frozen_gradient": "zero"}),
     "everything": ("vit", {"first_layer": "binarize", "head": "binarize"}),

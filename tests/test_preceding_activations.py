@@ -287,6 +287,66 @@ def test_smooth_activations_stay_unless_they_are_dropped(kind: type) -> None:
     assert_same(model, plain)
 
 
+def run_through(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Outputs, gradients and tensors while pending, in transition and frozen; and in evaluation."""
+    progression, found = Progression(model, STEPS), []
+    for step in (0, STEPS // 2, STEPS):
+        progression.step(step)
+        torch.manual_seed(1)
+        model.zero_grad()
+        outputs = tensors(model.train()(X))
+        sum(output.square().sum() for output in outputs).backward()
+        gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+        outputs += tensors(model.eval()(X))
+        found.append({**gradients, **model.state_dict(), **{str(i): t.detach() for i, t in enumerate(outputs)}})
+        found[-1] = {name: tensor.clone() for name, tensor in found[-1].items() if "stompp_state" not in name}
+    model.zero_grad()
+    return found
+
+
+REPLACED = [*ABSORBED, "added", "read-by-a-real-layer", "returned", "shared-with-a-real-layer", "sometimes-without"]
+
+
+@pytest.mark.parametrize("kind", [nn.GELU, lambda: nn.SiLU(inplace=True), GELUActivation])
+@pytest.mark.parametrize("relu", ["absorb", "keep"])
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_gelu_becomes_a_relu(name: str, relu: str, kind: Any) -> None:
+    """The net computes what it would with a ReLU in its place, from the first step on, and is absorbed as that is."""
+    use = {**ABSORBED, **NOT_ABSORBED}[name]
+    model, plain = pair(use, {"gelu": "relu", "relu": relu}, act=kind, spare=kind)
+    twin, _ = pair(use, {"relu": relu}, act=nn.ReLU, spare=nn.ReLU)
+    absorbed = relu == "absorb" and name in ABSORBED
+    assert get_plan(model).bypassed == {"act": "absorbed" if absorbed else "relu"}
+    assert [e.absorbed for e in get_plan(model).entries] == [e.absorbed for e in get_plan(twin).entries]
+    assert ("  activations that became ReLUs: act\n" in report(model)) != absorbed and type(model.spare) is type(kind())
+    for own, theirs in zip(run_through(model), run_through(twin), strict=True):
+        assert same_tensors(own, theirs) == []
+    assert type(restore_model(model).act) is type(kind())
+    plain.load_state_dict(model.state_dict())
+    assert_same(model, plain)
+
+
+@pytest.mark.parametrize("kind", DROPPABLE)
+def test_every_smooth_activation_may_become_a_relu(kind: type) -> None:
+    model, _ = pair(ADDED, {"gelu": "relu"}, act=lambda: made(kind))
+    assert torch.equal(model.act(X), X.relu())
+    assert type(pickle.loads(pickle.dumps(model.act))) is type(model.act) is not kind
+    assert type(restore_model(model).act) is kind
+
+
+def test_a_gelu_stays_where_it_feeds_no_binary_activation() -> None:
+    for use, options in (
+        (STRAIGHT, {}),
+        (STRAIGHT, {"gelu": "relu", "binarize": "weights"}),
+        (STRAIGHT, {"gelu": "relu", "binarize": "nothing"}),
+        (lambda m, u, h: m.last(m.act(m.a(u))), {"gelu": "relu"}),
+        (lambda m, u, h: m.last(m.a(h * u)), {"gelu": "relu"}),  # a gate
+    ):
+        model, plain = pair(use, options, act=nn.GELU)
+        assert changes(model) == ({}, {})
+        assert_same(model, plain)
+
+
 def made(kind: type) -> nn.Module:
     """An activation with the arguments that it needs."""
     return kind(-10, 10) if kind.__name__ == "ClippedGELUActivation" else kind()
@@ -383,11 +443,16 @@ def test_a_deepcopy_has_its_own_readers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "relu"), [("resnet", "absorb"), ("resnet", "drop"), ("resnet", "rprelu"), ("wav2vec2", "absorb")]
+    ("name", "options"),
+    [
+        *[("resnet", {"relu": relu}) for relu in ("absorb", "drop", "rprelu")],
+        ("wav2vec2", {}),
+        *[("vit", {"relu": relu, "gelu": "relu"}) for relu in ("absorb", "keep")],
+    ],
 )
-def test_save_and_reload(name: str, relu: str, tmp_path: Path) -> None:
+def test_save_and_reload(name: str, options: dict[str, str], tmp_path: Path) -> None:
     case = vision.CASES[name]
-    model = binarize_model(case.build(), quick(relu=relu))
+    model = binarize_model(case.build(), quick(**options))
     progression = Progression(model, STEPS)
     progression.step(0)
     model(**case.batch())
@@ -451,6 +516,13 @@ def test_dead_signs_behind_relus_that_stay(caplog: pytest.LogCaptureFixture) -> 
     ):
         found = warnings_of(caplog, use, options, nn.ReLU)
         assert len(found) == (expected is not None) and all(expected in message for message in found)
+
+
+def test_a_relu_in_place_of_a_gelu_has_one_sign(caplog: pytest.LogCaptureFixture) -> None:
+    options = {"activation_levels": "symmetric", "gelu": "relu", "relu": "keep"}
+    (message,) = warnings_of(caplog, STRAIGHT, options, nn.GELU)
+    assert f"1 {DEAD}a (after GELU). " in message
+    assert not warnings_of(caplog, STRAIGHT, {**options, "relu": "absorb"}, nn.GELU)
 
 
 def test_a_missing_rprelu_parameter_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What may stand right before a binary layer: activations that it absorbs, that are dropped or shifted, and dropouts.
+"""What may stand right before a binary layer: activations that change for it, and dropouts.
 
 A ReLU's output has one sign, so the sign of it says nothing; and a dropout's zeros would all count as +1.
 """
@@ -89,6 +89,24 @@ DROPPABLE = (nn.GELU, nn.SiLU, nn.Mish, *(getattr(hub, name) for name in _OF_TRA
 which counts as +1, so that of sums of hundreds of plain signs most come out as +1."""
 
 BYPASSED = changed_classes(Bypassed, "Bypassed", (*(getattr(nn, name) for name in ABSORBABLE), *DROPPABLE))
+
+
+class Replaced(Changed):
+    """A smooth activation that became a ReLU: what is near 0 is 0, so that two levels {0, 2a} fit."""
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in torch
+        return F.relu(input)
+
+
+REPLACED = changed_classes(Replaced, "Replaced", DROPPABLE)
+
+ABSORBED, DROPPED, REPLACEMENT = "absorbed", "dropped", "relu"
+"""What a plan says of an activation."""
+
+
+def class_for(how: str, kind: type[nn.Module]) -> Any:
+    """The class that an activation of a kind gets, by what the plan says of it."""
+    return (REPLACED if how == REPLACEMENT else BYPASSED)[kind]
 
 
 RPRELU_TENSORS = ("rprelu_shift", "rprelu_slope", "rprelu_bias")

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, ConfigError
 from ..integrations.sharding import GATHER, refuse_sharded, refuse_unsupported
 from ..integrations.torch import NOT_BROADCAST
 from ..modules import BinaryAttention, BinaryEmbedding, BinaryLayer, Member, binary_class_of
-from ..modules.activations import BYPASSED, PAUSED, Changed, RPReLU
+from ..modules.activations import ABSORBED, DROPPED, PAUSED, REPLACEMENT, Changed, RPReLU, class_for
 from ..modules.torch_encoder import unfuse_encoders
 from .adapters import base_model, check_wrapped
 from .attention_interface import NAMES, attach, detach_all, switch
@@ -98,9 +98,9 @@ def convert(model: nn.Module, plan: Plan) -> None:
             shape = tuple(entry.shape) if element and entry.shape else None
             layer = binary_class.convert(module, plan.config, entry.producer, entry.absorbed, shape)
             _train_as(layer.weight, layer.own_tensors().values())
-        for name in plan.bypassed:
+        for name, how in plan.bypassed.items():
             activation: Any = submodule(model, name)
-            activation.__class__ = BYPASSED[type(activation)]
+            activation.__class__ = class_for(how, type(activation))
         for name, readers in plan.shifted.items():
             shifted: Any = submodule(model, name)
             reader: Any = submodule(model, readers[0])
@@ -222,7 +222,8 @@ def report(model: nn.Module) -> str:
         inside = [entry.name for entry in plan.entries if entry.stage == stage]
         short = [item.removeprefix(f"{name}.") for item in inside]
         lines.append(f"  stage {stage + 1} {name}" + ("" if inside == [name] else f": {', '.join(short)}"))
-    for what, text in (("absorbed", "absorbed into the layers they feed"), ("dropped", "dropped")):
+    changes = {ABSORBED: "absorbed into the layers they feed", DROPPED: "dropped", REPLACEMENT: "that became ReLUs"}
+    for what, text in changes.items():
         names = [name for name, how in plan.bypassed.items() if how == what]
         if names:
             lines.append(f"  activations {text}: {', '.join(names)}")

@@ -44,10 +44,11 @@ class Entry:
 class Plan:
     """What becomes binary in a model, in the order in which it freezes, and what was left real and why.
 
-    bypassed: activations that were "absorbed" or "dropped"; paused: dropouts, and shifted: ReLUs that became RPReLUs,
-    with the binary layers that read them; attention: the implementation ("sdpa" or "eager") that binary attention
-    stands in for, if there is any; a reload goes back to it, so that it computes the same; packed: whether signs stand
-    in place of latent weights; real: how a packed checkpoint stores what stays real, and int8: the tables in int8.
+    bypassed: activations that were "absorbed" or "dropped", or became a "relu"; paused: dropouts, and shifted: ReLUs
+    that became RPReLUs, with the binary layers that read them; attention: the implementation ("sdpa" or "eager") that
+    binary attention stands in for, if there is any; a reload goes back to it, so that it computes the same; packed:
+    whether signs stand in place of latent weights; real: how a packed checkpoint stores what stays real, and int8: the
+    tables in int8.
     """
 
     config: StoMPPConfig

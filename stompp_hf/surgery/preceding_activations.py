@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..config import StoMPPConfig
-from ..modules.activations import ABSORBABLE, BYPASSED, PAUSED
+from ..modules.activations import ABSORBABLE, ABSORBED, BYPASSED, DROPPABLE, DROPPED, PAUSED, REPLACEMENT
 from .blocks import CONVOLUTIONS
 from .dataflow import DataFlow
 
@@ -30,7 +30,8 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
 
     relu="absorb": an activation that only binary layers read is computed by them instead, so that their sign is that
     of the value before it. relu="drop": an activation that any binary layer reads goes. relu="rprelu": a ReLU that any
-    binary layer reads becomes an RPReLU. relu="keep": nothing.
+    binary layer reads becomes an RPReLU. relu="keep": nothing. gelu="relu": a GELU, SiLU or Mish that any binary layer
+    reads counts as a ReLU in this, and becomes one where it is not absorbed.
     A dropout that feeds a binary layer is paused from the moment at which that layer has frozen entries.
     """
     result = Neighbours()
@@ -44,8 +45,13 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
         if kinds[tag] in PAUSED and readers & binary
     }
     activations = {tag: readers for tag, readers in flow.readers.items() if kinds[tag] in BYPASSED}
+    if config.gelu == "relu":
+        result.bypassed = {
+            tag: REPLACEMENT for tag, readers in activations.items() if kinds[tag] in DROPPABLE and readers & binary
+        }
+        kinds |= dict.fromkeys(result.bypassed, nn.ReLU)
     if config.relu == "drop":
-        result.bypassed = {tag: "dropped" for tag, readers in activations.items() if readers & binary}
+        result.bypassed = {tag: DROPPED for tag, readers in activations.items() if readers & binary}
         result.ungated = {reader for tag in result.bypassed for reader in activations[tag] & binary}
     elif config.relu == "rprelu":
         shifts = {tag: sorted(readers & binary) for tag, readers in activations.items() if kinds[tag] is nn.ReLU}
@@ -53,12 +59,15 @@ def neighbours(model: nn.Module, names: list[str], flow: DataFlow, config: StoMP
     elif config.relu == "absorb":
         activations = {tag: readers for tag, readers in activations.items() if kinds[tag].__name__ in ABSORBABLE}
         chosen = _absorbable(activations, kinds, binary, flow)
-        result.bypassed = {tag: "absorbed" for tag in activations if tag in chosen}
+        result.bypassed |= {tag: ABSORBED for tag in activations if tag in chosen}
         result.absorbing = {reader: kinds[tag].__name__ for tag in chosen for reader in activations[tag]}
+    replaced = {tag for tag, how in result.bypassed.items() if how == REPLACEMENT}
+    gone = result.bypassed.keys() - replaced
     result.one_signed = [
         name
         for name in names
-        if flow.one_sided.get(name) and not any(tags & result.bypassed.keys() for tags in flow.feeders[name])
+        if (flow.one_sided.get(name) or all(tags & replaced for tags in flow.feeders.get(name, [frozenset()])))
+        and not any(tags & gone for tags in flow.feeders[name])
     ]
     return result
 
