@@ -146,6 +146,12 @@ class TeacherArguments:
     )
     teacher_logits: float = field(default=1.0, metadata={"help": "Weight of the teacher's predictions."})
     teacher_hidden: float = field(default=1.0, metadata={"help": "Weight of the teacher's hidden states."})
+    teacher_relations: float = field(
+        default=0.0, metadata={"help": "Weight of the teacher's attention relations (MiniLM's, of q, k and v)."}
+    )
+    teacher_embeddings: bool = field(
+        default=False, metadata={"help": "Whether what enters the first block is one of the hidden states."}
+    )
     teacher_temperature: float = field(default=1.0, metadata={"help": "Temperature of the predictions."})
     task_weight: float = field(default=1.0, metadata={"help": "Weight of the labels' loss beside a teacher's."})
 
@@ -158,6 +164,8 @@ class TeacherArguments:
                 hidden=self.teacher_hidden,
                 task=self.task_weight,
                 temperature=self.teacher_temperature,
+                relations=self.teacher_relations,
+                embeddings=self.teacher_embeddings,
             )
             trainer.add_callback(callback)
 

@@ -14,11 +14,22 @@ from torch.nn.functional import kl_div
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from stompp_hf import DistillationCallback, Distiller, Progression, StoMPPTrainerCallback, binarize_model, get_plan
+from stompp_hf import (
+    DistillationCallback,
+    Distiller,
+    Progression,
+    StoMPPTrainerCallback,
+    binarize_model,
+    create_optimizer,
+    get_plan,
+)
 from stompp_hf.errors import CheckpointError, ConfigError, DistillationError
 from stompp_hf.method import class_divergence
+from stompp_hf.surgery.attention_interface import watched
 from stompp_hf.surgery.members import binary_layers
-from stompp_hf.training.distillation import blocks_of, hidden_loss, logits_loss, snapshot
+from stompp_hf.training.compared import relation_places
+from stompp_hf.training.distillation import blocks_of, snapshot
+from stompp_hf.training.teacher_losses import hidden_loss, logits_loss, relation_loss
 
 BERT = CASES["bert"]
 
@@ -53,6 +64,30 @@ def test_hidden_loss_is_the_error_in_units_of_the_variance() -> None:
     assert hidden_loss(flat, goal, real).item() == pytest.approx(1.0)
     images = torch.randn(2, 3, 4, 4)
     assert hidden_loss(images.mean((0, 2, 3), keepdim=True).expand_as(images), images).item() == pytest.approx(1.0)
+
+
+def test_relation_loss_is_the_divergence_of_attention_relations() -> None:
+    """Each head and position by itself; padding is neither a position nor related to, and the teacher is wider."""
+    torch.manual_seed(0)
+    mine, goal = torch.randn(2, 5, 2 * 3, dtype=torch.float64), torch.randn(2, 5, 2 * 4, dtype=torch.float64)
+    real = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1]])
+
+    def divergence(b: int, h: int, t: int, seen: list[int]) -> torch.Tensor:
+        q, p = (
+            torch.stack([u[b, t, h * d : (h + 1) * d] @ u[b, s, h * d : (h + 1) * d] / d**0.5 for s in seen]).softmax(0)
+            for u, d in ((mine, 3), (goal, 4))
+        )
+        return (p * (p / q).log()).sum()
+
+    for mask in (real, None):
+        known = torch.ones(2, 5) if mask is None else mask
+        seen = [[t for t in range(5) if known[b, t]] for b in range(2)]
+        each = [divergence(b, h, t, seen[b]) for b in range(2) for h in range(2) for t in seen[b]]
+        assert relation_loss(mine, goal, 2, mask).item() == pytest.approx((sum(each) / len(each)).item(), rel=1e-12)
+    assert relation_loss(goal, goal, 2, real) == 0
+    leaf = mine.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda u: relation_loss(u, goal, 2, real), leaf)
+    assert relation_loss(mine, goal, 2, torch.zeros(2, 5)) == 0  # nothing but padding
 
 
 def test_logits_loss_of_each_kind() -> None:
@@ -133,16 +168,117 @@ def test_loss_is_task_plus_logits_plus_hidden() -> None:
     assert torch.allclose(model(**batch).loss, 0.5 * logits + 0.25 * hidden)
 
 
+def test_relations_and_the_embedding_output() -> None:
+    model, teacher, batch = student(), fine_tuned().eval(), BERT.batch()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, 5:] = 0
+    hf.set_seed(1)
+    own = model(**batch, output_hidden_states=True)
+    with torch.no_grad():
+        theirs = teacher(**batch, output_hidden_states=True)
+    pairs = list(zip(own.hidden_states, theirs.hidden_states, strict=True))
+    hidden = sum(hidden_loss(a, b, batch["attention_mask"]) for a, b in pairs) / len(pairs)
+    losses = []
+    for name in ("query", "key", "value"):
+        for i, (a, b) in enumerate(pairs[:-1]):
+            layers = [getattr(m.bert.encoder.layer[i].attention.self, name) for m in (model, teacher)]
+            losses.append(relation_loss(layers[0](a), layers[1](b), 2, batch["attention_mask"]))
+    distiller = Distiller(model, teacher, logits=0.0, task=0.0, hidden=0.25, relations=3.0, embeddings=True)
+    hf.set_seed(1)
+    outputs = model(**batch)
+    assert sorted(distiller.last) == ["hidden", "relations"]
+    torch.testing.assert_close(distiller.last["relations"], 3.0 * sum(losses).detach() / len(losses))
+    torch.testing.assert_close(distiller.last["hidden"], 0.25 * hidden.detach())
+    outputs.loss.backward()
+    assert all(
+        getattr(b.attention.self, n).weight.grad.any() for b in model.bert.encoder.layer for n in ("key", "value")
+    )
+    assert model.bert.embeddings.word_embeddings.weight.grad.any() and model.classifier.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bart", "t5"])
+def test_relations_are_of_what_attention_is_given(name: str) -> None:
+    """Also where one layer gives all three, keys have fewer heads, and a decoder looks at an encoder."""
+    model = student(name)
+    places = relation_places(model, list(blocks_of(model)))
+    names = {id(module): key for key, module in model.named_modules()}
+    given: dict[str, tuple[torch.Tensor, ...]] = {}
+    states: dict[str, torch.Tensor] = {}
+    for key, place in places.items():
+        place.module.register_forward_hook(
+            lambda m, a, k, o, key=key, place=place: states.update({key: place.read(a, k, o)}), with_kwargs=True
+        )
+    with watched(model.eval(), lambda module, q, k, v, call: given.update({names[id(module)]: (q, k, v)})):
+        model(**CASES[name].batch())
+    assert given and len(states) == len(places) == 3 * len(given)
+    for attention, tensors in given.items():
+        own = {key: place for key, place in places.items() if place.name.startswith(f"{attention}.")}
+        assert [key.rpartition(" ")[2] for key in own] == ["query", "key", "value"]
+        for (key, place), tensor in zip(own.items(), tensors, strict=True):
+            found = states[key].unflatten(-1, (place.heads, -1)).transpose(1, 2)
+            assert found.shape == tensor.shape
+            if name != "llama" or key.endswith("value"):  # rotated by their positions
+                torch.testing.assert_close(found, tensor)
+
+
+def test_relations_that_cannot_be_found_are_refused() -> None:
+    for model, word in (
+        (Stack(lambda: AttentionBlock("query_key_value")), "blocks.0 has no query, key and value projections"),
+        (Stack(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), "blocks.0, blocks.1 has no query"),
+        (Stack(lambda: AttentionBlock("qkv", heads=None)), "how many heads"),
+    ):
+        with pytest.raises(DistillationError, match=f"relations: .*{word}.*relations=0"):
+            relation_places(model, ["blocks.0", "blocks.1"])
+    found = relation_places(Stack(lambda: AttentionBlock("qkv", heads=4)), ["blocks.0", "blocks.1"])
+    assert len(found) == 6 and {place.heads for place in found.values()} == {4}
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, name: str, heads: int | None = 2) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.add_module(name, nn.Linear(8, 24))
+
+
+class Stack(nn.Module):
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block(), block()])
+
+
+def test_a_teacher_of_another_width_teaches_relations() -> None:
+    model = student()
+    teacher = fine_tuned(hidden_size=48, num_hidden_layers=4, num_attention_heads=3)
+    distiller = Distiller(model, teacher, logits=0.0, hidden=0.0, relations=1.0)
+    model(**BERT.batch()).loss.backward()
+    assert distiller.last["relations"] > 0
+    Distiller(student(), fine_tuned(num_attention_heads=1), relations=1.0)
+    odd = student()
+    Distiller(odd, fine_tuned(hidden_size=33, num_attention_heads=1), logits=0.0, hidden=0.0, relations=1.0)
+    with pytest.raises(DistillationError, match=r"2 heads of one size.*relations=0"):
+        odd(**BERT.batch())
+
+
+def test_blocks_that_stay_real_keep_their_place() -> None:
+    """The teacher's second block teaches the student's second, also where the first one is not binary."""
+    model = binarize_model(BERT.build(), quick(exclude_modules=["bert.encoder.layer.0"])).train()
+    distiller = Distiller(model, fine_tuned(), embeddings=True)
+    assert list(blocks_of(model)) == ["bert.encoder.layer.1"]
+    assert distiller._teacher_blocks(distiller.teacher) == (["bert.encoder.layer.1"], ["bert.encoder.layer.0"])
+    assert {p.name for p in distiller._places["hidden"].values()} == {"bert.encoder.layer.1", "bert.encoder.layer.0"}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_architecture_has_blocks_and_learns_from_its_snapshot(name: str) -> None:
     model, batch = student(name), CASES[name].batch()
     plain = model(**batch).loss
-    distiller = Distiller(model, snapshot(model))
+    distiller = Distiller(model, snapshot(model), relations=1.0, embeddings=True)
     assert list(blocks_of(model)) and all("stompp" not in key for key in model.state_dict() if "teacher" in key)
     model(**batch).loss.backward()
     parts = {key: part.item() for key, part in distiller.last.items()}
     # Equal weights: what differs is the student's dropout.
     assert 0 <= parts["logits"] < 0.5 and 0 <= parts["hidden"] < 1.5 and parts["task"] > 0
+    assert -1e-6 <= parts["relations"] < 0.2
     assert not plain.isnan()
 
 
@@ -197,7 +333,7 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients() -> None:
         model = student()
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        Distiller(model, fine_tuned())
+        Distiller(model, fine_tuned(), relations=1.0, embeddings=True)
         hf.set_seed(2)
         loss = model(**BERT.batch()).loss
         loss.backward()
@@ -205,12 +341,23 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients() -> None:
     assert torch.equal(results[0][0], results[1][0]) and same_tensors(results[0][1], results[1][1]) == []
 
 
+def test_reentrant_checkpointing_is_refused() -> None:
+    """What is inside of a block runs without gradients there, so that a loss of it would teach nothing."""
+    model = student()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    Distiller(model, fine_tuned())
+    model(**BERT.batch()).loss.backward()
+    Distiller(model, fine_tuned(), relations=1.0)
+    with pytest.raises(DistillationError, match="'use_reentrant': False"):
+        model(**BERT.batch())
+
+
 def test_a_deeper_teacher_is_compared_at_evenly_spaced_blocks() -> None:
     model, teacher = student(), fine_tuned(num_hidden_layers=6)
     distiller = Distiller(model, teacher)
     count = model.config.num_hidden_layers
-    wanted = [teacher.bert.encoder.layer[(i + 1) * 6 // count - 1] for i in range(count)]
-    assert distiller._teacher_blocks(teacher) == wanted
+    wanted = [f"bert.encoder.layer.{(i + 1) * 6 // count - 1}" for i in range(count)]
+    assert distiller._teacher_blocks(teacher) == (wanted, ["bert.encoder.layer.0"])
     model(**BERT.batch()).loss.backward()
 
 
@@ -242,8 +389,10 @@ def test_what_cannot_be_compared_is_refused_by_name() -> None:
     ("options", "word"),
     [
         ({"hidden": -1.0}, "hidden=-1"),
-        ({"logits": 0.0, "hidden": 0.0}, "both 0"),
+        ({"logits": 0.0, "hidden": 0.0}, "all 0"),
         ({"temperature": 0.0}, "temperature"),
+        ({"relations": -1.0}, "relations=-1"),
+        ({"hidden": 0.0, "embeddings": True}, "embeddings=True"),
     ],
 )
 def test_bad_weights(options: dict[str, float], word: str) -> None:
@@ -318,6 +467,27 @@ def test_a_teacher_by_path_is_the_teacher_as_a_model(tmp_path: Path) -> None:
         runs.append(trainer.model.state_dict())
     assert same_tensors(runs[0], runs[1]) == [] and same_tensors(runs[0], runs[2]) == []
     assert not (tmp_path / "run" / "_teacher").exists()
+
+
+@pytest.mark.parametrize("kind", ["trainer", "ours"])
+def test_hidden_states_alone_leave_the_teachers_head(tmp_path: Path, kind: str) -> None:
+    """The head has no gradient: neither weight decay nor rates of binary layers move it. Labels are not needed."""
+    tuned = fine_tuned()
+    tuned.save_pretrained(tmp_path / "tuned")
+    model = binarize_model(type(tuned).from_pretrained(tmp_path / "tuned"), quick(end=0.9, pending_lr=0.5))
+    callback = DistillationCallback(str(tmp_path / "tuned"), task=0.0, logits=0.0, hidden=1.0)
+    trainer = make_trainer(tmp_path / "run", callback, model, weight_decay=0.5, save_strategy="no")
+    trainer.train_dataset = rows().remove_columns("labels")
+    if kind == "ours":
+        trainer.optimizer = create_optimizer(model, trainer.args)
+    trainer.train()
+    assert Progression(trainer.model, 12).is_complete()
+    after, head = trainer.model.state_dict(), ("bert.pooler.dense.", "classifier.")
+    kept = {name: tensor for name, tensor in tuned.state_dict().items() if name.startswith(head)}
+    assert len(kept) == 4 and same_tensors(kept, {name: after[name] for name in kept}) == []
+    moved = "bert.encoder.layer.1.output.LayerNorm.weight"
+    assert not torch.equal(after[moved], tuned.state_dict()[moved])
+    assert ["stompp_task" in record for record in trainer.state.log_history if "loss" in record] == [False] * 6
 
 
 def test_a_loss_that_trainer_leaves_aside_is_refused(tmp_path: Path) -> None:

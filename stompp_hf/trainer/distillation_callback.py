@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 
 from ..errors import CheckpointError, ConfigError, DistillationError
 from ..surgery.members import get_plan, members, planned_model
-from ..training.distillation import Distiller, as_if_pending, check_weights, snapshot
+from ..training.distillation import Distiller, as_if_pending, snapshot
+from ..training.teacher_losses import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,12 @@ class DistillationCallback(TrainerCallback):
     (`StoMPPConfig(start=...)`), and a copy of it at that step teaches the rest of the run. The copy is kept in
     `output_dir/_teacher`, so that a resumed run goes on with the same one. See `Distiller` for the loss.
 
-    With the loss it logs stompp_task, stompp_logits and stompp_hidden: the weighted parts of the last step's loss.
+    With the loss it logs stompp_task, stompp_logits, stompp_hidden and stompp_relations: the weighted parts of the last
+    step's loss.
 
     Args:
         teacher: a fine-tuned model of the same task, its path or hub name, or None: the model's own snapshot.
-        logits, hidden, task, temperature: as in `Distiller`.
+        logits, hidden, task, temperature, relations, embeddings: as in `Distiller`.
 
     Raises (before the first step, or after it for a loss that nobody uses):
         ConfigError: an option of Trainer that leaves the model's own loss aside, or a bad weight.
@@ -47,10 +49,15 @@ class DistillationCallback(TrainerCallback):
         hidden: float = 1.0,
         task: float = 1.0,
         temperature: float = 1.0,
+        relations: float = 0.0,
+        embeddings: bool = False,
     ) -> None:
         self.teacher = teacher
-        self.weights = {"logits": logits, "hidden": hidden, "task": task, "temperature": temperature}
-        check_weights(**self.weights)
+        self.options: dict[str, Any] = {
+            "logits": logits, "hidden": hidden, "task": task, "temperature": temperature, "relations": relations,
+            "embeddings": embeddings,
+        }  # fmt: skip
+        check_weights(**self.options)
         self.distiller: Distiller | None = None
         self._snapshot_at: int | None = None
 
@@ -91,7 +98,7 @@ class DistillationCallback(TrainerCallback):
         self._teach(root, as_if_pending(_load(root, folder)), args)
 
     def _teach(self, root: Any, teacher: Any, args: Any) -> None:
-        self.distiller = Distiller(root, teacher, **self.weights)
+        self.distiller = Distiller(root, teacher, **self.options)
         self.distiller.autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -106,8 +113,8 @@ class DistillationCallback(TrainerCallback):
         if self.distiller is not None and not self.distiller.used:
             raise DistillationError(
                 "the teacher's loss got no gradient in this step: Trainer was given compute_loss_func, or a subclass "
-                "computes its loss without `outputs.loss`. Add the teacher's part there (hidden_loss and logits_loss "
-                "of stompp_hf.training.distillation), or use the model's own loss."
+                "computes its loss without `outputs.loss`. Add the teacher's part there (hidden_loss, logits_loss "
+                "and relation_loss of stompp_hf.training.teacher_losses), or use the model's own loss."
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

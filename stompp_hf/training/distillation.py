@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, logsigmoid, mse_loss
 
-from ..errors import ConfigError, DistillationError
+from ..errors import DistillationError
 from ..integrations.torch import forget_graphs, remove_all
-from ..method.class_divergence import class_divergence
 from ..surgery.blocks import block_of
 from ..surgery.members import get_plan, members, planned_model
+from .compared import Place, embedding_places, hidden_places, relation_places
+from .teacher_losses import check_weights, hidden_loss, logits_loss, relation_loss
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -51,72 +51,22 @@ def as_if_pending(model: Any) -> Any:
     return model
 
 
-def hidden_loss(student: Tensor, teacher: Tensor, real: Tensor | None = None) -> Tensor:
-    """Mean squared error of hidden states, in units of the teacher's variance.
-
-    Forward:  L = mean |h - h_T|^2 / mean |h_T - m|^2, m the mean of each feature over the batch; 0 for a perfect
-              match, about 1 for a student that knows the means only. Padded positions are left out.
-    Shapes:   student, teacher (batch, length, features) or (batch, channels, *size), any float dtype; real (batch,
-              length), nonzero where a position is no padding. Returns a float32 scalar (float64 for float64).
-    Source:   the loss is the field's; dividing by the variance, so that one weight fits all blocks, is this library's
-              choice.
-    """
-    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
-    student, teacher = student.to(wide), teacher.detach().to(wide)
-    if real is not None and student.shape[:2] == real.shape and student.dim() == 3:
-        student, teacher = student[real.bool()], teacher[real.bool()]
-        others = [0]
-    else:
-        others = [0, *range(2, student.dim())] if student.dim() > 3 else list(range(student.dim() - 1))
-    spread = (teacher - teacher.mean(others, keepdim=True)).square().mean()
-    return mse_loss(student, teacher) / spread.clamp_min(torch.finfo(wide).tiny)
-
-
-def logits_loss(
-    student: Tensor, teacher: Tensor, kind: str, temperature: float = 1.0, weight: Tensor | None = None
-) -> Tensor:
-    """Divergence of the student's predictions from the teacher's.
-
-    Forward:  classes:    T^2 * KL(softmax(z_T / T) || softmax(z / T))
-              regression: (z - z_T)^2
-              labels (multi-label): T^2 * sum over labels of KL of two Bernoulli distributions
-              each averaged over all leading dimensions, or summed with `weight` (0 leaves a position out)
-    Shapes:   student, teacher (..., classes); weight: the leading dimensions. Returns a float32 scalar.
-    Source:   Hinton et al. (2015); the kinds are this library's choice.
-    """
-    if kind == "regression":
-        each = (student.float() - teacher.detach().float()).square().mean(-1)
-    elif kind == "classes":
-        each = class_divergence(student, teacher, temperature)
-    else:
-        z, target = student.float() / temperature, teacher.detach().float() / temperature
-        yes = kl_div(logsigmoid(z), logsigmoid(target), reduction="none", log_target=True)
-        no = kl_div(logsigmoid(-z), logsigmoid(-target), reduction="none", log_target=True)
-        each = (yes + no).sum(-1) * temperature**2
-    return each.mean() if weight is None else (each * weight).sum()
-
-
-def check_weights(logits: float, hidden: float, task: float, temperature: float) -> None:
-    """Raise ConfigError for weights that are negative or teach nothing, or a temperature that is not positive."""
-    for name, value in (("logits", logits), ("hidden", hidden), ("task", task)):
-        if not 0.0 <= value < float("inf"):
-            raise ConfigError(f"distillation: {name}={value!r} must be a weight of 0 or more, as in {name}=1.0.")
-    if logits == hidden == 0.0:
-        raise ConfigError("distillation: logits and hidden are both 0: nothing to teach. Give one, as in hidden=1.0.")
-    if not 0.0 < temperature < float("inf"):
-        raise ConfigError(f"distillation: temperature={temperature!r} must be positive, as in temperature=1.0.")
-
-
 class Distiller:
     """Adds teacher losses to what a model's forward returns as `loss`, in training mode only.
 
     Forward:  loss = task * loss + logits * logits_loss + hidden * mean over blocks of hidden_loss
+                     + relations * mean over the queries, keys and values of all blocks of relation_loss
+              A sum over n blocks, as in BiT, is n times the weight.
               An output without a loss (no labels given) gets the teacher's part alone: unlabelled data will do.
 
     Two forward hooks on the model do it, so Trainer, accelerate and DDP need no subclass, and outputs keep their shape.
     The teacher sees the same inputs without the labels, in eval mode and without gradient; it is no part of the
     model, so nothing saves, converts or wraps it. Blocks are compared by their place; where the teacher has more of
     them, at evenly spaced ones.
+
+    With task = logits = 0 a head behind the blocks gets no gradient and stays what it was, under weight decay, too: the
+    teacher's own, if the student began as a copy of it. DistributedDataParallel then needs find_unused_parameters=True,
+    Trainer's default without gradient checkpointing.
 
     Use:  distiller = Distiller(model, teacher)        # after binarize_model
           ... train ...
@@ -130,6 +80,9 @@ class Distiller:
         hidden: weight of the hidden states' loss; 0 leaves it out.
         task: weight of the model's own loss.
         temperature: T of the predictions' divergence.
+        relations: weight of the attention relations' loss; 0 leaves it out. The teacher may be of another width.
+        embeddings: whether what enters the first block is one of the hidden states: where embeddings are trained or
+            become binary.
 
     Raises:
         ConfigError: weights that are negative or all zero, or a temperature that is not positive.
@@ -144,33 +97,41 @@ class Distiller:
         hidden: float = 1.0,
         task: float = 1.0,
         temperature: float = 1.0,
+        relations: float = 0.0,
+        embeddings: bool = False,
     ) -> None:
-        check_weights(logits, hidden, task, temperature)
+        check_weights(logits, hidden, task, temperature, relations, embeddings)
         self.logits, self.hidden, self.task, self.temperature = logits, hidden, task, temperature
+        self.relations, self.embeddings = relations, embeddings
         self.last: dict[str, Tensor] = {}
-        """Parts of the last loss by name (task, logits, hidden), detached."""
+        """Parts of the last loss by name (task, logits, hidden, relations), detached."""
         self.used = True
         """Whether the last loss that was added has got a gradient."""
         self.autocast: torch.dtype | None = None
         """What the teacher computes in, if not in its own dtype: Trainer's autocast begins inside the student."""
         blocks = blocks_of(model)
         self._names = list(blocks)
-        if hidden and not blocks:
+        if (hidden or relations) and not blocks:
             raise DistillationError(
-                f"{type(model).__name__} has no repeated blocks whose hidden states could be compared; use hidden=0."
+                f"{type(model).__name__} has no repeated blocks whose hidden states (or relations) could be compared; "
+                "use hidden=0, relations=0."
             )
         self._teacher: nn.Module | None = None
-        self._states: dict[int, Tensor] = {}
-        self._targets: dict[int, Tensor] = {}
+        self._states: dict[str, Tensor] = {}
+        self._targets: dict[str, Tensor] = {}
         self._goals: dict[str, Tensor] = {}
         self._listening = False
         root = planned_model(model)
+        self._chains = _by_container(_all_blocks(root))
+        firsts = [chain[0] for chain in self._chains.values() if set(chain) & set(self._names)]
+        self._places = self._places_of(root, self._names, firsts)
         self._handles = [
             root.register_forward_pre_hook(self._before, with_kwargs=True),
             root.register_forward_hook(self._after, with_kwargs=True),
         ]
-        if hidden:
-            self._handles += [b.register_forward_hook(self._keeps(i)) for i, b in enumerate(blocks.values())]
+        for part in self._places.values():
+            for key, place in part.items():
+                self._handles.append(place.module.register_forward_hook(self._keeps(key, place), with_kwargs=True))
         self._teacher_handles: list[Any] = []
         self.teacher = teacher
         forget_graphs()
@@ -189,21 +150,44 @@ class Distiller:
         if teacher is None:
             return
         teacher.eval().requires_grad_(False)
+        if not self._places:
+            return
+        blocks, firsts = self._teacher_blocks(teacher)
+        for name, part in self._places_of(teacher, blocks, firsts).items():
+            if missing := self._places[name].keys() - part.keys():
+                raise DistillationError(
+                    f"the teacher, a {type(teacher).__name__}, has nothing to compare with "
+                    f"{self._places[name][min(missing)].name}: use a teacher of the same class, or {name}=0."
+                )
+            for key, place in part.items():
+
+                def keep(module: nn.Module, args: Any, kw: Any, out: Any, key: str = key, place: Place = place) -> None:
+                    self._targets[key] = _tensor_at(place, args, kw, out)
+
+                self._teacher_handles.append(place.module.register_forward_hook(keep, with_kwargs=True))
+
+    def _places_of(self, model: nn.Module, blocks: list[str], firsts: list[str]) -> dict[str, dict[str, Place]]:
+        """What is compared, by the option that asks for it."""
+        found = {}
         if self.hidden:
-            for index, block in enumerate(self._teacher_blocks(teacher)):
+            found["hidden"] = hidden_places(model, blocks)
+            if self.embeddings:
+                found["hidden"] |= embedding_places(model, firsts)
+        if self.relations:
+            found["relations"] = relation_places(model, blocks)
+        return found
 
-                def keep(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
-                    self._targets[index] = _first_tensor(output)
+    def _teacher_blocks(self, teacher: nn.Module) -> tuple[list[str], list[str]]:
+        """As many of the teacher's blocks as the student has, evenly spaced, the last one among them; its first ones.
 
-                self._teacher_handles.append(block.register_forward_hook(keep))
-
-    def _teacher_blocks(self, teacher: nn.Module) -> list[nn.Module]:
-        """As many of the teacher's blocks as the student has, evenly spaced, the last one among them."""
-        leaves = [name for name, module in teacher.named_modules() if next(module.children(), None) is None]
-        names = dict.fromkeys(block_of(teacher, name) for name in leaves)
-        theirs, mine = _by_container(name for name in names if name is not None), _by_container(self._names)
-        chosen: dict[str, nn.Module] = {}
-        for container, blocks in mine.items():
+        The student's are counted with those that stay real, and then left out where they do.
+        """
+        theirs = _by_container(_all_blocks(teacher))
+        chosen: dict[str, str] = {}
+        firsts = []
+        for container, blocks in self._chains.items():
+            if not set(blocks) & set(self._names):
+                continue
             found = theirs.get(container, [])
             if len(found) < len(blocks):
                 raise DistillationError(
@@ -211,9 +195,10 @@ class Distiller:
                     f"{len(blocks)} ({blocks[0]}, ...): their hidden states cannot be compared. Use a teacher of the "
                     "same class and at least the same depth, or hidden=0."
                 )
+            firsts.append(found[0])
             for place, name in enumerate(blocks, 1):
-                chosen[name] = teacher.get_submodule(found[place * len(found) // len(blocks) - 1])
-        return [chosen[name] for name in self._names]
+                chosen[name] = found[place * len(found) // len(blocks) - 1]
+        return [chosen[name] for name in self._names], firsts
 
     # ---- hooks ----
 
@@ -235,11 +220,17 @@ class Distiller:
             outputs = self._teacher(*args, **given)
         self._goals = dict(_predictions(outputs))
 
-    def _keeps(self, index: int) -> Callable[..., None]:
+    def _keeps(self, key: str, place: Place) -> Callable[..., None]:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if self._listening:  # not when activation checkpointing runs the block again
-                self._states[index] = _first_tensor(output)
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not self._listening:  # activation checkpointing runs the block again
+                return
+            if not torch.is_grad_enabled():
+                raise DistillationError(
+                    f"{place.name} runs without gradients, so that the teacher's loss would not reach it. With "
+                    "activation checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+            self._states[key] = _tensor_at(place, args, kwargs, output)
 
         return keep
 
@@ -257,7 +248,9 @@ class Distiller:
         if self.logits:
             parts["logits"] = self.logits * share * self._logits_part(model, kwargs, outputs)
         if self.hidden:
-            parts["hidden"] = self.hidden * share * self._hidden_part(kwargs)
+            parts["hidden"] = self.hidden * share * self._part("hidden", kwargs)
+        if self.relations:
+            parts["relations"] = self.relations * share * self._part("relations", kwargs)
         self._states, self._targets, self._goals = {}, {}, {}
         own = outputs.get("loss")
         if own is not None and self.task:
@@ -292,19 +285,30 @@ class Distiller:
             losses.append(logits_loss(logits, goal, kind, self.temperature, _weight(model, logits, kwargs)))
         return torch.stack(losses).mean()
 
-    def _hidden_part(self, kwargs: dict[str, Any]) -> Tensor:
+    def _part(self, name: str, kwargs: dict[str, Any]) -> Tensor:
+        """The mean over what is compared for `name`, hidden or relations."""
         real = kwargs.get("attention_mask")
+        real = real if isinstance(real, Tensor) else None
         losses = []
-        for index, name in enumerate(self._names):
-            if index not in self._states or index not in self._targets:
-                raise DistillationError(f"{name} did not run in this forward; use hidden=0.")
-            mine, goal = self._states[index], self._targets[index]
+        for key, place in self._places[name].items():
+            if key not in self._states or key not in self._targets:
+                raise DistillationError(f"{place.name} did not run in this forward; use {name}=0.")
+            mine, goal = self._states[key], self._targets[key]
+            if name == "relations":
+                fits = mine.dim() == goal.dim() == 3 and mine.shape[:2] == goal.shape[:2]
+                if not fits or mine.shape[2] % place.heads or goal.shape[2] % place.heads:
+                    raise DistillationError(
+                        f"{place.name} gives {tuple(mine.shape)} and the teacher's {tuple(goal.shape)}, which are not "
+                        f"(batch, length, {place.heads} heads of one size); use relations=0."
+                    )
+                losses.append(relation_loss(mine, goal, place.heads, real))
+                continue
             if mine.shape != goal.shape:
                 raise DistillationError(
-                    f"{name} gives {tuple(mine.shape)} and the teacher's block {tuple(goal.shape)}: use a teacher of "
-                    "the same width, or hidden=0."
+                    f"{place.name} gives {tuple(mine.shape)} and the teacher's block {tuple(goal.shape)}: use a "
+                    "teacher of the same width, or hidden=0."
                 )
-            losses.append(hidden_loss(mine, goal, real if isinstance(real, Tensor) else None))
+            losses.append(hidden_loss(mine, goal, real))
         return torch.stack(losses).mean()
 
     def detach(self) -> None:
@@ -323,10 +327,18 @@ def _by_container(blocks: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _first_tensor(output: Any) -> Tensor:
-    tensor = output if isinstance(output, Tensor) else output[0]
+def _all_blocks(model: nn.Module) -> list[str]:
+    """The names of all repeated blocks of a model, in the order in which they are registered."""
+    leaves = [name for name, module in model.named_modules() if next(module.children(), None) is None]
+    return [name for name in dict.fromkeys(block_of(model, leaf) for leaf in leaves) if name is not None]
+
+
+def _tensor_at(place: Place, args: Any, kwargs: Any, output: Any) -> Tensor:
+    tensor = place.read(args, kwargs, output)
     if not isinstance(tensor, Tensor):
-        raise DistillationError(f"a block returned a {type(output).__name__} without a tensor in front; use hidden=0.")
+        raise DistillationError(
+            f"{place.name} takes or returns a {type(tensor).__name__} where a tensor is compared; use hidden=0."
+        )
     return tensor
 
 
