@@ -110,6 +110,12 @@ class StoMPPConfig:
         "Threshold b of sign(u - b), one a feature: none (b = 0), starting at zero, or at the mean of the feature.",
     )
     learn_activation_threshold: bool = _option(True, "Train the thresholds instead of fixing them.")
+    scale_gradient: Literal["sum", "lsq"] = _option(
+        "sum",
+        "Gradients of scales and thresholds: the sum over their entries (sum), or that divided by the square root of "
+        "how many these are (lsq: weights of a channel or group, activations of one sample), so that they do not fill "
+        "the norm that a script clips, nor the steps of SGD.",
+    )
     activation_levels: Literal["symmetric", "auto"] = _option(
         "auto", "Levels {-a, a} everywhere (symmetric), or {0, 2a} where the input has one sign (auto: ReLU, GELU)."
     )

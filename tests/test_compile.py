@@ -116,6 +116,26 @@ def test_a_whole_compiled_model_needs_a_graph_a_stage_and_stays_compiled():
     assert graphs.count >= layers and not counters["graph_break"]
 
 
+def test_gradients_in_units_of_a_length_that_changes():
+    results = []
+    for compiled in (False, True):
+        model = bert(layers=1, scale_gradient="lsq")
+        model = regional(model, "eager") if compiled else model
+        progression = Progression(model, TOTAL)
+        for step in range(TOTAL):
+            progression.step(step)
+            batch = BERT.batch(step)
+            length = 8 - step % 3
+            for name in ("input_ids", "attention_mask"):
+                batch[name] = batch[name][:, :length]
+            model(**batch).loss.backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        progression.detach()
+    for name, grad in results[0].items():
+        torch.testing.assert_close(results[1][name], grad, msg=name)
+    assert sum(name.endswith("_threshold") for name in results[0]) == 6
+
+
 def test_a_limit_that_is_reached_all_the_same_raises():
     model = bert()
     run = torch.compile(model, backend="eager")

@@ -38,6 +38,7 @@ UNUSUAL: dict[str, Any] = {
     "activation_clip": 2.0,
     "target_modules": ["query", "key"],
     "exclude_modules": ["pooler"],
+    "scale_gradient": "lsq",
     "relu": "keep",
     "gelu": "relu",
     "conv_padding": "one",
@@ -56,7 +57,16 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         for name in (
             *("binarize", "frozen_gradient", "within_stage", "weight_scale", "activation_scale", "first_layer"),
             *("activation_threshold", "activation_levels", "head", "schedule", "stages"),
-            *("downsampling", "relu", "gelu", "conv_padding", "activation_mask", "attention", "embeddings"),
+            *(
+                "downsampling",
+                "scale_gradient",
+                "relu",
+                "gelu",
+                "conv_padding",
+                "activation_mask",
+                "attention",
+                "embeddings",
+            ),
         )
     ],
     *[
@@ -220,6 +230,7 @@ def test_paper_values() -> None:
         "pending_lr": 1.0,
         "binary_lr": 1.0,
         "last_stage": None,
+        "scale_gradient": "sum",
         "relu": "drop",
         "gelu": "keep",
         "conv_padding": "zero",

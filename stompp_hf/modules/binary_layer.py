@@ -5,6 +5,7 @@ and flags hold. Its state is set from outside, by `Progression`; forward only re
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -200,9 +201,25 @@ class BinaryLayer(KeptWeight, LayerState):
             self.stompp_config.surrogate_width,
             self._weight_shaped,
         )
-        of_weight = (self.weight, self.weight_scale, weight_mask)
-        of_input = (self.activation_scale, self.activation_threshold, mask)
-        return self._add_bias(mixed_product(mixture, x, real, *of_weight, *of_input))
+        weight_scale, *of_input = self._values_for(x)
+        return self._add_bias(mixed_product(mixture, x, real, self.weight, weight_scale, weight_mask, *of_input, mask))
+
+    def _learnt_scale(self) -> Tensor:
+        """s, with its gradient in the units that were chosen."""
+        scale = self.weight_scale
+        entries = self.weight_count // scale.shape[0]
+        entries = min(self.stompp_config.group_size, entries) if is_grouped(scale) else entries
+        return self.in_units(scale, entries)  # type: ignore[no-any-return]
+
+    def _values_for(self, x: Tensor) -> list[Any]:
+        """s, a and b for this input, with their gradients in the units that were chosen."""
+        entries = math.prod(x.shape[1:])
+        features = self.activation_threshold.shape[0] if self.activation_threshold is not None else 1
+        return [
+            self._learnt_scale(),
+            self.in_units(self.activation_scale, entries),
+            self.in_units(self.activation_threshold, entries // features),
+        ]
 
     def _edges_now(self) -> tuple[Edge, Edge, Edge]:
         """Low and high of the input, and the weight's clip; in a compiled graph as tensors, which layers can share."""
@@ -232,9 +249,7 @@ class BinaryLayer(KeptWeight, LayerState):
             y = self._frozen_product(
                 self._gated(x).to(exact),
                 self._signed(exact),
-                self.weight_scale.to(exact),
-                None if self.activation_scale is None else self.activation_scale.to(exact),
-                None if self.activation_threshold is None else self.activation_threshold.to(exact),
+                *(None if value is None else value.to(exact) for value in self._values_for(x)),
                 None if self.bias is None else self.bias.to(exact),
                 self._edges_now() if self.surrogate.reads_clip else (None, None, None),
                 self._product_of(x),

@@ -80,7 +80,7 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
 
     def _row_scales(self) -> Tensor:
         """s, (rows, 1) or (rows, groups); 0 for a padding row of zeros."""
-        scales = self.weight_scale
+        scales = self._learnt_scale()
         scales = scales if is_grouped(scales) else scales.expand(self.num_embeddings).unsqueeze(1)
         if self.padding_idx is None:
             return scales

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, NonFiniteError
 from ..integrations.torch import buffers_of, copy_all, is_in_functorch, version_of
 from ..integrations.transformers import mark_initialized
 from ..kernels import countable
+from ..method.gradient_units import per_root
 from ..method.masks import SoftRefreshMask
 from ..method.surrogates import SURROGATES, Surrogate
 from ..method.windows import FROZEN, PENDING, TRANSITION, Place
@@ -172,6 +173,15 @@ class Member(Converted):
     def scales(self) -> list[Tensor]:
         """The learnable scales."""
         return [t for name, t in self.own_tensors().items() if name.endswith("_scale") and t.requires_grad]
+
+    def in_units(self, tensor: Tensor | None, entries: int) -> Any:
+        """A scale or threshold as forward reads it, with its gradient in the units that `scale_gradient` says.
+
+        entries: how many entries of a weight, or of one sample of an operand, each of its numbers acts on.
+        """
+        if tensor is None or self.stompp_config.scale_gradient == "sum":
+            return tensor
+        return per_root(tensor, entries) if tensor.requires_grad and torch.is_grad_enabled() else tensor
 
     # ---- the state ----
 
