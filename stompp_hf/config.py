@@ -88,6 +88,10 @@ class StoMPPConfig:
         "of the optimizer's, which so may be the one that suits real weights; unset: what brings it up to "
         "0.02 / sqrt(fan-in), never below 1 (1 under SGD).",
     )
+    scale_lr: float = _option(
+        1.0,
+        "Learning rate of the scales and thresholds of binary layers, in units of that of their latents (binary_lr).",
+    )
     weight_scale: Literal["none", "tensor", "channel", "group"] = _option(
         "channel",
         "Magnitude of a binary weight: 1 (none), one value a tensor, one an output channel, or one for each group of "
@@ -212,12 +216,13 @@ class StoMPPConfig:
             self._refuse("pending_lr", "must be between 0 and 1, as in pending_lr=0.1")
         if self.start > self.end:
             self._refuse("start", f"is after end={self.end}; use start <= end, as in start=0.1, end=0.8")
-        for name in ("weight_clip", "activation_clip", "binary_lr", "surrogate_width"):
+        needed = ("surrogate_width", "scale_lr")
+        for name in ("weight_clip", "activation_clip", "binary_lr", *needed):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            unset = value is None and name != "surrogate_width"
+            unset = value is None and name not in needed
             if not unset and not (number and 0.0 < value < float("inf")):
-                self._refuse(name, "must be a positive number" + ("" if name == "surrogate_width" else ", or None"))
+                self._refuse(name, "must be a positive number" + ("" if name in needed else ", or None"))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is None:
@@ -310,7 +315,7 @@ class StoMPPConfig:
 
     def as_full_precision(self) -> "StoMPPConfig":
         """The same code path with nothing binarized."""
-        return dataclasses.replace(self, binarize="nothing", pending_lr=1.0, binary_lr=1.0)
+        return dataclasses.replace(self, binarize="nothing", pending_lr=1.0, binary_lr=1.0, scale_lr=1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values."""

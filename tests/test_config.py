@@ -18,6 +18,7 @@ UNUSUAL: dict[str, Any] = {
     "surrogate_width": 2.5,
     "pending_lr": 0.25,
     "binary_lr": 20.0,
+    "scale_lr": 0.2,
     "last_stage": "3",
     "order": "encoder.layer.3,encoder.layer.1",
     "schedule": "cosine",
@@ -89,7 +90,11 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ],
     *[("binary_lr", {"binary_lr": value}) for value in (-0.1, 0.0, float("nan"), float("inf"), "1", True)],
     *[("pending_lr", {"pending_lr": value}) for value in (-0.1, 1.5, float("nan"), "1", True, None)],
-    *[("surrogate_width", {"surrogate_width": value}) for value in (0.0, -1.0, float("inf"), "1", True, None)],
+    *[
+        (name, {name: value})
+        for name in ("surrogate_width", "scale_lr")
+        for value in (0.0, -1.0, float("inf"), "1", True, None)
+    ],
     *[
         (name, {name: value})
         for name in ("learn_weight_scale", "learn_activation_scale", "learn_activation_threshold", "keep_dtype")
@@ -229,6 +234,7 @@ def test_paper_values() -> None:
         "surrogate_width": 1.5,
         "pending_lr": 1.0,
         "binary_lr": 1.0,
+        "scale_lr": 1.0,
         "last_stage": None,
         "scale_gradient": "sum",
         "relu": "drop",
@@ -272,7 +278,7 @@ def test_baselines_change_only_what_they_say(config: StoMPPConfig) -> None:
     surrogate = {"zero": "ste"}.get(config.frozen_gradient, config.frozen_gradient)
     says = {"start": 0.0, "end": 0.0, "frozen_gradient": surrogate}
     assert vanilla.to_dict() == {**before, **says}
-    assert real.to_dict() == {**before, "binarize": "nothing", "pending_lr": 1.0, "binary_lr": 1.0}
+    assert real.to_dict() == {**before, "binarize": "nothing", "pending_lr": 1.0, "binary_lr": 1.0, "scale_lr": 1.0}
     assert config.to_dict() == before
     assert not real.binary_weights and not real.binary_activations
 

@@ -1,4 +1,4 @@
-"""pending_lr and binary_lr: what waits and what is binary move by shares of a step, the rest by all of it."""
+"""pending_lr, binary_lr, scale_lr: what waits and what is binary move by shares of a step, the rest by all of it."""
 
 from typing import Any
 
@@ -37,8 +37,8 @@ def begins_of(model: nn.Module) -> dict[str, int]:
     return {name: window.begin for name, window in Progression(model, TOTAL).windows.items()}
 
 
-def rates_of(model: nn.Module, pending: float = 0.5, binary: float | None = 2.0) -> list[Rate]:
-    return rates(model, members(model), begins_of(model), pending, binary)
+def rates_of(model: nn.Module, pending: float = 0.5, binary: float | None = 2.0, scales: float = 1.0) -> list[Rate]:
+    return rates(model, members(model), begins_of(model), pending, binary, scales)
 
 
 def test_each_parameter_goes_with_the_stage_around_it() -> None:
@@ -61,19 +61,25 @@ def test_each_parameter_goes_with_the_stage_around_it() -> None:
 
 
 @pytest.mark.parametrize("step", [0, 4, 8])
+@pytest.mark.parametrize("scales", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("kind", "options"), [(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.01})]
 )
-def test_each_moves_by_its_share(kind: type[torch.optim.Optimizer], options: dict[str, float], step: int) -> None:
-    shares = {"pending_lr": 0.25, "binary_lr": 3.0}
+def test_each_moves_by_its_share(
+    kind: type[torch.optim.Optimizer], options: dict[str, float], scales: float, step: int
+) -> None:
+    shares = {"pending_lr": 0.25, "binary_lr": 3.0, "scale_lr": scales}
     plain, scaled = (binarize_model(BERT.build(), quick(start=0.25, end=0.75, **own)) for own in ({}, shares))
     found = {id(rate.parameter): rate for rate in rates_of(scaled, pending=0.25, binary=3.0)}
-    own = {id(t) for layer in members(scaled).values() for t in (layer.latent, *layer.own_tensors().values())}
+    latents = {id(layer.latent) for layer in members(scaled).values()}
+    own = {id(t) for layer in members(scaled).values() for t in layer.own_tensors().values()}
     wanted = {}
     for name, parameter in scaled.named_parameters():
         waits = step < found[id(parameter)].begin
-        wanted[name] = 0.25 if waits else 3.0 if id(parameter) in own else 1.0
-    assert set(wanted.values()) == ({0.25} if step == 0 else {0.25, 1.0, 3.0} if step == 4 else {1.0, 3.0})
+        begun = 3.0 if id(parameter) in latents else 3.0 * scales if id(parameter) in own else 1.0
+        wanted[name] = 0.25 if waits else begun
+    begun = {1.0, 3.0, 3.0 * scales}
+    assert set(wanted.values()) == ({0.25} if step == 0 else {0.25, *begun} if step == 4 else begun)
     whole, part = (moved(model, kind, step, **options) for model in (plain, scaled))
     for name, difference in whole.items():
         torch.testing.assert_close(part[name], wanted[name] * difference, rtol=1e-3, atol=1e-6)
@@ -102,11 +108,12 @@ def test_rate_zero_leaves_pending_layers_as_they_are() -> None:
 
 
 def test_baselines_and_refusals() -> None:
-    real = StoMPPConfig(pending_lr=0.1, binary_lr=20.0).as_full_precision()
-    assert real.pending_lr == real.binary_lr == 1.0
-    model = binarize_model(BERT.build(), quick(pending_lr=0.5))
-    with pytest.raises(ConfigError, match=r"pending_lr=1\.0, binary_lr=1\.0"):
-        Progression(model, TOTAL).attach(object())
+    real = StoMPPConfig(pending_lr=0.1, binary_lr=20.0, scale_lr=0.2).as_full_precision()
+    assert real.pending_lr == real.binary_lr == real.scale_lr == 1.0
+    for options in ({"pending_lr": 0.5}, {"binary_lr": 1.0, "scale_lr": 0.5}, {"scale_lr": 0.5}):
+        model = binarize_model(BERT.build(), quick(**options))
+        with pytest.raises(ConfigError, match=r"pending_lr=1\.0, binary_lr=1\.0, scale_lr=1\.0"):
+            Progression(model, TOTAL).attach(object())
 
 
 # ---- binary_lr unset ----
@@ -126,6 +133,12 @@ def test_unset_brings_binary_layers_up_to_their_rate() -> None:
                 assert rate.at(rate.begin, peak) * peak == pytest.approx(wanted)
                 assert rate.at(rate.begin - 1, peak) == 0.5
             assert rate.at(rate.begin, 0.1) == rate.at(rate.begin, 0.0) == 1.0
+    slow = {id(rate.parameter): rate for rate in rates_of(model, binary=None, scales=0.1)}
+    for layer in binary_layers(model).values():
+        for tensor in layer.scales():
+            for peak in (5e-5, 0.1):  # also where the latents have the script's own rate
+                rates_now = [known[id(tensor)].at(TOTAL, peak) for known in (slow, found)]
+                assert rates_now[0] == pytest.approx(0.1 * rates_now[1])
     head = found[id(model.get_parameter("classifier.weight"))]
     assert head.at(TOTAL, 1e-5) == 1.0
 

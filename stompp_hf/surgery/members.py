@@ -65,7 +65,7 @@ def get_plan(model: nn.Module) -> Plan:
     plans: dict[str, Plan] = {name: getattr(root, PLAN) for name, root in planned_models(model).items()}
     if len(plans) == 1:
         return next(iter(plans.values()))
-    for option in ("binarize", "frozen_gradient", "pending_lr", "binary_lr", "check_every", "refresh_rate"):
+    for option in ("binarize", "frozen_gradient", "pending_lr", "binary_lr", "scale_lr", "check_every", "refresh_rate"):
         values = {repr(getattr(plan.config, option)) for plan in plans.values()}
         if len(values) > 1:
             raise ConfigError(

@@ -36,7 +36,7 @@ PEAK = "stompp_peak_lr"
 class Rate:
     """What of an optimizer's step a parameter makes: `before` its step `begin` has come, and from there on.
 
-    after None: as much as takes a rate that is lower up to `least`.
+    after None: as much as takes a rate that is lower up to `least`; share: of what `after` or `least` says.
     """
 
     parameter: nn.Parameter
@@ -44,24 +44,31 @@ class Rate:
     before: float
     after: float | None
     least: float = 0.0
+    share: float = 1.0
 
     def at(self, step: int, peak: float) -> float:
         """The share that it makes at a step, under an optimizer whose rate is `peak` before any scheduler lowers it."""
         if step < self.begin:
             return self.before
         if self.after is not None:
-            return self.after
-        return max(1.0, self.least / peak) if peak > 0.0 else 1.0
+            return self.share * self.after
+        return self.share * (max(1.0, self.least / peak) if peak > 0.0 else 1.0)
 
 
 def rates(
-    model: nn.Module, members: dict[str, Member], begins: dict[str, int], pending: float, binary: float | None
+    model: nn.Module,
+    members: dict[str, Member],
+    begins: dict[str, int],
+    pending: float,
+    binary: float | None,
+    scales: float = 1.0,
 ) -> list[Rate]:
     """The rate of every trainable parameter.
 
     A parameter begins when the window of its stage opens. One beside binary layers (a norm, a bias) goes with the
     latest of those in the smallest module around both; one with all of them around (embeddings, a head) with the first.
-    From then on latents, scales and thresholds of members have the rate `binary`, and all else the optimizer's.
+    From then on latents of members have the rate `binary`, their scales and thresholds `scales` times that, and all
+    else the optimizer's.
 
     Args:
         model: a binarized model.
@@ -69,6 +76,7 @@ def rates(
         begins: the first step of the window of each member, by name.
         pending: rate of what has not begun.
         binary: rate of members that have begun; None: see `FLIPPING_RATE`.
+        scales: share of it that scales and thresholds have.
     """
     least = {
         id(tensor): FLIPPING_RATE / math.sqrt(member.fan_in) if member.fan_in else 0.0
@@ -76,6 +84,7 @@ def rates(
         if not member.always_real
         for tensor in member.binary_tensors()
     }
+    latents = {id(member.latent) for member in members.values()}
     found = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -89,7 +98,8 @@ def rates(
         begin = min(near) if len(near) == len(begins) else max(near)
         own = id(parameter) in least
         after, reach = (binary, least[id(parameter)]) if own else (1.0, 0.0)
-        found.append(Rate(parameter, begin, pending, after, reach))
+        share = scales if own and id(parameter) not in latents else 1.0
+        found.append(Rate(parameter, begin, pending, after, reach, share))
     return found
 
 

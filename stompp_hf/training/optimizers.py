@@ -44,7 +44,7 @@ class Optimizers:
     Args:
         model: the model.
         members: its members, by name.
-        shares: of a step that what is pending makes, and that members make from then on.
+        shares: of a step that what is pending makes, that members make from then on, and of that their scales.
         begins: the first step of each member's window, by name.
         now: gives the step at which the model stands.
     """
@@ -53,7 +53,7 @@ class Optimizers:
         self,
         model: nn.Module,
         members: dict[str, Member],
-        shares: tuple[float, float | None],
+        shares: tuple[float, float | None, float],
         begins: dict[str, int],
         now: Callable[[], int],
     ) -> None:
@@ -91,7 +91,8 @@ class Optimizers:
             refuse_unholdable(one)
         if apart:
             require_hooks(one, "training on several processes", "train on one")
-        asked = self._shares[0] != 1.0 or self._shares[1] not in (None, 1.0)
+        pending, binary, scales = self._shares
+        asked = pending != 1.0 or scales != 1.0 or binary not in (None, 1.0)
         require_parameters(one, self._model, bool(self._held) or asked)
         hooks: list[Any] = []
         if self._held:
@@ -104,12 +105,13 @@ class Optimizers:
 
     def _rates(self, one: Any) -> list[Rate]:
         """The rates of what moves by another share of this optimizer's steps than the whole; empty if nothing does."""
-        pending, binary = self._shares
-        if self._shares == (1.0, 1.0):
+        pending, binary, scales = self._shares
+        if self._shares == (1.0, 1.0, 1.0):
             return []
-        found = rates(self._model, self._members, self._begins, pending, binary)
-        if binary is not None or pending != 1.0:
-            require_hooks(one, f"pending_lr={pending}, binary_lr={binary}", "pending_lr=1.0, binary_lr=1.0")
+        found = rates(self._model, self._members, self._begins, pending, binary, scales)
+        if binary is not None or pending != 1.0 or scales != 1.0:
+            asked = f"pending_lr={pending}, binary_lr={binary}, scale_lr={scales}"
+            require_hooks(one, asked, "pending_lr=1.0, binary_lr=1.0, scale_lr=1.0")
             return found
         most = largest_share(one, found)
         if most == 1.0:

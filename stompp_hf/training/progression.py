@@ -89,7 +89,7 @@ class Progression:
         self.windows = {name: layer.place.window(self.total_steps) for name, layer in self.layers.items()}
         first = min((self.windows[n].begin for n, layer in self.layers.items() if not layer.always_real), default=0)
         begins = {n: first if layer.always_real else self.windows[n].begin for n, layer in self.layers.items()}
-        shares = self.config.pending_lr, self.config.binary_lr
+        shares = self.config.pending_lr, self.config.binary_lr, self.config.scale_lr
         self._optimizers = Optimizers(self.model, self.layers, shares, begins, lambda: self.current_step)
 
     def _settle_total(self, asked: int, rescale: bool) -> int:
@@ -282,12 +282,13 @@ class Progression:
         layer.observer = None
 
     def attach(self, optimizer: Any) -> None:
-        """Hold frozen entries against the optimizer's inertia and decay (STE-free); apply `pending_lr`, `binary_lr`.
+        """Hold frozen entries against the optimizer's inertia and decay (STE-free); apply the rates.
 
         Forward: STE-free, after each optimizer step, latents of frozen entries are what they were before it, so the
         sign of a frozen entry cannot change while it stays frozen; unfrozen entries, scales and biases go on learning.
         What is pending moves by pending_lr times the optimizer's step; binary layers, once their window has opened, by
-        binary_lr times it. In several processes parameters that no gradient reaches are skipped, as they are in one.
+        binary_lr times it, and their scales and thresholds by scale_lr times that. In several processes parameters that
+        no gradient reaches are skipped, as they are in one.
 
         Call it for each optimizer before the first step; only its own parameters are held, and attaching it again
         changes nothing. The next `step` looks whether every frozen sign is the committed one.
