@@ -11,7 +11,8 @@ import torch
 from models import CASES, quick, same_tensors
 from two_processes import build, train
 
-from stompp_hf import binarize_model, restore_model
+from stompp_hf import Distiller, Progression, binarize_model, restore_model
+from stompp_hf.training.distillation import snapshot
 
 BEYOND = {"attention": "binarize", "embeddings": "binarize"}
 JOBS: dict[str, dict[str, Any]] = {
@@ -68,6 +69,28 @@ def test_buffers_are_not_sent_from_rank_0() -> None:
     assert model._ddp_params_and_buffers_to_ignore == ["bert.embeddings.position_ids"]
     other = restore_model(binarize_model(CASES["bert"].build(), quick()))
     assert not hasattr(other, "_ddp_params_and_buffers_to_ignore")
+
+
+def test_hidden_states_alone_leave_no_parameter_to_wait_for(tmp_path: Path) -> None:
+    """Nothing uses the head then, and it stays what it was."""
+    model = binarize_model(CASES["bert"].build(), quick()).train()
+    head, block = (model.get_parameter(n) for n in ("classifier.weight", "bert.encoder.layer.1.output.dense.weight"))
+    before = [head.detach().clone(), block.detach().clone()]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        run = torch.nn.parallel.DistributedDataParallel(model)
+        progression, optimizer = Progression(run, 4), torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+        progression.attach(optimizer)
+        distiller = Distiller(model, snapshot(model), task=0.0, logits=0.0)
+        for step in range(4):
+            progression.step(step)
+            run(**CASES["bert"].batch(step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        distiller.detach()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(head, before[0]) and not torch.equal(block, before[1])
 
 
 def test_pending_layers_cost_nothing_in_one_process() -> None:

@@ -5,7 +5,7 @@ nothing else does: whoever writes it, `Progression` or a load, a copy, an averag
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -39,6 +39,17 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return grad, *[None] * ctx.others
+
+
+def with_idle(x: Tensor, tensors: Iterable[Tensor | None]) -> Tensor:
+    """x, with the tensors that train in its graph, whether anything uses them or not; in several processes only.
+
+    Without find_unused_parameters, DistributedDataParallel waits for a gradient of every parameter.
+    """
+    if not (in_processes() and torch.is_grad_enabled()):
+        return x
+    idle = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+    return _Keep.apply(x, *idle) if idle else x  # type: ignore[no-any-return]
 
 
 def _saved_number(name: str, kind: type) -> Any:
@@ -119,15 +130,8 @@ class Member(Converted):
         """Set the activation values of a member that no data ever reached."""
 
     def with_idle(self, x: Tensor) -> Tensor:
-        """x, with the parameters in its graph that a pending member does not use yet; in several processes only.
-
-        Without find_unused_parameters, DistributedDataParallel waits for a gradient of every parameter.
-        """
-        if not (in_processes() and torch.is_grad_enabled()):
-            return x
-        own = (getattr(self, name, None) for name in self.own_names)
-        idle = [tensor for tensor in own if tensor is not None and tensor.requires_grad]
-        return _Keep.apply(x, *idle) if idle else x  # type: ignore[no-any-return]
+        """x, with the parameters in its graph that a pending member does not use yet."""
+        return with_idle(x, (getattr(self, name, None) for name in self.own_names))
 
     def _read_edges(self) -> None:
         """Take the clips' edges as numbers."""

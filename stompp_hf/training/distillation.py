@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DistillationError
+from ..integrations.sharding import is_sharded
 from ..integrations.torch import forget_graphs, remove_all
+from ..modules.stage_member import with_idle
 from ..surgery.blocks import block_of
 from ..surgery.members import get_plan, members, planned_model
 from .compared import Place, embedding_places, hidden_places, relation_places
@@ -65,8 +67,7 @@ class Distiller:
     them, at evenly spaced ones.
 
     With task = logits = 0 a head behind the blocks gets no gradient and stays what it was, under weight decay, too: the
-    teacher's own, if the student began as a copy of it. DistributedDataParallel then needs find_unused_parameters=True,
-    Trainer's default without gradient checkpointing.
+    teacher's own, if the student began as a copy of it.
 
     Use:  distiller = Distiller(model, teacher)        # after binarize_model
           ... train ...
@@ -256,6 +257,8 @@ class Distiller:
         if own is not None and self.task:
             parts["task"] = self.task * own
         loss: Any = sum(parts.values())
+        if not parts.keys() & {"task", "logits"}:  # nothing uses the head
+            loss = with_idle(loss, (p for p in model.parameters() if not is_sharded(p)))
         self.last = {name: part.detach() for name, part in parts.items()}
         if loss.requires_grad:
             self.used = False
