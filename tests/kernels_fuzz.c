@@ -17,6 +17,8 @@ int stompp_small_groups(const void *, int, const float *, const uint8_t *, const
 int stompp_has_real(void);
 int stompp_real_linear(const float *, const uint8_t *, const float *, int64_t, const float *, int64_t, float *, int64_t,
                        int64_t, int64_t, int);
+int stompp_lane_linear(const float *, const uint8_t *, const float *, int64_t, const float *, int64_t, float *, int64_t,
+                       int64_t, int64_t, int);
 void stompp_unpack(const uint8_t *, int64_t, int64_t, float *);
 void stompp_tap_words(const uint8_t *, int64_t, int64_t, int64_t, uint32_t *);
 
@@ -55,53 +57,12 @@ static void same(const char *what, const float *found, const float *expected, in
         }
 }
 
-/* Where sums become bits: whole numbers near 0, and words that invert some. */
-static float *cuts(int64_t count, uint32_t **flips) {
-    float *least = malloc((size_t)count * 4);
-    *flips = malloc((size_t)words_of(count) * 4);
-    for (int64_t i = 0; i < count; i++)
-        least[i] = (float)(below(41) - 20);
-    for (int64_t i = 0; i < words_of(count); i++)
-        (*flips)[i] = below(2) ? (uint32_t)rand() : 0;
-    return least;
-}
-
-/* One bit, and the sum that it was made of. */
-static void same_bits(const char *what, const uint32_t *words, int64_t bit, const float *z, float least, int flip) {
-    compared++;
-    if ((int)((words[0] >> bit) & 1) != ((z[0] >= least) ^ flip)) {
-        printf("%s: the bit of %g, least %g, flip %d\n", what, z[0], least, flip);
-        exit(1);
-    }
-}
-
-static void linear_bits(const char *limit, const float *x, const float *b, const uint8_t *bits, const float *z,
-                        int64_t M, int64_t K, int64_t N, int threads) {
-    int64_t inner = words_of(K), outer = words_of(N);
-    uint32_t *taken = calloc((size_t)(M * inner + LANES), 4), *given = malloc((size_t)(M * outer) * 4), *flips;
-    float *y = malloc((size_t)(M * N) * 4), *least = cuts(N, &flips);
-    for (int64_t i = 0; i < M * K; i++)
-        taken[i / K * inner + i % K / 32] |= (uint32_t)(sign_of(x[i], b ? b[i % K] : 0.0f) > 0) << (i % K % 32);
-    if (stompp_linear(taken, BITS, NULL, bits, NULL, 0, NULL, 0, y, FLOAT32, M, K, N, threads))
-        exit(2);
-    same("bits of rows", y, z, M * N);
-    for (int from_bits = 0; from_bits < 2; from_bits++) {
-        if (stompp_linear(from_bits ? (const void *)taken : x, from_bits ? BITS : FLOAT32, from_bits ? NULL : b, bits, least,
-                          1, (const float *)flips, 1, given, BITS, M, K, N, threads))
-            exit(2);
-        for (int64_t i = 0; i < M * N; i++)
-            same_bits(limit, given + i / N * outer + i % N / 32, i % N % 32, z + i, least[i % N],
-                      (flips[i % N / 32] >> (i % N % 32)) & 1);
-    }
-    free(taken), free(given), free(flips), free(y), free(least);
-}
-
 static void linear(const char *limit) {
     int opposite = !below(3); /* every bit differs: counters are as full as they get */
     int64_t M = 1 + below(below(2) ? 2 : 20), N = 1 + below(150), K = 1 + below(opposite ? 8000 : below(8) ? 700 : 20000);
     int scaled = (int)below(2), threads = 1 + (int)below(3);
     float *x = numbers(M * K), *b = below(3) ? numbers(K) : NULL, *s = numbers(N), *t = numbers(N);
-    float *y = malloc((size_t)(M * N) * 4), *expected = malloc((size_t)(M * N) * 4), *sums = malloc((size_t)(M * N) * 4);
+    float *y = malloc((size_t)(M * N) * 4), *expected = malloc((size_t)(M * N) * 4);
     uint8_t *bits = random_bits(N, K);
     int64_t bytes = (K + 7) / 8;
     if (opposite) {
@@ -117,13 +78,11 @@ static void linear(const char *limit) {
                 z += sign_of(x[m * K + k], b ? b[k] : 0.0f) * sign_at(bits + n * bytes, k);
             float scaled_z = (float)z * s[n];
             expected[m * N + n] = scaled ? scaled_z + t[n] : (float)z;
-            sums[m * N + n] = (float)z;
         }
     if (stompp_linear(x, FLOAT32, b, bits, scaled ? s : NULL, 1, scaled ? t : NULL, 1, y, FLOAT32, M, K, N, threads))
         exit(2);
     same(limit, y, expected, M * N);
-    linear_bits(limit, x, b, bits, sums, M, K, N, threads);
-    free(x), free(b), free(s), free(t), free(y), free(expected), free(sums), free(bits);
+    free(x), free(b), free(s), free(t), free(y), free(expected), free(bits);
 }
 
 static int is_nan(uint16_t half, int dtype) { return (half & 0x7fff) > (dtype == FLOAT16 ? 0x7c00 : 0x7f80); }
@@ -181,6 +140,9 @@ static void real_linear(void) {
             exit(2);
         same("real inputs", y, expected, M * N);
     }
+    if (stompp_lane_linear(x, bits, s, 1, t, 0, y, M, K, N, 1 + (int)below(3)))
+        exit(2);
+    same("real inputs in lanes", y, expected, M * N);
     free(x), free(s), free(t), free(signs), free(y), free(expected), free(bits);
 }
 
@@ -200,35 +162,6 @@ static int64_t sum_at(const Shape *shape, const float *x, const float *b, const 
                     z += (outside ? shape->pad : sign_of(x[place], b[group * channels + c])) * sign_at(row, bit);
                 }
     return z;
-}
-
-/* For groups with words of their own. */
-static void convolution_bits(const char *limit, const Shape *shape, const float *x, const float *b,
-                             const uint32_t *weights, const float *z, int threads) {
-    int64_t inner = words_of(shape->channels), outer = words_of(shape->outputs), before = volume(shape->in);
-    int64_t after = volume(shape->out), results = shape->batch * shape->outputs * after;
-    uint32_t *taken = calloc((size_t)(shape->batch * inner * before + LANES), 4), *flips;
-    uint32_t *given = malloc((size_t)(shape->batch * outer * after) * 4);
-    float *y = malloc((size_t)results * 4), *least = cuts(shape->outputs, &flips);
-    for (int64_t i = 0; i < shape->batch * shape->channels * before; i++) {
-        int64_t channel = i / before % shape->channels, image = i / before / shape->channels;
-        taken[(image * inner + channel / 32) * before + i % before] |= (uint32_t)(sign_of(x[i], b[channel]) > 0)
-                                                                      << (channel % 32);
-    }
-    if (stompp_conv(taken, BITS, NULL, weights, NULL, 0, NULL, 0, y, FLOAT32, shape, threads))
-        exit(2);
-    same("planes of bits", y, z, results);
-    for (int from_bits = 0; from_bits < 2; from_bits++) {
-        if (stompp_conv(from_bits ? (const void *)taken : x, from_bits ? BITS : FLOAT32, from_bits ? NULL : b, weights,
-                        least, 1, (const float *)flips, 1, given, BITS, shape, threads))
-            exit(2);
-        for (int64_t i = 0; i < results; i++) {
-            int64_t n = i / after % shape->outputs, image = i / after / shape->outputs;
-            same_bits(limit, given + (image * outer + n / 32) * after + i % after, n % 32, z + i, least[n],
-                      (flips[n / 32] >> (n % 32)) & 1);
-        }
-    }
-    free(taken), free(given), free(flips), free(y), free(least);
 }
 
 static void convolution(const char *limit) {
@@ -257,7 +190,6 @@ static void convolution(const char *limit) {
     float *x = numbers(shape.batch * shape.channels * volume(shape.in)), *b = numbers(shape.channels);
     float *s = numbers(1), *t = numbers(shape.outputs);
     float *y = malloc((size_t)results * 4), *expected = malloc((size_t)results * 4);
-    float *sums = malloc((size_t)results * 4);
     uint8_t *bits = random_bits(shape.outputs, fan_in);
     int64_t words = channels < 32 ? words_of(channels * taps) : taps * (words_of(channels) + (taps > 1));
     uint32_t *weights = malloc((size_t)(shape.outputs * words) * 4);
@@ -267,8 +199,7 @@ static void convolution(const char *limit) {
         int64_t at[3] = {pixel / shape.out[2] / shape.out[1], pixel / shape.out[2] % shape.out[1],
                          pixel % shape.out[2]};
         const uint8_t *row = bits + n * ((fan_in + 7) / 8);
-        sums[i] = (float)sum_at(&shape, x, b, row, image, n / outputs, channels, at);
-        float scaled = sums[i] * s[0];
+        float scaled = (float)sum_at(&shape, x, b, row, image, n / outputs, channels, at) * s[0];
         expected[i] = scaled + t[n];
     }
     int threads = 1 + (int)below(3);
@@ -279,9 +210,7 @@ static void convolution(const char *limit) {
     if (stompp_small_groups(x, FLOAT32, b, bits, s, 0, t, 1, y, FLOAT32, &shape, threads))
         exit(2);
     same("small groups", y, expected, results);
-    if (shape.groups == 1 || (channels % 32 == 0 && outputs % 32 == 0))
-        convolution_bits(limit, &shape, x, b, weights, sums, threads);
-    free(x), free(b), free(s), free(t), free(y), free(expected), free(sums), free(bits), free(weights);
+    free(x), free(b), free(s), free(t), free(y), free(expected), free(bits), free(weights);
 }
 
 int main(int count, char **words) {

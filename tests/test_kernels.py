@@ -333,6 +333,39 @@ def test_operators_pass_their_checks() -> None:
         )
 
 
+@compiled
+@pytest.mark.parametrize("features", [1, 2, 15, 16, 17, 18, 31, 32, 33, 48, 70, 100, 333])
+def test_real_inputs_are_summed_in_lanes(instructions: str, features: int) -> None:
+    """In the order that kernels.h tells, with numpy's float32 one number after another."""
+    generator = torch.Generator().manual_seed(features)
+    x, w = (torch.randn(n, features, generator=generator) for n in (2, 69))
+    scale, shift = torch.rand(69, generator=generator), torch.randn(69, generator=generator)
+    signs, bits = integer_signs(w).astype(np.float32), pack_signs(w)
+    expected = np.zeros((2, 69), np.float32)
+    for m, n in np.ndindex(2, 69):
+        terms, whole = x[m].numpy() * signs[n], 1 + (features - 1) // 16 * 16
+        lanes = np.zeros(16, np.float32)
+        lanes[0] = terms[0]
+        for chunk in terms[1:whole].reshape(-1, 16):
+            lanes += chunk
+        total = folded(lanes)
+        if features > whole:
+            lanes = np.zeros(16, np.float32)
+            lanes[0] = total
+            lanes[: features - whole] += terms[whole:]
+            total = folded(lanes)
+        expected[m, n] = total * scale[n].numpy() + shift[n].numpy()
+    assert torch.equal(kernels.lane_linear(x, bits, scale, shift), torch.from_numpy(expected))
+    assert np.array_equal(kernels.unpack(bits, features).numpy(), signs)
+
+
+def folded(lanes: np.ndarray) -> np.float32:
+    """The sum of lanes, the upper half added to the lower."""
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    return np.float32(lanes[0])
+
+
 # ---- sanitizers and installation ----
 
 COMPILER = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")

@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from stompp_hf.checkpoints.packing import pack_members
 from stompp_hf.errors import PackingError
 from stompp_hf.inference.fused_layers import FusedLayer, fuse
 from stompp_hf.kernels.kept import _kept
-from stompp_hf.modules import binary_class_of
+from stompp_hf.modules import binary_class_of, prechecked_linear
 
 pytestmark = pytest.mark.skipif(kernels.native.library_path() is None, reason="the compiled part was not built")
 
@@ -262,13 +263,70 @@ def test_packed_layers_go_straight_where_nothing_wants_a_gradient(plain: nn.Modu
     assert not hasattr(layer, "fused_scale") and not hasattr(layer, "prepared")
 
 
-def test_packed_layers_with_real_inputs_or_group_scales_do_not() -> None:
-    """Their sums are in torch's order, and no kernel sums by groups."""
+def test_packed_layers_with_group_scales_do_not() -> None:
     torch.manual_seed(0)
-    x = torch.randn(1, 70)
-    for layer in (packed(nn.Linear(70, 40), "weights"), packed(nn.Linear(70, 40), scale="group")):
-        with torch.no_grad():
-            assert torch.equal(layer(x), expected(layer, x)) and layer.prepared is None
+    layer, x = packed(nn.Linear(70, 40), scale="group"), torch.randn(1, 70)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected(layer, x)) and layer.prepared is None
+
+
+@pytest.mark.parametrize(
+    "plain", [nn.Linear(768, 384), nn.Linear(333, 64, bias=False), nn.Linear(70, 37), Conv1D(40, 70)]
+)
+def test_real_inputs_go_straight_where_sums_have_torchs_order(plain: nn.Module) -> None:
+    """Whether they have it or not, the bits are torch's; in MKL's order they are for one row and 4 outputs a time."""
+    torch.manual_seed(0)
+    layer = packed(plain, "weights")
+    features, outputs = layer.product.features(layer._bits()), layer.weight_bits.shape[0]
+    with torch.no_grad():
+        for shape in ((1, features), (features,), (1, 1, features), (2, features), (5, features)):
+            for _ in range(3):
+                x = torch.randn(shape)
+                assert torch.equal(layer(x), expected(layer, x))
+                aside = torch.randn(features + 1)[1:].reshape(1, features)  # elsewhere in memory
+                assert torch.equal(layer(aside), expected(layer, aside))
+        x, threads = torch.randn(1, features), torch.get_num_threads()
+        alike = prechecked_linear.sums_alike(layer.product, x.shape, outputs, threads, kernels.choice())
+        layer(x)
+        assert (layer.prepared(layer, x) is not None) == (layer.prepared.quick(x) is not None) == alike
+        if "Intel" in platform_of_torch() and isinstance(plain, nn.Linear) and outputs % 4 == 0:
+            assert alike
+    trained = layer(x)
+    assert trained.requires_grad and torch.equal(trained, expected(layer, x))
+
+
+def platform_of_torch() -> str:
+    """Its library for sums, and the CPU's maker, where the file that says so is there."""
+    cpus = Path("/proc/cpuinfo")
+    return cpus.read_text()[:400] if torch.backends.mkl.is_available() and cpus.exists() else ""
+
+
+def test_real_inputs_in_another_order_go_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch multiplied otherwise, or with other threads than it was asked for."""
+    torch.manual_seed(0)
+    layer, x = packed(nn.Linear(128, 64), "weights"), torch.randn(1, 128)
+    product = layer.product
+
+    class Backwards(type(product)):  # type: ignore[misc]
+        def __call__(self, x: torch.Tensor, weight: torch.Tensor, pad: float = 0.0) -> torch.Tensor:
+            return (x.reshape(-1, 1, 128) * weight).flip(-1).cumsum(-1)[..., -1].reshape(*x.shape[:-1], 64)
+
+    monkeypatch.setattr(type(layer), "product", Backwards())
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(layer(x), expected(layer, x))
+        assert layer.prepared(layer, x) is None and layer.prepared.quick(x) is None
+    monkeypatch.setattr(type(layer), "product", product)
+    monkeypatch.setattr(prechecked_linear, "sums_alike", lambda *arguments: True)
+    layer.prepared = None
+    with torch.no_grad():
+        layer(x)
+        assert layer.prepared.quick(x) is not None
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads + 1)
+        assert layer.prepared.quick(x) is None
+        torch.set_num_threads(threads)
+        assert layer.prepared.quick(x) is not None and layer.prepared(layer, x.bfloat16()) is None
 
 
 def test_training_lets_go_of_what_was_kept() -> None:

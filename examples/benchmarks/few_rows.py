@@ -7,7 +7,7 @@
 were looked up before; "ordinary": the layer's own forward; "not fused": the packed layer as `from_pretrained` gives it;
 "real": nn.Linear of the same size. They take turns in one process, in a different order each round; times are medians
 over the rounds, and outputs of all but the last are compared bit for bit (with real inputs, "not fused" sums in torch's
-order, and is not). Prints a Markdown table.
+order, and is compared with its own ordinary way). Prints a Markdown table.
 """
 
 import copy
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def main() -> None:
         binarize_model(model, config, example_inputs=torch.randn(2, inputs))
         Progression(model, 2).step(2)
         calibrate(model, [torch.randn(8, inputs)])
-        packed = copy.deepcopy(pack_model(model))
+        packed = copy.deepcopy(pack_model(model)).eval()  # as `from_pretrained` gives it
         fuse_for_inference(model, torch.randn(2, inputs))
         for rows in map(int, args.rows.split(",")):
             x = torch.randn(rows, inputs)
@@ -115,6 +116,8 @@ def measure(ways: dict[str, Callable[[Tensor], Tensor]], x: Tensor, args: FewRow
     alike = [*WAYS, *([] if args.weights_only else ["not fused"])]
     outputs = [[ways[name](x) for _ in range(3)][-1] for name in alike]  # the first calls prepare the others
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    packed: Any = ways["not fused"]
+    assert torch.equal(packed(x), packed._frozen(x))
     times: dict[str, list[float]] = {name: [] for name in ways}
     now = time.process_time if args.cpu_time else time.perf_counter
     for number in range(args.repeats):

@@ -4,6 +4,7 @@ from . import choosing as choosing, gpu as gpu, native as native, training as tr
 from .calls import (
     conv as conv,
     inner_loop as inner_loop,
+    lane_linear as lane_linear,
     linear as linear,
     memory_format as memory_format,
     output_size as output_size,

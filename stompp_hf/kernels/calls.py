@@ -85,19 +85,33 @@ def real_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) ->
         bits, scale, shift: as for `linear`.
     """
     native: Any = choice().native
-    if not native.stompp_has_real():
-        return None
+    return _real("stompp_real_linear", x, bits, scale, shift) if native.stompp_has_real() else None
+
+
+def lane_linear(x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """y = scale * (x @ sign(w).T) + shift of real inputs, each row summed in 16 lanes (`lane_rows` in kernels.h).
+
+    For one row this is the order of a library that torch may have (MKL), and then y is torch's, bit for bit.
+
+    Args:
+        x: (..., K) float32.
+        bits, scale, shift: as for `linear`.
+    """
+    return _real("stompp_lane_linear", x, bits, scale, shift)
+
+
+def _real(name: str, x: Tensor, bits: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     features = x.shape[-1]
     check(features, features, None, bits, scale, shift)
     x, bits, scale = x.contiguous(), bits.contiguous(), scale.contiguous()
     shift = None if shift is None else shift.contiguous()
     y = x.new_empty((*x.shape[:-1], bits.shape[0]))
-    status = native.stompp_real_linear(
+    status = getattr(choice().native, name)(
         *(x.data_ptr(), bits.data_ptr(), scale.data_ptr(), int(scale.numel() > 1)),
         *(None if shift is None else shift.data_ptr(), int(shift is not None and shift.numel() > 1), y.data_ptr()),
         *(x.numel() // features, features, bits.shape[0], torch.get_num_threads()),
     )
-    _succeed(status, "stompp_real_linear", x)
+    _succeed(status, name, x)
     return y
 
 

@@ -18,7 +18,7 @@ from ..errors import KernelError
 
 MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
 MODES, LIMITS = ("auto", "torch", "c", "triton"), ("", "portable", "avx2", "avx512", "neon")
-VERSION = 6
+VERSION = 7
 """STOMPP_VERSION of the sources that these calls belong to."""
 BUILD = "pip install --force-reinstall --no-deps --no-cache-dir stompp-hf (in a checkout: pip install -e .)"
 
@@ -44,6 +44,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "stompp_inner_loop": (c_int64, (c_int64,)),
     "stompp_has_real": (c_int, ()),
     "stompp_real_linear": (c_int, (*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_int)),
+    "stompp_lane_linear": (c_int, (*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_int)),
     "stompp_unpack": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "stompp_tap_words": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "stompp_pack": (None, (c_void_p, c_int64, c_int64, c_int, c_void_p, c_int)),

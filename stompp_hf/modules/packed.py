@@ -177,7 +177,8 @@ class PackedLayer(PackedMember, BinaryLayer):
     def goes_straight(self) -> bool:
         """Whether the kernel computes now what the layer is to compute, for an input that it takes."""
         learns = self.training or torch.is_grad_enabled()
-        return not learns and self.activation_scale is not None and not is_grouped(self.weight_scale)
+        plain = self.activation_scale is not None or self.absorbed is None
+        return not learns and plain and not is_grouped(self.weight_scale)
 
     def train(self, mode: bool = True) -> Any:
         if mode and not self.is_for_inference:

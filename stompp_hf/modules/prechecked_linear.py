@@ -10,14 +10,47 @@ from torch.compiler import is_dynamo_compiling
 from .. import kernels
 from ..integrations.torch import QUESTIONS, VERSION, buffers_of, is_watched, parameters_of
 from ..kernels import DTYPES, choice, choosing
+from ..method.sign_bits import SignBits
 
 FEW = 4
 """Rows up to which calls are made in C altogether: it keeps an empty output of the shape seen last."""
+BINARY, LOOKED_UP, IN_LANES = range(3)
+"""What a call takes, in the order of python.c: signs of x, or real x, with sums by look-up or in torch's own order."""
+FUNCTIONS = ("stompp_linear", "stompp_real_linear", "stompp_lane_linear")
+LEAST = 16
+"""Features from which on a few random inputs tell whether sums have the same order."""
 SHARED = (
     Tensor, torch.empty_like, get_num_threads, is_autocast_enabled, "cpu",
     "is_cpu", "requires_grad", "dtype", "shape", "is_contiguous", "data_ptr", VERSION, QUESTIONS,
 )  # fmt: skip
 """What such calls need, in the order of python.c."""
+
+
+@functools.lru_cache(maxsize=256)
+def sums_alike(product: Any, shape: torch.Size, outputs: int, threads: int, chosen: Any) -> bool:
+    """Whether C's sums of one row of real inputs have the order of torch's, so that both round alike: bit for bit.
+
+    A library sums in one order whatever the numbers are, so a few at random tell; they lie in memory in several ways,
+    on which it might depend. Fewer features than `LEAST` would tell too little.
+    Source: this library's choice.
+
+    Args:
+        product: of the layer.
+        shape: of the input, (..., K) with one row.
+        outputs: of the layer, N.
+        threads: of torch.
+        chosen: the kernels.
+    """
+    features = shape[-1]
+    if shape.numel() != features or features < LEAST:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad():
+        weight = [features, outputs] if product.channel_dim else [outputs, features]
+        bits = SignBits.of(torch.randn(weight, generator=generator), product.channel_dim)
+        signs, one = bits.signs(torch.float32), torch.ones(1)
+        rows = (torch.randn(at + features, generator=generator)[at:].reshape(shape) for at in (0, 1, 4, 8))
+        return all(torch.equal(kernels.lane_linear(x, bits.bits, one, None), product(x, signs)) for x in rows)
 
 
 class PreparedLinear:
@@ -27,6 +60,8 @@ class PreparedLinear:
     take, a gradient, autocast, a subclass of Tensor, anybody who listens (`is_watched`). Addresses are those of
     the layer's tensors, and are looked up anew when one of these is another, lies elsewhere or was changed. A copy of
     this object is None: a copied layer makes one of its own.
+    Real inputs: one row at a time, where torch sums as C does (see `sums_alike`); of layers that were fused for
+    inference, by look-up.
     Shapes and dtypes: those of `kernels.linear` and `kernels.real_linear`.
     Source: this library's choice.
     """
@@ -52,41 +87,43 @@ class PreparedLinear:
         taken = DTYPES.get(x.dtype)
         if self.parts is None or taken is None:
             return None
-        function, real, given, features, outputs, threshold, *rest = self.parts
+        function, kind, given, features, outputs, threshold, *rest = self.parts
         if x.shape[-1:] != (features,) or x.numel() == 0 or not x.is_contiguous() or x.is_neg():
             return None
-        rows = x.numel() // features
+        rows, threads = x.numel() // features, get_num_threads()
+        if kind and (
+            taken or (kind == IN_LANES and not sums_alike(layer.product, x.shape, outputs, threads, choice()))
+        ):
+            return None
         y = x.new_empty((*x.shape[:-1], outputs), dtype=self.dtype)
-        if rows <= FEW and not (real and taken):
-            self._keep(layer, x, torch.empty_like(y), rows)
-        threads = get_num_threads()
-        if not real:
+        if rows <= FEW:
+            self._keep(layer, x, torch.empty_like(y), rows, threads if kind == IN_LANES else 0)
+        if kind == BINARY:
             status = function(
                 x.data_ptr(), taken, threshold, *rest, y.data_ptr(), given, rows, features, outputs, threads
             )
-        elif taken == 0:
-            status = function(x.data_ptr(), *rest, y.data_ptr(), rows, features, outputs, threads)
         else:
-            return None
+            status = function(x.data_ptr(), *rest, y.data_ptr(), rows, features, outputs, threads)
         return y if status == 0 else None  # the ordinary way says what is wrong
 
-    def _keep(self, layer: Any, x: Tensor, like: Tensor, rows: int) -> None:
+    def _keep(self, layer: Any, x: Tensor, like: Tensor, rows: int, threads: int) -> None:
         """Prepare `quick` for other inputs like this one, where C can take calls from Python.
 
-        It looks at everything itself: x, who listens, the layer's dtype, its tensors and those that its values are of.
+        It looks at everything itself: x, who listens, the layer's dtype, its tensors and those that its values are of,
+        and the number of threads where it matters (not 0).
         """
         if self.parts is None or not hasattr(self.choice.native, "stompp_whole_call"):
             return
-        _, real, given, features, outputs, threshold, *rest = self.parts
-        arguments = (*rest, 0, rows, features, outputs, 0)  # 0: filled in by C
-        arguments = (0, *arguments) if real else (0, DTYPES[x.dtype], threshold, *rest, 0, given, *arguments[-4:])
+        _, kind, given, features, outputs, threshold, *rest = self.parts
+        arguments = (*rest, 0, rows, features, outputs, threads)  # 0: filled in by C
+        arguments = (0, *arguments) if kind else (0, DTYPES[x.dtype], threshold, *rest, 0, given, *arguments[-4:])
         made_of = tuple(
             (home, name, tensor, seen.memory.data_ptr(), seen.version) if seen else (home, name, None, 0, None)
             for home, name, tensor, seen in layer.fused.seen
         )
         of = [(vars(layer), name) for name in ("fused", "observer", "output_dtype")] + [(vars(choosing), "_chosen")]
         alike = tuple((home, name, home.get(name), None, None) for home, name in of)
-        self.own = (x.shape, x.dtype, like, real, (*alike, *self.tensors, *made_of), *arguments)
+        self.own = (x.shape, x.dtype, like, kind, (*alike, *self.tensors, *made_of), *arguments)
         self.quick = functools.partial(self.choice.native.stompp_whole_call, SHARED, self.own)
 
     def _moved(self) -> bool:
@@ -113,10 +150,10 @@ class PreparedLinear:
         self.dtype, self.own, self.parts, self.quick = dtype, None, None, _not_quick
         if chosen.native is not None and _fits(bits, scale, shift, threshold, features, real, dtype):
             steps = (int(scale.numel() > 1), addresses[2], int(shift is not None and shift.numel() > 1))
-            function = chosen.native.stompp_real_linear if real else chosen.native.stompp_linear
-            if not real or chosen.native.stompp_has_real():
+            kind = BINARY if not real else LOOKED_UP if layer.is_for_inference else IN_LANES
+            if kind != LOOKED_UP or chosen.native.stompp_has_real():
                 own = (addresses[3], *addresses[:2], *steps)
-                self.parts = function, real, DTYPES[dtype], features, outputs, *own
+                self.parts = getattr(chosen.native, FUNCTIONS[kind]), kind, DTYPES[dtype], features, outputs, *own
         self.choice = chosen  # last: another thread may be calling
 
 

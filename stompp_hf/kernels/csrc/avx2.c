@@ -7,6 +7,8 @@
 
 #define TARGET __attribute__((target("avx2,f16c")))
 #define OWN_HALVES
+#define BYTES 32
+#define ROWS_AT_ONCE 4
 
 TARGET static void halves_to_floats(const uint16_t *from, int64_t count, float *to) {
     int64_t i = 0;
@@ -261,5 +263,6 @@ TARGET static void real_product(const float *tables, const uint32_t *panel, int6
     }
 }
 
-const Backend stompp_avx2 = {"avx2", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 3};
+const Backend stompp_avx2 = {"avx2", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 3,
+                             lane_rows, unpack_row};
 #endif

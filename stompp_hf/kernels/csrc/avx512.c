@@ -6,6 +6,9 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,f16c,avx2,fma")))
 #define OWN_HALVES
+#define BYTES 64
+#define ROWS_AT_ONCE 8
+#define OWN_FOLD
 
 TARGET static void halves_to_floats(const uint16_t *from, int64_t count, float *to) {
     for (int64_t i = 0; i < count; i += 16) {
@@ -179,5 +182,23 @@ TARGET static void real_product(const float *tables, const uint32_t *panel, int6
     }
 }
 
-const Backend stompp_avx512 = {"avx512", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 4};
+/* 8 rows at a time: at each step, two vectors become one with the upper half of their lanes added to the lower. */
+TARGET static void fold(const Lanes *sums, float *z) {
+    __m512 v[8];
+    for (int i = 0; i < 8; i++)
+        v[i] = (__m512)sums[i].part[0];
+    for (int i = 0; i < 4; i++)
+        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44),
+                             _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee));
+    for (int i = 0; i < 2; i++)
+        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
+    __m512 pairs = _mm512_add_ps(_mm512_shuffle_ps(v[0], v[1], 0x44), _mm512_shuffle_ps(v[0], v[1], 0xee));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(pairs, pairs, 0x88), _mm512_shuffle_ps(pairs, pairs, 0xdd));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
+    _mm256_storeu_ps(z, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, all)));
+}
+
+const Backend stompp_avx512 = {"avx512", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 4,
+                               lane_rows, unpack_row};
 #endif

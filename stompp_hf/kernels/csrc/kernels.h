@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define STOMPP_VERSION 6 /* to be raised with every change of a function that Python calls */
+#define STOMPP_VERSION 7 /* to be raised with every change of a function that Python calls */
 #define LANES 64
 #define VECTOR 16  /* lanes come in multiples of it */
 #define ROW_BLOCK 48 /* rows of results that are held at a time: 12 KiB */
@@ -57,6 +57,12 @@ typedef struct {
      * another through a word, are `tables`. NULL where there is nothing better than plain sums of products. */
     void (*real_product)(const float *tables, const uint32_t *panel, int64_t vectors, int64_t words, float *z);
     int real_bits;
+    /* z[row] = x . sign(w) for rows of bits, K numbers each, in an order of sums of its own: x[0] in the first of 16
+     * lanes; then 16 numbers at a time, each in its lane; lanes folded by halves; and what is left, fewer than 16, once
+     * more so, the sum before in the first lane. */
+    void (*lane_rows)(const float *x, int64_t K, const uint8_t *bits, int64_t rows, float *z);
+    /* -1 and 1 for the first `count` bits of a row. */
+    void (*unpack_row)(const uint8_t *bits, int64_t count, float *signs);
 } Backend;
 
 extern const Backend stompp_portable;

@@ -153,8 +153,8 @@ static void one_row(const uint32_t *row, const uint8_t *bits, int64_t bytes, int
     }
 }
 
-/* Real inputs: none, or it would have to be measured against torch's own products first. */
+/* Real inputs by look-up: none, or it would have to be measured against torch's own products first. */
 const Backend stompp_neon = {.name = "neon", .sign_row = sign_row, .sign_plane = sign_plane, .make_panel = make_panel,
                              .product = product, .one_row = one_row, .finish = finish, .sign_bytes = sign_bytes,
-                             .add_row = add_row};
+                             .add_row = add_row, .lane_rows = lane_rows, .unpack_row = unpack_row};
 #endif

@@ -1,5 +1,7 @@
 /* Any CPU: plain C, which compilers turn into the vectors that every x86-64 and ARM64 has. */
 #define TARGET
+/* Each lane has a bit of its own to look at: not every CPU shifts each by a number of its own. */
+#define FLIP(word, part) ((Words)((((Words){0} + (word)) & (Words){2, 4, 8, 16} << NUMBERS * (part)) == 0) & SIGN)
 #include "kernels.h"
 
 static inline uint32_t signs_of_32(const float *x, const float *b);
@@ -34,4 +36,4 @@ static void product(const uint32_t *rows, int64_t row_stride, int64_t count, con
         }
 }
 
-const Backend stompp_portable = {"portable", sign_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, 0, 0};
+const Backend stompp_portable = {"portable", sign_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, 0, 0, lane_rows, unpack_row};

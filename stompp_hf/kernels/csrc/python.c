@@ -18,6 +18,8 @@ int stompp_linear(const void *x, int x_dtype, const float *threshold, const uint
                   int64_t K, int64_t N, int threads);
 int stompp_real_linear(const float *x, const uint8_t *bits, const float *scale, int64_t scale_step, const float *shift,
                        int64_t shift_step, float *y, int64_t M, int64_t K, int64_t N, int threads);
+int stompp_lane_linear(const float *x, const uint8_t *bits, const float *scale, int64_t scale_step, const float *shift,
+                       int64_t shift_step, float *y, int64_t M, int64_t K, int64_t N, int threads);
 
 #define MOST_ARGUMENTS 14
 #define MOST_PARTS 32 /* of a tuple */
@@ -56,6 +58,11 @@ static int call_real_linear(const int64_t *a) {
                               a[8], a[9], (int)a[10]);
 }
 
+static int call_lane_linear(const int64_t *a) {
+    return stompp_lane_linear(AT(float, 0), AT(uint8_t, 1), AT(float, 2), a[3], AT(float, 4), a[5], AT(float, 6), a[7],
+                              a[8], a[9], (int)a[10]);
+}
+
 /* Sizes M, K, N and threads are the last four. */
 static int compute(int (*call)(const int64_t *), const int64_t *a, Py_ssize_t wanted) {
     int status;
@@ -86,6 +93,11 @@ static PyObject *real_linear(PyObject *self, PyObject *const *arguments, Py_ssiz
     return run(call_real_linear, arguments, count, 11);
 }
 
+static PyObject *lane_linear(PyObject *self, PyObject *const *arguments, Py_ssize_t count) {
+    (void)self;
+    return run(call_lane_linear, arguments, count, 11);
+}
+
 /* ---- a whole call of a layer, prepared for inputs of one shape: with one row, Python is most of the time ---- */
 
 /* What all such calls need: of torch, the names of what is asked of a tensor, and what nobody may have answered to. */
@@ -93,9 +105,10 @@ enum {
     TENSOR, EMPTY_LIKE, THREADS, AUTOCAST, CPU, IS_CPU, REQUIRES_GRAD, DTYPE, SHAPE, IS_CONTIGUOUS, DATA_PTR, VERSION,
     QUESTIONS, SHARED
 };
-/* What one of them needs: shape and dtype of x, an empty output, whether x is real, the layer's tensors, and then the
- * arguments of stompp_linear or stompp_real_linear. */
-enum { X_SHAPE, X_DTYPE, LIKE, REAL, TENSORS, ARGUMENTS };
+/* What one of them needs: shape and dtype of x, an empty output, what is called, the layer's tensors, and then the
+ * arguments of that; threads are 0, or as many as torch has to have. */
+enum { X_SHAPE, X_DTYPE, LIKE, KIND, TENSORS, ARGUMENTS };
+static int (*const kinds[])(const int64_t *) = {call_linear, call_real_linear, call_lane_linear};
 /* One of them: the dictionary that has it, its key there, itself (None: none), where it lies, and its version, or None for any; what
  * is no tensor lies at None. */
 enum { HOME, KEY, ITSELF, PLACE, SEEN, PARTS };
@@ -176,15 +189,18 @@ static PyObject *whole_call(PyObject *self, PyObject *const *arguments, Py_ssize
         return NULL;
     Py_DECREF(shared[DATA_PTR]);
     if (fits(shared, own, x)) {
-        int real = own[REAL] == Py_True, wanted = real ? 11 : 14, to = real ? 6 : 8;
-        int64_t a[MOST_ARGUMENTS];
-        if (!numbers(own + ARGUMENTS, parts - ARGUMENTS, wanted, a))
-            return NULL;
+        int64_t kind = (int64_t)PyLong_AsLongLong(own[KIND]), a[MOST_ARGUMENTS];
+        int wanted = kind ? 11 : 14, to = kind ? 6 : 8;
+        if (kind < 0 || kind > 2 || !numbers(own + ARGUMENTS, parts - ARGUMENTS, wanted, a))
+            return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "there is no such call");
+        int64_t threads = number(PyObject_CallNoArgs(shared[THREADS]));
+        if (a[wanted - 1] && a[wanted - 1] != threads && !PyErr_Occurred())
+            Py_RETURN_NONE;
+        a[wanted - 1] = threads;
         a[0] = address(x, shared);
-        a[wanted - 1] = number(PyObject_CallNoArgs(shared[THREADS]));
         y = PyErr_Occurred() ? NULL : PyObject_CallFunctionObjArgs(shared[EMPTY_LIKE], own[LIKE], NULL);
         a[to] = y ? address(y, shared) : 0;
-        if (!PyErr_Occurred() && compute(real ? call_real_linear : call_linear, a, wanted) == DONE)
+        if (!PyErr_Occurred() && compute(kinds[kind], a, wanted) == DONE)
             return y;
     }
     Py_XDECREF(y);
@@ -197,6 +213,7 @@ static PyMethodDef methods[] = {
     {"stompp_whole_call", (PyCFunction)(void (*)(void))whole_call, METH_FASTCALL, NULL},
     {"stompp_linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL, NULL},
     {"stompp_real_linear", (PyCFunction)(void (*)(void))real_linear, METH_FASTCALL, NULL},
+    {"stompp_lane_linear", (PyCFunction)(void (*)(void))lane_linear, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,23 +1,15 @@
-/* Real inputs and binary weights: weights as floats for another product, and sums by look-up for a few rows. */
+/* Real inputs and binary weights: weights as floats for another product, sums by look-up for a few rows, and sums in
+ * the order of another product. */
 #include "kernels.h"
 
 #include <string.h>
 
 /* -1 and 1 for the first `count` bits of each of `rows` rows. */
 EXPORT void stompp_unpack(const uint8_t *bits, int64_t rows, int64_t count, float *signs) {
-    static const float of_nibble[16][4] = {
-        {-1, -1, -1, -1}, {1, -1, -1, -1}, {-1, 1, -1, -1}, {1, 1, -1, -1}, {-1, -1, 1, -1}, {1, -1, 1, -1},
-        {-1, 1, 1, -1},   {1, 1, 1, -1},   {-1, -1, -1, 1}, {1, -1, -1, 1}, {-1, 1, -1, 1},  {1, 1, -1, 1},
-        {-1, -1, 1, 1},   {1, -1, 1, 1},   {-1, 1, 1, 1},   {1, 1, 1, 1}};
-    int64_t bytes = (count + 7) / 8, whole = count / 8;
-    for (int64_t row = 0; row < rows; row++, bits += bytes, signs += count) {
-        for (int64_t i = 0; i < whole; i++) {
-            memcpy(signs + 8 * i, of_nibble[bits[i] & 15], 16);
-            memcpy(signs + 8 * i + 4, of_nibble[bits[i] >> 4], 16);
-        }
-        for (int64_t i = 8 * whole; i < count; i++)
-            signs[i] = (bits[i >> 3] >> (i & 7)) & 1 ? 1.0f : -1.0f;
-    }
+    const Backend *backend = stompp_backend();
+    int64_t bytes = (count + 7) / 8;
+    for (int64_t row = 0; row < rows; row++, bits += bytes, signs += count)
+        backend->unpack_row(bits, count, signs);
 }
 
 typedef struct {
@@ -27,6 +19,7 @@ typedef struct {
     int64_t scale_step, shift_step, M, K, N, words;
     float *y, *tables;
     uint32_t *panels;
+    const float *x;
 } Real;
 
 #define TABLE_ROWS 32 /* rows whose tables are held at a time */
@@ -52,6 +45,14 @@ static void make_tables(const float *x, int64_t K, int64_t words, int bits, floa
 /* Numbers in the tables of a word. */
 static int64_t table_size(int bits) { return ((32 + bits - 1) / bits) << bits; }
 
+static void finish(const Real *self, const float *z, int64_t first, int64_t lanes, float *y) {
+    for (int64_t lane = 0; lane < lanes; lane++) {
+        y[lane] = z[lane] * self->scale[(first + lane) * self->scale_step];
+        if (self->shift)
+            y[lane] += self->shift[(first + lane) * self->shift_step];
+    }
+}
+
 static void look_up(void *context, int64_t index, int slot) {
     const Real *self = context;
     int64_t first = index * LANES, lanes = smaller(LANES, self->N - first), bytes = (self->K + 7) / 8;
@@ -62,11 +63,7 @@ static void look_up(void *context, int64_t index, int slot) {
     for (int64_t m = 0; m < self->M; m++) {
         float *y = self->y + m * self->N + first;
         self->backend->real_product(self->tables + m * tables, panel, (lanes + 31) / 32 * 2, self->words, z);
-        for (int64_t lane = 0; lane < lanes; lane++) {
-            y[lane] = z[lane] * self->scale[(first + lane) * self->scale_step];
-            if (self->shift)
-                y[lane] += self->shift[(first + lane) * self->shift_step];
-        }
+        finish(self, z, first, lanes, y);
     }
 }
 
@@ -77,7 +74,7 @@ EXPORT int stompp_has_real(void) { return stompp_backend()->real_product != 0; }
 EXPORT int stompp_real_linear(const float *x, const uint8_t *bits, const float *scale, int64_t scale_step,
                               const float *shift, int64_t shift_step, float *y, int64_t M, int64_t K, int64_t N,
                               int threads) {
-    Real self = {stompp_backend(), bits, scale, shift, scale_step, shift_step, 0, K, N, words_of(K), 0, 0, 0};
+    Real self = {stompp_backend(), bits, scale, shift, scale_step, shift_step, 0, K, N, words_of(K), 0, 0, 0, x};
     threads = stompp_threads_for(8.0 * (double)M * (double)K * (double)N, threads);
     int at_once = self.backend->real_bits;
     int64_t of_row = self.words * table_size(at_once), tables = (smaller(M, TABLE_ROWS) * of_row + 15) / 16 * 16;
@@ -93,5 +90,27 @@ EXPORT int stompp_real_linear(const float *x, const uint8_t *bits, const float *
         stompp_run(look_up, &self, (N + LANES - 1) / LANES, threads);
     }
     stompp_release(self.tables);
+    return DONE;
+}
+
+static void sum_in_lanes(void *context, int64_t index, int slot) {
+    const Real *self = context;
+    int64_t first = index * LANES, lanes = smaller(LANES, self->N - first);
+    float z[LANES];
+    (void)slot;
+    for (int64_t m = 0; m < self->M; m++) {
+        self->backend->lane_rows(self->x + m * self->K, self->K, self->bits + first * ((self->K + 7) / 8), lanes, z);
+        finish(self, z, first, lanes, self->y + m * self->N + first);
+    }
+}
+
+/* The same with sums in the order of `lane_rows`, which is MKL's for a matrix and a vector. */
+EXPORT int stompp_lane_linear(const float *x, const uint8_t *bits, const float *scale, int64_t scale_step,
+                              const float *shift, int64_t shift_step, float *y, int64_t M, int64_t K, int64_t N,
+                              int threads) {
+    Real self = {.backend = stompp_backend(), .bits = bits, .scale = scale, .shift = shift, .scale_step = scale_step,
+                 .shift_step = shift_step, .M = M, .K = K, .N = N, .x = x, .y = y};
+    stompp_run(sum_in_lanes, &self, (N + LANES - 1) / LANES,
+               stompp_threads_for(8.0 * (double)M * (double)K * (double)N, threads));
     return DONE;
 }
