@@ -34,6 +34,7 @@ NAMES = {
         *("torch.utils._device:DeviceContext", "torch.utils._python_dispatch:TorchDispatchMode"),
         *("torch.utils._pytree:tree_leaves", "torch.ops:aten._scaled_dot_product_flash_attention_for_cpu"),
         *("torch:_foreach_copy_", "torch:_foreach_clamp_min_", "torch:Tensor._version", "torch:Tensor._base"),
+        "torch:_int_mm",
         *("torch._dynamo.eval_frame:OptimizedModule", "torch._dynamo.eval_frame:cached_backends"),
         *("torch._dynamo.config:recompile_limit", "torch._dynamo.config:accumulated_recompile_limit"),
         *("torch._dynamo.config:fail_on_recompile_limit_hit", "torch._dynamo.config:patch"),

@@ -1,6 +1,7 @@
 """Packed layers one by one: any geometry, tiles, gradients and embeddings, against the frozen layer, bit for bit."""
 
 import copy
+import platform
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stompp_hf import StoMPPConfig
 from stompp_hf.checkpoints.packing import pack_members
-from stompp_hf.method import packed_product
+from stompp_hf.method import int8_product, packed_product
 from stompp_hf.modules import BinaryEmbedding, binary_class_of
 
 PLAIN = {"linear": lambda: nn.Linear(11, 7), "transposed": lambda: Conv1D(7, 11), "conv": lambda: nn.Conv2d(4, 6, 3)}
@@ -117,6 +118,27 @@ class Largest(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and result.is_floating_point():
             self.entries = max(self.entries, result.numel())
         return result
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("plain", [nn.Linear(70, 37), nn.Linear(8, 5), nn.Linear(3, 64), Conv1D(40, 333)])
+@pytest.mark.parametrize("tile", [1, 1000, 2**22])
+def test_plain_torch_adds_int8(plain: nn.Module, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(int8_product, "TILE", tile)
+    features = plain.weight.shape[0] if isinstance(plain, Conv1D) else plain.weight.shape[1]
+    for shape in ((features,), (1, features), (2, 3, features), (0, features)):
+        x = torch.randn(shape)
+        layer = packed(frozen_layer(copy.deepcopy(plain), torch.randn(4, features)))
+        signs = torch.where(x - layer.activation_threshold >= 0, 1.0, -1.0)
+        w = layer._bits().signs(torch.float64)
+        z = signs.double() @ (w if isinstance(plain, Conv1D) else w.t())
+        bits = layer._bits()
+        found = packed_product.packed_product(x, layer.activation_threshold, True, bits, layer.product, 0.0)
+        assert found.dtype == torch.float32 and torch.equal(found.double(), z)
+        alone = int8_product.int8_product(signs, bits) if x.numel() else None
+        assert alone is None or torch.equal(alone, found)
+        assert alone is not None or x.numel() == 0 or platform.machine() not in int8_product.MACHINES
 
 
 @pytest.mark.usefixtures("plain_torch")

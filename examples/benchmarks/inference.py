@@ -104,8 +104,8 @@ class Case:
     contenders: dict[str, Callable[[], Any]]
 
 
-def frozen(plain: nn.Module, x: Tensor, args: BenchmarkArguments) -> nn.Module:
-    """A packed layer of its own."""
+def frozen(plain: nn.Module, x: Tensor, args: BenchmarkArguments) -> tuple[nn.Module, nn.Module]:
+    """A packed layer, as `from_pretrained` gives it, and the same fused."""
     kind = binary_class_of(plain)
     assert kind is not None
     layer: Any = kind.convert(copy.deepcopy(plain), config(args))
@@ -114,8 +114,9 @@ def frozen(plain: nn.Module, x: Tensor, args: BenchmarkArguments) -> nn.Module:
         layer.calibrate_activation(layer.product.rows(x))
     layer.enter("frozen", 1.0)
     pack_members({"layer": layer})
-    fuse(layer, *layer.scale_and_shift())
-    return layer
+    fused = copy.deepcopy(layer.eval())
+    fuse(fused, *fused.scale_and_shift())
+    return layer, fused
 
 
 def config(args: BenchmarkArguments) -> StoMPPConfig:
@@ -148,13 +149,14 @@ def operators(args: BenchmarkArguments) -> Iterator[Case]:
     for name, plain, x in plains:
         y = plain(x)
         macs = y.numel() * math.prod(plain.weight.shape[1:])
-        packed, others = frozen(plain, x, args), half_and_int8(plain, isinstance(plain, nn.Linear))
+        (packed, fused), others = frozen(plain, x, args), half_and_int8(plain, isinstance(plain, nn.Linear))
         half = x.bfloat16()
         calls: dict[str, Callable[[], Any]] = {FLOAT32: lambda m=plain, x=x: m(x)}
         calls[BFLOAT16] = lambda m=others[BFLOAT16], x=half: m(x)
         if INT8 in others:
             calls[INT8] = lambda m=others[INT8], x=x: m(x)
-        calls[FUSED] = lambda m=packed, x=x: m(x)
+        calls[PACKED] = lambda m=packed, x=x: m(x)
+        calls[FUSED] = lambda m=fused, x=x: m(x)
         calls.update(peers.calls_of(args.peers, plain, x))
         yield Case(name, macs, calls)
 

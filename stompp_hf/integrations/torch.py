@@ -35,6 +35,9 @@ NOT_BROADCAST = "_ddp_params_and_buffers_to_ignore"
 VERSION = "_version"
 """A tensor's attribute that counts how often it was written."""
 
+int_mm = torch._int_mm
+"""int32 from a product of two matrices of int8."""
+
 copy_all, clamp_min_all = torch._foreach_copy_, torch._foreach_clamp_min_
 """Many tensors in one call."""
 

@@ -198,8 +198,10 @@ def apply(function: Any, *arguments: Any) -> Any:
     Raises:
         DerivativeError: torch.func or a forward-mode derivative asks for a gradient.
     """
-    if torch.compiler.is_compiling() or not is_watched():
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not is_watched()):
         return function.apply(*arguments)
+    if not torch.is_grad_enabled() and not is_watched():  # or it would be told of the gradients of what learns
+        return function.forward(_NoGradient(len(arguments)), *arguments)
     wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
     if has_tangent(*arguments) or (wanted and functorch_level() is not None):
         raise DerivativeError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import Route
 from .conv_product import ConvProduct
+from .int8_product import int8_product
 from .layer_product import Affine, LinearProduct, Product
 from .mixing import hard_above
 from .sign_bits import SignBits
@@ -30,9 +31,9 @@ def packed_product(
 
     Forward:  z = product(sign(x - b), sign(w)), or product(x, sign(w)) where the input is real
     Shape and dtype: those of the product, in the dtype of x.
-    Source:   this library's choice. A binary input makes z a sum of whole numbers, the same in tiles. Sums of real
-              numbers round differently in another shape, so a layer with a real input is unpacked at once, as is a
-              grouped convolution, whose weight is small; in either case only for the time of this call.
+    Source:   this library's choice. A binary input makes z a sum of whole numbers, the same in tiles and in int8. Sums
+              of real numbers round differently in another shape, so a layer with a real input is unpacked at once, as
+              is a grouped convolution, whose weight is small; in either case only for the time of this call.
 
     Args:
         x: input, float32 or float64.
@@ -48,6 +49,10 @@ def packed_product(
         if z is not None:
             return z
         operand = hard_above(x, None if threshold is None else product.per_feature(threshold, x))
+        if isinstance(product, LinearProduct) and operand.numel() and operand.shape[-1] == product.features(bits):
+            z = int8_product(operand, bits)
+            if z is not None:
+                return z
     channels = bits.shape[bits.channel_dim]
     step = max(1, TILE // max(1, bits.fan_in))
     if not binary_input or product.groups > 1 or step >= channels:
