@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, get_num_threads, is_autocast_enabled
+from torch import Tensor, get_num_threads, is_autocast_enabled, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from .. import kernels
@@ -187,12 +187,13 @@ class StraightForward:
 
     def forward(self, input: Tensor) -> Tensor:
         layer: Any = self
-        if not is_dynamo_compiling() and (layer.is_for_inference or layer.goes_straight()):
+        # The least that is asked each time: `quick` sees whatever else changes, and was made where the rest held.
+        if (layer.is_for_inference or not (layer.training or is_grad_enabled())) and not is_dynamo_compiling():
             prepared = self.prepared
-            if prepared is None:
-                prepared = self.prepared = PreparedLinear()
-            y = prepared.quick(input)
-            if y is None and layer.observer is None:
+            y = None if prepared is None else prepared.quick(input)
+            if y is None and layer.observer is None and (layer.is_for_inference or layer.goes_straight()):
+                if prepared is None:
+                    prepared = self.prepared = PreparedLinear()
                 y = prepared(layer, input)
             if y is not None:
                 return y  # type: ignore[no-any-return]
