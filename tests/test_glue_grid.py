@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,27 @@ def test_cells_are_run_once_and_can_be_repeated_by_hand(
     assert "4 cells, 0 of them to run" in caplog.text
     assert (tmp_path / "elsewhere" / "results.md").read_text() == text
     assert str(tmp_path) not in (tmp_path / "results.json").read_text()
+
+
+def test_what_each_part_costs(words: list[str], tmp_path: Path) -> None:
+    asked = [*words, "--output_dir", str(tmp_path), "--parts", "real", "binary", "--learning_rates", "1e-3"]
+    (args,) = glue.HfArgumentParser(glue.GlueArguments).parse_args_into_dataclasses(asked)
+    found = [cell for cell in glue.selected(args).cells if cell.method == "vanilla_ste"]
+    names = [cell.part for cell in found]
+    assert names[0] == "" and len(names) == len(set(names)) == 1 + 2 * (6 + 2)  # kinds, and blocks
+    assert {"real output.dense", "binary attention.self.query", "real layer.0"} <= set(names)
+    assert not [c for c in glue.selected(args).cells if c.method == "full_precision" and c.part]
+    chosen = ["*-vanilla_ste-lr0.001-s0", "*-vanilla_ste-*-real_output.dense-*", "*-vanilla_ste-*-binary_layer.0-*"]
+    glue.main([*asked, "--only", *chosen])
+    results = glue.read(tmp_path)
+    logs = {cell.part: (tmp_path / "cells" / cell.id / "log.txt").read_text() for cell in results}
+    assert "12 binary layers in 2 stages" in logs[""]
+    assert "10 binary layers in 2 stages" in logs["real output.dense"]
+    assert "6 binary layers in 1 stages" in logs["binary layer.0"]
+    sizes = {cell.part: record["binary"]["bytes"] for cell, record in results.items()}
+    assert sizes[""] < sizes["real output.dense"] < sizes["binary layer.0"]
+    with pytest.raises(SystemExit, match="choose real, binary, or both"):
+        glue.main([*asked[:-2], "--parts", "half"])
 
 
 def test_a_table_at_several_learning_rates(words: list[str], tmp_path: Path) -> None:
@@ -142,6 +163,19 @@ def test_recipes_for_sentence_pairs_differ_from_the_taught_one_as_they_say(name:
 def record(cell: TextCell, accuracy: float) -> dict[str, Any]:
     """A finished run, as the grid keeps it."""
     return {"cell": asdict(cell), "metrics": {"eval_accuracy": accuracy}, "cpu_seconds": 60.0, "peak_mb": 500}
+
+
+def test_a_part_is_paired_with_the_run_in_which_all_is_binary() -> None:
+    results = {}
+    for seed, (whole, part) in enumerate([(0.70, 0.76), (0.72, 0.76)]):
+        cell = TextCell("sst2", "stompp_ste", 5e-5, seed, rule="script")
+        results[cell] = record(cell, whole)
+        other = replace(cell, part="real output.dense")
+        results[other] = {**record(other, part), "binary": {"bytes": 61.2e6, "share_1bit": 0.66}}
+    assert "output.dense" not in glue.table(results) and "| 71.00 " in glue.table(results)
+    row = glue.parts_table(results).splitlines()[2]
+    assert "| real output.dense | 2 | 76.00 " in row and "| +5.00 [" in row and row.endswith("| 61.20 | 66% |")
+    assert glue.parts_table({cell: r for cell, r in results.items() if not cell.part}) == ""
 
 
 def test_differences_are_paired_with_the_best_learning_rate() -> None:

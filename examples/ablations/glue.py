@@ -3,6 +3,7 @@
     python examples/ablations/glue.py --preset table --model CHECKPOINT --data_dir GLUE --output_dir runs/glue \
         --tasks sst2 mrpc stsb --workers 2
     python examples/ablations/glue.py ... --only "sst2-*" --seeds 0 1           # a part of the grid
+    python examples/ablations/glue.py ... --preset script --learning_rates 5e-5 --parts real      # what costs where
 
 GLUE holds a folder a task with train.parquet and validation.parquet, as on the hub. Each cell is a process; its
 options, log and metrics are kept in cells/ID, and options.json there runs it again by hand. Run the same command after
@@ -10,6 +11,7 @@ a stop, and it goes on with the cells that are missing; --known takes the result
 grid. Needs the extra `examples`.
 """
 
+import functools
 import json
 import logging
 import os
@@ -29,7 +31,11 @@ from glue_grid import FINE_TUNED, LABELS, METRICS, PRESETS, RIVALS, TextCell, Te
 from report import Interval, interval, spread
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
+from stompp_hf import StoMPPConfig, binarize_model, get_plan
+from stompp_hf.surgery.blocks import block_of
+
 logger = logging.getLogger("ablations.glue")
+REAL, BINARY = "real", "binary"
 SCRIPT = Path(__file__).resolve().parent.parent / "run_glue.py"
 
 
@@ -53,6 +59,13 @@ class GlueArguments:
     only: list[str] | None = field(default=None, metadata={"help": "Shell-style patterns of the cells to run."})
     workers: int = field(default=1, metadata={"help": "Processes at a time."})
     threads: int = field(default=1, metadata={"help": "CPU threads of each."})
+    parts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Every cell also once for each kind of layer and each block: `real` leaves that part real, "
+            "`binary` makes it alone binary; one or both."
+        },
+    )
     options: str | None = field(
         default=None, metadata={"help": "JSON with options for every cell, in place of its own."}
     )
@@ -67,11 +80,37 @@ def selected(args: GlueArguments) -> TextPreset:
     unknown = set(args.tasks) - set(METRICS)
     if unknown:
         raise SystemExit(f"--tasks {' '.join(unknown)}: choose among {', '.join(METRICS)}.")
+    if set(args.parts) - {REAL, BINARY}:
+        raise SystemExit(f"--parts {' '.join(args.parts)}: choose {REAL}, {BINARY}, or both.")
     preset = PRESETS[args.preset](args.tasks, args.seeds)
     cells = preset.cells
     if args.learning_rates:
         cells = [replace(cell, lr=lr) for cell in cells for lr in args.learning_rates]
+    cells = [other for cell in cells for other in (cell, *without_parts(cell, args))]
     return TextPreset(preset.recipe, chosen(cells, args.only))
+
+
+def without_parts(cell: TextCell, args: GlueArguments) -> list[TextCell]:
+    """The same cell for each kind of layer and each block, as `--parts` asks for."""
+    if cell.method == FINE_TUNED:
+        return []
+    return [replace(cell, part=f"{how} {name}") for how in args.parts for name in parts(args.model, cell.layers)]
+
+
+@functools.cache
+def parts(model: str, layers: int = 0) -> dict[str, list[str]]:
+    """The binary layers of a checkpoint by kind (their name within a block), then by block."""
+    config = AutoConfig.from_pretrained(model)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    binary = binarize_model(AutoModelForSequenceClassification.from_config(config), StoMPPConfig())
+    kinds: dict[str, list[str]] = {}
+    blocks: dict[str, list[str]] = {}
+    for entry in get_plan(binary).entries:
+        block = block_of(binary, entry.name)
+        if block is not None:
+            kinds.setdefault(entry.name.removeprefix(f"{block}."), []).append(entry.name)
+            blocks.setdefault(".".join(block.split(".")[-2:]), []).append(entry.name)
+    return {**kinds, **blocks}
 
 
 def resized(model: str, layers: int, folder: Path) -> str:
@@ -118,6 +157,9 @@ def options_of(cell: TextCell, preset: TextPreset, args: GlueArguments, folder: 
     if args.held_out:
         validation = held_out(data / "train.parquet", args.held_out, preset.recipe.train_samples, folder / "data")
     own = {"model_name_or_path": model, **cell.options()}
+    if cell.part:
+        how, _, name = cell.part.partition(" ")
+        own["exclude_modules" if how == REAL else "target_modules"] = parts(args.model, cell.layers)[name]
     if cell.fine_tuned is not None:
         place = str(folder / "cells" / cell.fine_tuned.id)
         own = {key: place if value == FINE_TUNED and key != "method" else value for key, value in own.items()}
@@ -151,10 +193,17 @@ def run_cell(options: dict[str, Any], threads: int) -> dict[str, Any]:
             weights.unlink()
     return {
         "metrics": metrics,
+        "binary": last_stage(folder),
         "seconds": round(time.perf_counter() - began, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mb": round(usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)),
     }
+
+
+def last_stage(folder: Path) -> dict[str, Any] | None:
+    """Packed bytes and 1-bit share of the multiply-accumulates of a run's last stage; None for a run without stages."""
+    file = folder / "stages.json"
+    return json.loads(file.read_text(encoding="utf-8"))["stages"][-1] if file.is_file() else None
 
 
 def portable(options: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +266,7 @@ def table(results: dict[TextCell, dict[str, Any]]) -> str:
 
     Vanilla STE is windowed, but for what has the identity surrogate itself.
     """
+    results = {cell: record for cell, record in results.items() if not cell.part}
     groups: dict[str, list[TextCell]] = {}
     order = {method: place for place, method in enumerate(LABELS)}
     key: Callable[[TextCell], Any] = lambda c: (c.task, c.rule, c.layers, order[c.method], c.lr, c.seed)  # noqa: E731
@@ -240,12 +290,40 @@ def table(results: dict[TextCell, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def parts_table(results: dict[TextCell, dict[str, Any]]) -> str:
+    """What each part costs: its cells beside those in which all is binary, seed by seed; empty where there are none."""
+    groups: dict[str, list[TextCell]] = {}
+    for cell in results:
+        if cell.part:
+            groups.setdefault(cell.group, []).append(cell)
+    if not groups:
+        return ""
+    titles = ["task", "method", "learning rate", "part", "seeds", "score, %", "minus all binary", "packed, MB"]
+    lines = ["| " + " | ".join([*titles, "1-bit products"]) + " |", "|" + "---|" * (len(titles) + 1)]
+    for cells in groups.values():
+        first, scores = cells[0], [score(cell, results[cell]) for cell in cells]
+        whole = [results.get(replace(cell, part="")) for cell in cells]
+        gains = [s - score(c, r) for s, c, r in zip(scores, cells, whole, strict=True) if r is not None]
+        told = [str(interval(gains)) if gains else "", *_told(results[first].get("binary"))]
+        row = [first.task, first.label, f"{first.lr:g}", first.part, str(len(cells)), spread(scores), *told]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _told(stage: dict[str, Any] | None) -> list[str]:
+    if stage is None:
+        return ["", ""]
+    share = stage["share_1bit"]
+    return [f"{stage['bytes'] / 1e6:.2f}", "" if share is None else f"{share:.0%}"]
+
+
 def write_report(folder: Path, known: list[str] | None = None) -> str:
     """Write results.json, a line a cell, and results.md, and return the latter."""
     results = read(folder, known)
     if not results:
         raise SystemExit(f"{folder} has no finished cell.")
-    text = f"# Binary fine-tuning\n\n{table(results)}\n"
+    tables = [found for found in (table(results), parts_table(results)) if found]
+    text = "# Binary fine-tuning\n\n" + "\n\n".join(tables) + "\n"
     lines = ",\n".join(json.dumps(record) for _, record in sorted(results.items(), key=lambda item: item[0].id))
     (folder / "results.json").write_text(f"[{lines}]\n", encoding="utf-8")
     (folder / "results.md").write_text(text, encoding="utf-8")

@@ -39,7 +39,14 @@ PAIRS: dict[str, dict[str, Any]] = {
     "stompp_ste_taught": {**METHODS["stompp_ste_taught"], "teacher_hidden": 10.0},
 }
 """For sentence pairs: a short run in full precision, then a long one, taught by its hidden states above all."""
-RULES = {"default": METHODS, "paper": PAPER, "pairs": PAIRS}
+SCRIPT = {"binary_lr": None, "refresh_rate": None, "freeze_embeddings": False, "warmup_steps": 0, "weight_decay": 0.0}
+"""A user's script as it was: Trainer's own settings, and nothing of StoMPPConfig."""
+SCRIPTS: dict[str, dict[str, Any]] = {
+    "full_precision": {**SCRIPT, "method": "full_precision"},
+    "vanilla_ste": {**SCRIPT, "method": "vanilla_ste"},
+    "stompp_ste": SCRIPT,
+}
+RULES = {"default": METHODS, "paper": PAPER, "pairs": PAIRS, "script": SCRIPTS}
 LABELS = {
     "full_precision": "full precision",
     "vanilla_identity": "vanilla STE, identity surrogate",
@@ -75,13 +82,15 @@ class TextCell:
     seed: int = 0
     layers: int = 0  # of the encoder; 0: the checkpoint's
     rule: str = "default"  # or another of RULES
+    part: str = ""  # "real NAME": all but this part is binary; "binary NAME": this part alone; NAME is one of `parts`
 
     @property
     def group(self) -> str:
         """The id without the seed."""
         words = [self.task, self.method, f"lr{self.lr:g}"]
         words += [f"layers{self.layers}"] if self.layers else []
-        return "-".join(words + ([] if self.rule == "default" else [self.rule]))
+        words += [] if self.rule == "default" else [self.rule]
+        return "-".join(words + ([self.part.replace(" ", "_")] if self.part else []))
 
     @property
     def id(self) -> str:
@@ -98,7 +107,7 @@ class TextCell:
     def fine_tuned(self) -> "TextCell | None":
         """The full-precision cell whose weights this one needs."""
         needs = FINE_TUNED in (self.options().get("teacher"), self.options().get("model_name_or_path"))
-        return replace(self, method=FINE_TUNED, lr=BEST[FINE_TUNED]) if needs else None
+        return replace(self, method=FINE_TUNED, lr=BEST[FINE_TUNED], part="") if needs else None
 
     def options(self) -> dict[str, Any]:
         """run_glue.py's options of this cell alone."""
@@ -190,6 +199,12 @@ def _pairs(tasks: list[str], seeds: list[int]) -> TextPreset:
     return TextPreset(TextRecipe(0, 3, max_steps=1800, max_grad_norm=1.0), cells)
 
 
+def _script(tasks: list[str], seeds: list[int]) -> TextPreset:
+    """The three lines in a script whose settings are Trainer's, at the rates that such scripts have."""
+    cells = product(method=["stompp_ste"], lr=(2e-5, 5e-5, 1e-4), task=tasks, seed=seeds, rule=["script"])
+    return TextPreset(TextRecipe(12800, 3, max_grad_norm=1.0), cells)
+
+
 def _full(tasks: list[str], seeds: list[int]) -> TextPreset:
     """All of SST-2 but the last 4,000 examples (`--held_out 4000`), once."""
     methods = ["full_precision", "vanilla_ste", "stompp_ste", "vanilla_taught", "stompp_ste_taught"]
@@ -205,5 +220,5 @@ def _quick(tasks: list[str], seeds: list[int]) -> TextPreset:
 
 PRESETS = {
     "quick": _quick, "search": _search, "table": _table, "full": _full, "depth": _depth, "paper": _paper,
-    "pairs": _pairs,
+    "pairs": _pairs, "script": _script,
 }  # fmt: skip
