@@ -187,8 +187,10 @@ def load_task(args: DataArguments, cache_dir: str | None = None) -> Task:
     return Task(data, columns, labels, is_regression, metrics, args.task_name or "text-classification")
 
 
-def prepare(task: Task, tokenizer: Any, args: DataArguments) -> DatasetDict:
-    """Tokenize every split, and give labels the numbers that the model uses."""
+def prepare(
+    task: Task, tokenizer: Any, args: DataArguments, grown: Callable[[Dataset], Dataset] | None = None
+) -> DatasetDict:
+    """Tokenize every split, and give labels the numbers that the model uses; `grown` adds to the training examples."""
     if isinstance(task.data["train" if "train" in task.data else "validation"].features["label"], ClassLabel):
         numbers: dict[str, int] | None = None
     else:
@@ -209,6 +211,8 @@ def prepare(task: Task, tokenizer: Any, args: DataArguments) -> DatasetDict:
     for split, rows in task.data.items():
         limit = limits.get(split, args.max_eval_samples)
         part = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        if grown is not None and split == "train":
+            part = grown(part)
         encoded[split] = part.map(encode, batched=True, remove_columns=part.column_names, desc=f"tokenizing {split}")
     return encoded
 

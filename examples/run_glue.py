@@ -11,9 +11,11 @@ In the shape of transformers' run_glue.py, with a fourth group of options: StoMP
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+from augmentation import AugmentArguments
 from glue_data import DataArguments, load_task, majority_share, prepare, train_tokenizer
 from options import (
     HubArguments,
@@ -54,7 +56,9 @@ from stompp_hf.training.metrics import frozen_fraction
 
 
 @dataclass
-class ModelArguments(HubArguments, MethodArguments, RecordArguments, TeacherArguments, LoraArguments, StopArguments):
+class ModelArguments(
+    HubArguments, MethodArguments, RecordArguments, TeacherArguments, LoraArguments, StopArguments, AugmentArguments
+):
     """Which model, and how it is trained."""
 
     model_name_or_path: str | None = field(
@@ -131,6 +135,7 @@ def main() -> dict[str, float]:
     set_up_logging(training_args)
     set_seed(training_args.seed)
     stompp = config_of(model_args.method, stompp)
+    model_args.check_augmentation(model_args.teacher, model_args.task_weight)
 
     task = load_task(data_args, model_args.cache_dir)
     model, tokenizer = load_model(model_args, task)
@@ -149,7 +154,11 @@ def main() -> dict[str, float]:
     elif not is_binarized(model):
         model = binarize_model(model, stompp)
     with training_args.main_process_first(desc="tokenizing"):
-        data = prepare(task, tokenizer, data_args)
+        columns, embedding = [name for name in task.columns if name is not None], model.get_input_embeddings()
+        grown = partial(
+            model_args.grown, columns=columns, tokenizer=tokenizer, embedding=embedding, seed=training_args.seed
+        )
+        data = prepare(task, tokenizer, data_args, grown)
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
