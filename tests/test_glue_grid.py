@@ -140,9 +140,31 @@ def test_sentence_pairs_learn_for_steps_from_a_teacher_of_a_few_epochs() -> None
     assert {cell["max_grad_norm"] for cell in options.values()} == {1.0}
 
 
+def test_the_recipe_for_small_tasks_is_the_grids() -> None:
+    preset = PRESETS["small"](["mrpc"], [0])
+    cell = next(cell for cell in preset.cells if cell.method == "stompp_ste_taught")
+    assert cell.fine_tuned is not None and cell.fine_tuned.id == "mrpc-full_precision-lr0.0001-small-s0"
+    options = {**preset.recipe.options(), **cell.options()}
+    told = {name: value for name, value in options.items() if value == glue_grid.FINE_TUNED}
+    recipe = str(ROOT / "examples" / "configs" / "glue_pairs.yaml")
+    parts = run_glue.parse([recipe, "--task_name", "mrpc", *(f"--{name}={value}" for name, value in told.items())])
+    of_a_grid = {"seed", "mask_seed", "save_strategy", "evaluate_stages", "disable_tqdm", "report_to", "logging_steps"}
+    for name in options.keys() - of_a_grid:
+        assert next(getattr(part, name) for part in parts if hasattr(part, name)) == options[name], name
+
+
 CHANGES = {
     "weights": {"learning_rate": 2e-4, "max_grad_norm": 1.0, "binarize": "weights", "pending_lr": None},
-    "pairs": {"num_train_epochs": 20, "max_grad_norm": 1.0, "teacher_hidden": 10.0},
+    "pairs": {
+        "num_train_epochs": 20,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-4,
+        "max_grad_norm": 1.0,
+        "task_weight": 0.0,
+        "teacher_logits": 0.0,
+        "teacher_hidden": 1.0,
+        "logging_steps": 200,
+    },
 }
 
 
@@ -157,7 +179,7 @@ def test_recipes_for_sentence_pairs_differ_from_the_taught_one_as_they_say(name:
     model, _, training, stompp = run_glue.parse([str(ROOT / f"examples/configs/glue_{name}.yaml"), "--task_name=stsb"])
     assert stompp.binary_weights and stompp.binary_activations == (name == "pairs")
     assert stompp.pending_lr == (1.0 if name == "weights" else 0.1) and training.max_grad_norm == 1.0
-    assert model.teacher_hidden == CHANGES[name].get("teacher_hidden", 1.0)
+    assert model.teacher_hidden == 1.0 and model.task_weight == CHANGES[name].get("task_weight", 1.0)
 
 
 def record(cell: TextCell, accuracy: float) -> dict[str, Any]:

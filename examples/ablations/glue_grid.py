@@ -39,6 +39,15 @@ PAIRS: dict[str, dict[str, Any]] = {
     "stompp_ste_taught": {**METHODS["stompp_ste_taught"], "teacher_hidden": 10.0},
 }
 """For sentence pairs: a short run in full precision, then a long one, taught by its hidden states above all."""
+SMALL: dict[str, dict[str, Any]] = {
+    "full_precision": {
+        "method": "full_precision", "num_train_epochs": 4, "per_device_train_batch_size": 16,
+        "freeze_embeddings": False,
+    },
+    "vanilla_taught": {**METHODS["vanilla_taught"], "task_weight": 0.0, "teacher_logits": 0.0},
+    "stompp_ste_taught": {**METHODS["stompp_ste_taught"], "task_weight": 0.0, "teacher_logits": 0.0},
+}  # fmt: skip
+"""For small tasks: hidden states alone, in small batches and many steps."""
 SCRIPT = {"binary_lr": None, "refresh_rate": None, "freeze_embeddings": False, "warmup_steps": 0, "weight_decay": 0.0}
 """A user's script as it was: Trainer's own settings, and nothing of StoMPPConfig."""
 SCRIPTS: dict[str, dict[str, Any]] = {
@@ -46,7 +55,7 @@ SCRIPTS: dict[str, dict[str, Any]] = {
     "vanilla_ste": {**SCRIPT, "method": "vanilla_ste"},
     "stompp_ste": SCRIPT,
 }
-RULES = {"default": METHODS, "paper": PAPER, "pairs": PAIRS, "script": SCRIPTS}
+RULES = {"default": METHODS, "paper": PAPER, "pairs": PAIRS, "small": SMALL, "script": SCRIPTS}
 LABELS = {
     "full_precision": "full precision",
     "vanilla_identity": "vanilla STE, identity surrogate",
@@ -199,6 +208,17 @@ def _pairs(tasks: list[str], seeds: list[int]) -> TextPreset:
     return TextPreset(TextRecipe(0, 3, max_steps=1800, max_grad_norm=1.0), cells)
 
 
+def _small(tasks: list[str], seeds: list[int]) -> TextPreset:
+    """All of a small task, 20 epochs in batches of 8, as in glue_pairs.yaml."""
+    cells = [
+        TextCell(task, method, BEST[method] if method == FINE_TUNED else 5e-4, seed, rule="small")
+        for task in tasks
+        for method in SMALL
+        for seed in seeds
+    ]
+    return TextPreset(TextRecipe(0, 20, batch=8, max_grad_norm=1.0), cells)
+
+
 def _script(tasks: list[str], seeds: list[int]) -> TextPreset:
     """The three lines in a script whose settings are Trainer's, at the rates that such scripts have."""
     cells = product(method=["stompp_ste"], lr=(2e-5, 5e-5, 1e-4), task=tasks, seed=seeds, rule=["script"])
@@ -220,5 +240,5 @@ def _quick(tasks: list[str], seeds: list[int]) -> TextPreset:
 
 PRESETS = {
     "quick": _quick, "search": _search, "table": _table, "full": _full, "depth": _depth, "paper": _paper,
-    "pairs": _pairs, "script": _script,
+    "pairs": _pairs, "small": _small, "script": _script,
 }  # fmt: skip
