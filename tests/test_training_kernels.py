@@ -132,7 +132,7 @@ def test_activation_mixes_are_those_of_torch(instructions: str, case: dict[str, 
     seed, special = case["seed"], case["special"]
     u = case["layout"](numbers(case["shape"], seed, special))
     scale, threshold = numbers((1,), seed + 1, False).abs() + 0.1, numbers(case["spread"], seed + 2, False)
-    mask = (numbers(case["spread"], seed + 3, False) > 0).float()
+    mask = numbers(case["spread"], seed + 3, False) > 0
     grad = case["layout"](numbers(case["shape"], seed + 4, special))
     low, high = case["clip"] or (None, None)
 
@@ -164,7 +164,7 @@ def test_weight_mixes_are_those_of_torch(
     one = [1] * len(shape)
     sizes = ((shape[0], *one[1:]), (*one[:-1], shape[-1]), (*shape[:-1], 1))[axis] if seed % 4 else (1,)
     scale = numbers(sizes, seed + 1, False).abs()
-    mask = (numbers(shape, seed + 2, False) > 0).float()
+    mask = numbers(shape, seed + 2, False) > 0
     grad = numbers(shape, seed + 3, special)
 
     def run() -> list[Tensor]:
@@ -192,7 +192,7 @@ def test_gradients_through_a_window_are_those_of_torch(
 
 def test_mixes_are_compiled_where_they_can_be(calls: Counter) -> None:
     """Float32 in the usual layouts; and plain torch for what else there is."""
-    images, words, mask = torch.randn(2, 8, 5, 5), torch.randn(2, 3, 8), (torch.rand(8) < 0.5).float()
+    images, words, mask = torch.randn(2, 8, 5, 5), torch.randn(2, 3, 8), torch.rand(8) < 0.5
     a = torch.ones(1)
     last = images.contiguous(memory_format=torch.channels_last)
     for number, (u, m) in enumerate([(words, mask), (images, mask[:, None, None]), (last, mask[:, None, None])], 1):
@@ -200,17 +200,17 @@ def test_mixes_are_compiled_where_they_can_be(calls: Counter) -> None:
         mix_activation(u, a, None, m, -1.0, 1.0, 0.0, NAMED["ste"]).square().sum().backward()
         assert calls["stompp_mix"] == calls["stompp_mix_backward"] == number
     calls.clear()
-    for u, m in ((words.double(), mask.double()), (words.bfloat16(), mask.bfloat16()), (words.transpose(0, 1), mask)):
+    for u, m in ((words.double(), mask), (words.bfloat16(), mask), (words.transpose(0, 1), mask)):
         y = mix_activation(u.requires_grad_(), a.to(u.dtype), None, m, -1.0, 1.0, 0.0, NAMED["ste"])
         y.square().sum().backward()
     assert not calls
     w = torch.randn(4, 8, requires_grad=True)
-    mix_weight(w, torch.ones(4, 1), (torch.rand(4, 8) < 0.5).float(), 1.0, NAMED["zero"]).square().sum().backward()
+    mix_weight(w, torch.ones(4, 1), torch.rand(4, 8) < 0.5, 1.0, NAMED["zero"]).square().sum().backward()
     assert calls == {"stompp_mix": 1, "stompp_mix_weight_backward": 1}
 
 
 def test_threads_change_nothing(instructions: str) -> None:
-    u, mask, b = numbers((300, 700), 0, False), (numbers((700,), 1, False) > 0).float(), numbers((700,), 2, False)
+    u, mask, b = numbers((300, 700), 0, False), numbers((700,), 1, False) > 0, numbers((700,), 2, False)
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 3):

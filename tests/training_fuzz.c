@@ -29,10 +29,10 @@ static float *numbers(int64_t count) {
     return values;
 }
 
-static float *masks(int64_t count) {
-    float *values = malloc((size_t)count * 4);
+static uint8_t *masks(int64_t count) {
+    uint8_t *values = malloc((size_t)count);
     for (int64_t i = 0; i < count; i++)
-        values[i] = (float)below(2);
+        values[i] = (uint8_t)below(2);
     return values;
 }
 
@@ -68,7 +68,8 @@ static void mixing(void) {
     job.flags = weight ? INSIDE : ABOVE | INSIDE | PASSING, job.windowed = !weight;
     job.low = -0.75f, job.high = 1.25f, job.offset = weight ? 0.0f : (float)below(2), job.width = 1.5f;
     float *u = numbers(count), *real = numbers(count), *b = numbers(job.features), *grad = numbers(count);
-    float *scale = numbers(job.scale_step ? job.features : 1), *mask = masks(weight ? count : job.features);
+    float *scale = numbers(job.scale_step ? job.features : 1);
+    uint8_t *mask = masks(weight ? count : job.features);
     float *made[6];
     for (int i = 0; i < 6; i++)
         made[i] = malloc((size_t)count * 4);

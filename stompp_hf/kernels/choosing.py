@@ -181,11 +181,12 @@ def route(
 _PLAIN = (Tensor, Parameter)
 
 
-def trains_with(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the compiled part is called with these tensors, all of float32."""
+def trains_with(x: Tensor, *others: Tensor | None, mask: Tensor | None = None) -> bool:
+    """Whether the compiled part is called with these tensors, all of float32, and a mask of booleans."""
     return (
         all(t is None or t.dtype is torch.float32 for t in others)
-        and route(x, *others, dtypes=(torch.float32,)) is Route.NATIVE
+        and (mask is None or mask.dtype is torch.bool)
+        and route(x, *others, mask, dtypes=(torch.float32,)) is Route.NATIVE
     )
 
 

@@ -25,7 +25,7 @@ class _Mixing(ctypes.Structure):
     """Mixing of mix.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("u", "real", "threshold", "scale", "mask", "grad", "code", "levels")),
+        *((name, c_void_p) for name in ("u", "real", "threshold", "scale", "grad", "mask", "code", "levels")),
         *((name, c_void_p) for name in ("y", "to_u", "to_real", "to_scale", "to_threshold")),
         *((name, c_int64) for name in ("outer", "features", "inner")),
         *((name, c_float) for name in ("low", "high", "offset", "width")),
@@ -44,12 +44,12 @@ def mix(
     Args:
         u, real: one shape and layout.
         scale, threshold: one a feature, or a single scale.
-        mask: one a feature, or one an entry; zeros and ones.
+        mask: one a feature, or one an entry; booleans.
         edges: of the clip; infinite ones for none.
         flags: which of ABOVE, INSIDE and PASSING are wanted.
         window: PASSING is |u - b| < window * |scale|, or, for None, the inside of the clip.
     """
-    if not trains_with(u, real, scale, threshold, mask) or (real is not None and not _side_by_side(u, real)):
+    if not trains_with(u, real, scale, threshold, mask=mask) or (real is not None and not _side_by_side(u, real)):
         return None
     entries = mask.shape == u.shape
     single = scale.numel() == 1
@@ -92,7 +92,7 @@ def mix_backward(
         terms: the offset, for g * (sign(u - b) + offset); None for no such terms.
         threshold: whether k * g is made.
     """
-    sizes = _sizes(grad, mask.shape) if trains_with(grad, mask) and mask.is_contiguous() else None
+    sizes = _sizes(grad, mask.shape) if trains_with(grad, mask=mask) and mask.is_contiguous() else None
     if sizes is None or (code is not None and not _side_by_side(grad, code)):
         return None
     wanted = (rule is not None, real, terms is not None, threshold)
@@ -117,7 +117,7 @@ def mix_weight_backward(
         rule: as for `mix_backward`.
         terms: whether the scale's terms are made.
     """
-    if not trains_with(grad, weight, mask) or not _side_by_side(grad, weight) or not _side_by_side(grad, mask):
+    if not trains_with(grad, weight, mask=mask) or not _side_by_side(grad, weight) or not _side_by_side(grad, mask):
         return None
     if _sizes(grad, grad.shape) is None:
         return None

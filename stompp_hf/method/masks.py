@@ -70,7 +70,7 @@ class SoftRefreshMask:
         return self._draws
 
     def fill(self, mask: torch.Tensor, step: int, p: float) -> torch.Tensor:
-        """Write the mask at `step` and frozen fraction `p` into `mask` (any shape and float dtype), and return it."""
+        """Write the mask at `step` and frozen fraction `p` into `mask` (any shape and dtype), and return it."""
         level = min(_LEVELS, max(0, round(p * _LEVELS)))
         if self._filled == (id(mask), version_of(mask), step, level):
             return mask  # Trainer's callback asks at the end of one step and at the begin of the next

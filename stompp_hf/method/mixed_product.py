@@ -46,7 +46,7 @@ class Mixture:
         product, (low, high, clip), level = self.product, self.edges, None
         mixed_weight = mix_weight(weight, self.over_weight(weight_scale), weight_mask, clip, self.surrogate)
         if scale is not None and mask is not None:
-            x, mask = x.to(weight.dtype), mask.to(weight.dtype)  # here: what is kept is x as it came
+            x = x.to(weight.dtype)  # here: what is kept is x as it came
             at = None if threshold is None else product.per_feature(threshold, x)
             x = mix_activation(x, scale, at, mask, low, high, self.offset, self.surrogate, real, self.width)
             level = scale * self.pad * mask if self.pad else None

@@ -119,7 +119,7 @@ class _MixWeight(torch.autograd.Function):
         if mixed is not None:
             return mixed[0]
         levels = hard(weight).mul_(scale)
-        return torch.lerp(soft(weight, low, high), levels, mask, **_into(levels))
+        return torch.lerp(soft(weight, low, high), levels, mask.to(levels.dtype), **_into(levels))
 
     @staticmethod
     @once_differentiable
@@ -132,6 +132,7 @@ class _MixWeight(torch.autograd.Function):
             if made is not None:
                 terms = made[1]
                 return made[0], None if terms is None else terms.sum_to_size(scale.shape), None, None, None
+        mask = mask.to(weight.dtype)
         if ctx.needs_input_grad[0]:
             clipped = inside(grad, weight, *edges)
             passed = None
@@ -174,11 +175,11 @@ def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogat
     Args:
         weight: latent weight, any shape, float.
         scale: s, broadcastable to `weight` ((out, 1) for a linear layer), float.
-        mask: M, shape and dtype of `weight`, entries 0 and 1.
+        mask: M, shape of `weight`, booleans: a byte an entry is kept for the backward pass.
         clip: c, or None for no clip.
         surrogate: what frozen entries pass back.
     """
-    return kernels.apply(_MixWeight, weight, scale, mask, clip, surrogate)
+    return kernels.apply(_MixWeight, weight, scale, mask.bool(), clip, surrogate)
 
 
 class _MixActivation(torch.autograd.Function):
@@ -233,6 +234,7 @@ class _MixActivation(torch.autograd.Function):
             rule = UNFROZEN if not passes else EVERY if alike else BOTH
         wanted = (flags, rule, wants_real, ctx.offset if wants_scale else None, wants_threshold and apart)
         made = training.mix_backward(grad, code, mask, *wanted) if factor is None else None
+        mask = mask.to(grad.dtype)
         grad_u, grad_real, scale_terms, passed = made or _mixed_backward(grad, code, factor, mask, *wanted)
         grad_scale = grad_threshold = None
         if scale_terms is not None:
@@ -258,7 +260,7 @@ def _mixed(
     if flags & PASSING:
         found[PASSING] = surrogate.of_activation(u, threshold, scale, low, high, width)  # type: ignore[assignment]
     levels = levels.add_(offset).mul_(scale) if offset else levels.mul_(scale)
-    return torch.lerp(soft(unfrozen, low, high), levels, mask, **_into(levels)), _packed(found)
+    return torch.lerp(soft(unfrozen, low, high), levels, mask.to(levels.dtype), **_into(levels)), _packed(found)
 
 
 def _mixed_backward(
@@ -316,11 +318,11 @@ def mix_activation(
         u: input, any shape, float.
         scale: a, broadcastable to `u`.
         threshold: b, broadcastable to `u`, or None for 0.
-        mask: M, broadcastable to `u`, dtype of `u`, entries 0 and 1.
+        mask: M, broadcastable to `u`, booleans.
         low, high: clip range; both None for no clip.
         offset: 0.0 or 1.0, in units of the scale.
         surrogate: what frozen features pass back.
         real: f(u), what unfrozen features compute with, if not u itself.
         width: `surrogate_width`, in units of the scale.
     """
-    return kernels.apply(_MixActivation, u, real, scale, threshold, mask, low, high, offset, surrogate, width)
+    return kernels.apply(_MixActivation, u, real, scale, threshold, mask.bool(), low, high, offset, surrogate, width)

@@ -184,7 +184,7 @@ class BinaryLayer(KeptWeight, LayerState):
 
     def _in_transition(self, x: Tensor) -> Tensor:
         real = mask = None
-        weight_mask = _mask(self.weight_mask, self.weight)
+        weight_mask = _mask(self.weight_mask)
         if self.activation_scale is None:
             x = self._activated(x)
         else:
@@ -228,7 +228,7 @@ class BinaryLayer(KeptWeight, LayerState):
         return (*self.input_edges, self.weight_edge)
 
     def _placed_mask(self, x: Tensor) -> Tensor:
-        mask = _mask(self.activation_mask, x)
+        mask = _mask(self.activation_mask)
         if self.stompp_config.activation_mask == "feature":
             return self.product.per_feature(mask, x)
         if x.shape[1:] != mask.shape:
@@ -306,7 +306,7 @@ class BinaryLayer(KeptWeight, LayerState):
         return f"{self.plain_class.extra_repr(self)}, {self.stompp_config.binarize}, {self.stage_state}"
 
 
-def _mask(mask: Tensor | None, like: Tensor) -> Tensor:
+def _mask(mask: Tensor | None) -> Tensor:
     if mask is None:
         raise RuntimeError("a layer in transition has no mask; its state is set by Progression.step(step)")
-    return mask.to(like.dtype)  # FSDP2 may gather parameters in half precision
+    return mask

@@ -113,7 +113,7 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
         return mix_weight(
             F.embedding(x, self.weight, self.padding_idx),
             self._scales_of(x),
-            F.embedding(x, self.weight_mask).to(self.weight.dtype),
+            self.weight_mask[x],
             self._edges_now()[2],
             self.surrogate,
         )

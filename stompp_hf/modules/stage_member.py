@@ -108,7 +108,7 @@ class Member(Converted):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the dtype and on the device that masks are to have."""
+        """A tensor of the dtype that it computes with."""
         raise NotImplementedError
 
     def masked_tensors(self) -> dict[str, torch.Size]:
@@ -265,8 +265,8 @@ class Member(Converted):
                 label = f"{self.place.label}.{attribute}"
                 self._draws[attribute] = SoftRefreshMask(shape.numel(), self.place.mask_seed, label, rate)
             mask, device = getattr(self, attribute), self.stompp_state.device
-            if mask is None or mask.device != device or mask.dtype != self.like.dtype:
-                mask = torch.zeros(shape, dtype=self.like.dtype, device=device)
+            if mask is None or mask.device != device:
+                mask = torch.zeros(shape, dtype=torch.bool, device=device)
                 setattr(self, attribute, mask)
             self._draws[attribute].fill(mask, self.freezing.step, share)
 

@@ -65,12 +65,12 @@ static void one_piece(void *context, int64_t index, int slot) {
         at.scale = self->scale + feature;
     else if (self->scale)
         fill(self->scale[feature * self->scale_step], count, scale);
-    if (self->mask_of_entries)
-        at.mask = self->mask + at.first;
-    else if (self->mask && across)
-        at.mask = self->mask + feature;
-    else if (self->mask)
-        fill(self->mask[feature], count, mask);
+    if (self->mask && (self->mask_of_entries || across)) {
+        const uint8_t *own = self->mask + (self->mask_of_entries ? at.first : feature);
+        for (int64_t i = 0; i < count; i++)
+            mask[i] = (float)own[i];
+    } else if (self->mask)
+        fill((float)self->mask[feature], count, mask);
     job->pass(&at, self);
 }
 

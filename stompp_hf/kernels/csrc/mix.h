@@ -1,7 +1,7 @@
 /* The masked mix: what its calls take.
  *
- * A tensor is (outer, features, inner). A threshold is one a feature; a scale one a feature or a single one; a mask one
- * a feature or one an entry. Pointers to what is not there, or not wanted, are NULL.
+ * A tensor is (outer, features, inner). A threshold is one a feature; a scale one a feature or a single one; a mask, of
+ * bytes that are 0 or 1, one a feature or one an entry. Pointers to what is not there, or not wanted, are NULL.
  */
 #ifndef STOMPP_MIX_H
 #define STOMPP_MIX_H
@@ -12,7 +12,8 @@ enum { ABOVE = 1, INSIDE = 2, PASSING = 4 };           /* flags of an entry */
 enum { UNFROZEN = 1, EVERY = 2, BOTH = 3, FROZEN = 4 }; /* which part of the gradient goes on */
 
 typedef struct {
-    const float *u, *real, *threshold, *scale, *mask, *grad;
+    const float *u, *real, *threshold, *scale, *grad;
+    const uint8_t *mask;
     uint8_t *code;
     int8_t *levels;
     float *y, *to_u, *to_real, *to_scale, *to_threshold;
