@@ -43,10 +43,8 @@ class AugmentArguments:
                 f"--augment {self.augment} --augment_share {self.augment_share} --augment_neighbours "
                 f"{self.augment_neighbours}: a number of variants, a share above 0 and up to 1, at least one neighbour."
             )
-        if self.unlabelled_file and (teacher is None or task_weight != 0.0):
-            raise ValueError(
-                "--unlabelled_file has no labels: add --teacher own, or a fine-tuned model, and --task_weight 0."
-            )
+        if self.unlabelled_file and (teacher in (None, "own") or task_weight != 0.0):  # own: first trained on labels
+            raise ValueError("--unlabelled_file has no labels: add --teacher FINE_TUNED_MODEL and --task_weight 0.")
 
     def grown(self, train: Dataset, columns: list[str], tokenizer: Any, embedding: nn.Module, seed: int) -> Dataset:
         """The training examples, then text without labels, then the variants of both.

@@ -89,7 +89,7 @@ def freeze(module: BinaryAttention, state: str, share: float = 0.5) -> None:
     generator = torch.Generator().manual_seed(7)
     for name, shape in module.masked_tensors().items():
         if state == TRANSITION:
-            setattr(module, name, (torch.rand(shape, generator=generator) < share).double())
+            setattr(module, name, torch.rand(shape, generator=generator) < share)
 
 
 def expected(module: BinaryAttention, tensors: list[Tensor], kind: str, scaling: float, g: Tensor) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def test_it_moves_with_its_masks():
     module = build(SHAPES[0])
     freeze(module, TRANSITION)
     module.to(torch.float32)
-    assert module.query_mask.dtype == module.probability_mask.dtype == torch.float32
+    assert module.query_mask.dtype == module.probability_mask.dtype == torch.bool
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = module(*(u.bfloat16() for u in operands(SHAPES[0])), Call(plain))
     assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()

@@ -106,9 +106,10 @@ def test_text_without_labels_is_added_to_the_training_examples_alone(
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AugmentArguments(**options).check_augmentation(None, 0.0)
-    AugmentArguments(unlabelled_file="x.json").check_augmentation("own", 0.0)
-    with pytest.raises(ValueError, match="--task_weight 0"):
-        AugmentArguments(unlabelled_file="x.json").check_augmentation("own", 1.0)
+    AugmentArguments(unlabelled_file="x.json").check_augmentation("runs/real", 0.0)
+    for teacher, weight in (("own", 0.0), ("runs/real", 1.0)):
+        with pytest.raises(ValueError, match="--task_weight 0"):
+            AugmentArguments(unlabelled_file="x.json").check_augmentation(teacher, weight)
 
 
 def test_run_glue_trains_on_the_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

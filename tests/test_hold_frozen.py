@@ -30,7 +30,7 @@ def frozen_signs(layers) -> list[tuple[Tensor, Tensor]]:
     result = []
     for layer in layers:
         frozen = torch.full(layer.weight.shape, layer.stage_state == "frozen")
-        result.append((frozen if layer.weight_mask is None else layer.weight_mask.bool(), layer.weight.detach() >= 0))
+        result.append((frozen if layer.weight_mask is None else layer.weight_mask.clone(), layer.weight.detach() >= 0))
     return result
 
 
@@ -98,7 +98,7 @@ def test_entries_that_are_not_frozen_move_and_frozen_ones_keep_every_bit():
     count_flips(model, progression, optimizer, 0, 16)
     progression.step(16)  # the first window is [0, 20): half of it is frozen
     layer = model.layers[0]
-    mask, before = layer.weight_mask.bool().clone(), layer.weight.detach().clone()
+    mask, before = layer.weight_mask.clone(), layer.weight.detach().clone()
     assert 0.3 < mask.float().mean() < 0.7
     bias = layer.bias.detach().clone()
     update(model, optimizer, 16)
@@ -182,7 +182,7 @@ def test_detach_lets_go_of_the_optimizer_and_removes_every_hook():
     progression.detach()
     hooks = [module._forward_pre_hooks for module in model.modules()]
     assert not any([optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *hooks])
-    mask, before = model.layers[0].weight_mask.bool(), model.layers[0].weight.detach().clone()
+    mask, before = model.layers[0].weight_mask.clone(), model.layers[0].weight.detach().clone()
     update(model, optimizer, 1)
     assert (model.layers[0].weight[mask] != before[mask]).any()
     assert torch.isfinite(model(batch(0, width=WIDTH))).all()

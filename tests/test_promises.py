@@ -87,7 +87,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 
 def frozen_entries(layer: Any) -> Tensor:
     if layer.weight_mask is not None:
-        return layer.weight_mask.bool().clone()
+        return layer.weight_mask.clone()
     return torch.full(layer.weight.shape, layer.stage_state == "frozen")
 
 
@@ -332,7 +332,7 @@ def in_mid_window(model: Any) -> tuple[Progression, torch.optim.Optimizer]:
         progression.step(step)
         update(model, optimizer, step)
     progression.step(17)
-    assert model.layers[0].stage_state == "frozen" and 0.1 < model.layers[1].weight_mask.mean() < 0.9
+    assert model.layers[0].stage_state == "frozen" and 0.1 < model.layers[1].weight_mask.float().mean() < 0.9
     return progression, optimizer
 
 
@@ -341,7 +341,7 @@ def test_an_infinite_gradient_leaves_frozen_entries_alone(value: float) -> None:
     model = held_stack()
     _, optimizer = in_mid_window(model)
     layer = model.layers[1]
-    frozen, before = layer.weight_mask.bool(), layer.weight.detach().clone()
+    frozen, before = layer.weight_mask.clone(), layer.weight.detach().clone()
     layer.weight.grad = torch.full_like(layer.weight, value)
     optimizer.step()
     assert torch.equal(layer.weight[frozen], before[frozen]) and not layer.weight[~frozen].isfinite().any()
