@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
-from test_examples import ROOT
+from test_examples import ROOT, tiny_bert
 from torch import nn
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -117,7 +117,10 @@ def test_run_glue_trains_on_the_variants(tmp_path: Path, monkeypatch: pytest.Mon
     Dataset.from_dict({"sentence": ["the plot was dull", "the cast was great"]}).to_json(more)
     words = ["--grammar_train_samples", "30", "--grammar_eval_samples", "10", "--per_device_train_batch_size", "16"]
     words += ["--num_train_epochs", "2", "--refresh_rate", "1", "--disable_tqdm", "True", "--use_cpu", "True"]
-    words += ["--augment", "1", "--unlabelled_file", more, "--teacher", "own", "--task_weight", "0"]
+    base = str(tmp_path / "base")
+    tiny_bert(tmp_path / "base", labels=2)
+    words += ["--model_name_or_path", base, "--teacher", base, "--task_weight", "0", "--do_train", "--do_eval"]
+    words += ["--augment", "1", "--unlabelled_file", more]
     monkeypatch.setattr(sys, "argv", ["run_glue.py", "--output_dir", str(tmp_path / "run"), *words])
     seen: list[int] = []
 

@@ -74,11 +74,8 @@ def test_masks_track_the_schedule_and_are_a_pure_function_of_the_step() -> None:
                 if mask is None:
                     continue
                 assert mask.shape == shape and mask.dtype == torch.bool
-                assert abs(mask.float().mean() - p) <= 5 * math.sqrt(p * (1 - p) / mask.numel()), (
-                    name,
-                    attribute,
-                    step,
-                )
+                spread = math.sqrt(p * (1 - p) / mask.numel())
+                assert abs(mask.float().mean() - p) <= 5 * spread, (name, attribute, step)
                 entries, shares = entries + mask.numel(), shares + float(mask.sum()) - p * mask.numel()
     assert abs(shares) < 5 * math.sqrt(entries * 5 * 0.25)  # no bias over all steps; a draw lives for five of them
     assert straight.layers[f"{SELF}.binary_attention"].probability_mask is None
