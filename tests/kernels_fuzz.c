@@ -57,6 +57,37 @@ static void same(const char *what, const float *found, const float *expected, in
         }
 }
 
+/* Two thresholds a feature: some never, some always, some zeros of both signs. */
+static float *two_cuts(int64_t count) {
+    float *cuts = numbers(2 * count);
+    for (int64_t i = 0; i < count; i++) {
+        float high = cuts[i], low = cuts[count + i];
+        cuts[i] = below(6) ? high == 0.0f ? -0.0f : high : INFINITY;
+        cuts[count + i] = below(3) ? low == 0.0f ? 0.0f : low : -INFINITY;
+    }
+    return cuts;
+}
+
+static void cut_linear(const char *limit) {
+    int64_t M = 1 + below(60), N = 1 + below(70), K = 1 + below(below(2) ? 70 : 2000);
+    float *x = numbers(M * K), *cuts = two_cuts(K), *y = malloc((size_t)(M * N) * 4);
+    float *expected = malloc((size_t)(M * N) * 4);
+    uint8_t *bits = random_bits(N, K);
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < N; n++) {
+            int64_t z = 0;
+            for (int64_t k = 0; k < K; k++) {
+                float u = x[m * K + k];
+                z += (u >= cuts[k] || u <= cuts[K + k] ? 1 : -1) * sign_at(bits + n * ((K + 7) / 8), k);
+            }
+            expected[m * N + n] = (float)z;
+        }
+    if (stompp_linear(x, TWO_CUTS, cuts, bits, NULL, 0, NULL, 0, y, FLOAT32, M, K, N, 1 + (int)below(3)))
+        exit(2);
+    same(limit, y, expected, M * N);
+    free(x), free(cuts), free(y), free(expected), free(bits);
+}
+
 static void linear(const char *limit) {
     int opposite = !below(3); /* every bit differs: counters are as full as they get */
     int64_t M = 1 + below(below(2) ? 2 : 20), N = 1 + below(150), K = 1 + below(opposite ? 8000 : below(8) ? 700 : 20000);
@@ -221,6 +252,7 @@ int main(int count, char **words) {
         for (int i = 0; i < 4; i++) {
             const char *name = stompp_choose(limits[i]);
             linear(name);
+            cut_linear(name);
             halves(limits[i]);
             real_linear();
             convolution(name);

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import PackingError
 from ..integrations.accelerate import rebind_forward
-from ..integrations.torch import has_tangent
+from ..integrations.torch import buffers_of, has_tangent
 from ..method.layer_product import LinearProduct
 from ..method.packed_product import packed_forward, packed_real_forward, packed_reference
 from ..modules.followed_affine import FollowedAffine
@@ -42,6 +42,8 @@ class FusedLayer(PackedLayer):
     def unfuse(self) -> None:
         super().unfuse()
         layer: Any = self
+        if "fused_cut" in buffers_of(layer):
+            del layer.fused_cut
         layer.__class__ = type(self).packed_class  # type: ignore[attr-defined]
         rebind_forward(layer)
 
@@ -61,7 +63,8 @@ class FusedLayer(PackedLayer):
                 f"{type(self).__name__} is fused for inference and gives no gradient: call it under torch.no_grad(), "
                 "or stompp_hf.unfuse(model) first."
             )
-        (threshold, bits), (dtype, product, pad), kind = self._operands(), self._kind(x), x.device.type
+        x, threshold = self.fused.entering(self, x)
+        bits, (dtype, product, pad), kind = self._bits(), self._kind(x), x.device.type
         real, wide = self.activation_scale is None, scale.dtype == torch.float64
         mixed = not x.is_meta and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
@@ -90,6 +93,7 @@ def fuse(layer: Any, scale: Tensor, shift: Tensor | None, following: FollowedAff
         layer.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
     layer.__class__ = fused_class(*(cls.made_from if issubclass(cls, Made) else (cls, cls.plain_class)))
     layer.fused = FollowedAffine() if following is None else following
+    layer.fused.begin(layer)
     layer.fused.look(layer)
     rebind_forward(layer)
 

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What an input of a product, and its output, may be, with the numbers that kernels know them by."""
+CUT_DTYPES = {torch.float32: 3}
+"""The same where every feature has two thresholds: TWO_CUTS of kernels.h."""
 EXACT = 2**24
 """Sums of fewer signs are exact in float32."""
 

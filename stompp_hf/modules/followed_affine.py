@@ -38,8 +38,15 @@ class FollowedAffine:
         of = [(layer, name) for name in ("weight_scale", "activation_scale", "bias")]
         return [*of, (layer, "weight_bits")] if layer.activation_offset else of
 
+    def entering(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the signs are taken of, and their thresholds; called after `affine`."""
+        return x, layer.activation_threshold
+
     def check(self, layer: Any, scale: Tensor, shift: Tensor | None) -> None:
         """Raise PackingError where new values must not stand in for the old ones."""
+
+    def begin(self, layer: Any) -> None:
+        """The layer is fused: add what else it needs."""
 
     # ---- keeping them ----
 
@@ -70,6 +77,10 @@ class FollowedAffine:
             home.get(name) is tensor and (tensor is None or was is None or was.is_still(tensor))
             for home, name, tensor, was in self.seen
         )
+
+    def is_known(self) -> bool:
+        """Whether the layer's values are of its tensors as they are; in a graph, as the last eager call saw them."""
+        return self.seen is not None if torch.compiler.is_compiling() else self.is_fresh()
 
     def _take(self, layer: Any, scale: Tensor, shift: Tensor | None) -> None:
         known = hasattr(layer, "fused_scale")

@@ -66,11 +66,12 @@ class PreparedLinear:
     Source: this library's choice.
     """
 
-    __slots__ = ("choice", "dtype", "own", "parts", "quick", "tensors")
+    __slots__ = ("choice", "dtype", "kinds", "own", "parts", "quick", "tensors")
 
     def __init__(self) -> None:
         self.choice: Any = None  # nothing is looked up yet
         self.tensors: tuple[tuple[Any, ...], ...] = ()
+        self.kinds = DTYPES  # what C calls the numbers of x
         self.parts: tuple[Any, ...] | None = None
         self.own: tuple[Any, ...] | None = None  # of the shape seen last
         self.quick: Any = _not_quick
@@ -84,7 +85,7 @@ class PreparedLinear:
         layer.followed()  # the values may be older than the layer's tensors
         if self.choice is not choice() or self.dtype is not layer.output_dtype or self._moved():
             self._look_up(layer)
-        taken = DTYPES.get(x.dtype)
+        taken = self.kinds.get(x.dtype)
         if self.parts is None or taken is None:
             return None
         function, kind, given, features, outputs, threshold, *rest = self.parts
@@ -116,7 +117,7 @@ class PreparedLinear:
             return
         _, kind, given, features, outputs, threshold, *rest = self.parts
         arguments = (*rest, 0, rows, features, outputs, threads)  # 0: filled in by C
-        arguments = (0, *arguments) if kind else (0, DTYPES[x.dtype], threshold, *rest, 0, given, *arguments[-4:])
+        arguments = (0, *arguments) if kind else (0, self.kinds[x.dtype], threshold, *rest, 0, given, *arguments[-4:])
         made_of = tuple(
             (home, name, tensor, seen.memory.data_ptr(), seen.version) if seen else (home, name, None, 0, None)
             for home, name, tensor, seen in layer.fused.seen
@@ -138,7 +139,8 @@ class PreparedLinear:
         home = buffers if "activation_threshold" in buffers else parameters_of(layer)
         values = buffers if "fused_scale" in buffers else vars(layer)  # buffers, where they were fused for good
         found = [(buffers, "weight_bits"), (values, "fused_scale"), (values, "fused_shift")]
-        found.append((home, "activation_threshold"))
+        cut = buffers.get("fused_cut")
+        found.append((home, "activation_threshold") if cut is None else (buffers, "fused_cut"))
         tensors = [place[name] for place, name in found]
         bits, scale, shift, threshold = tensors
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -147,8 +149,9 @@ class PreparedLinear:
         )
         features, outputs = layer.weight_shape[layer.product.feature_dim], bits.shape[0]
         real = layer.activation_scale is None
+        self.kinds = DTYPES if cut is None else choosing.CUT_DTYPES
         self.dtype, self.own, self.parts, self.quick = dtype, None, None, _not_quick
-        if chosen.native is not None and _fits(bits, scale, shift, threshold, features, real, dtype):
+        if chosen.native is not None and _fits(bits, scale, shift, threshold, features, real, cut is not None, dtype):
             steps = (int(scale.numel() > 1), addresses[2], int(shift is not None and shift.numel() > 1))
             kind = BINARY if not real else LOOKED_UP if layer.is_for_inference else IN_LANES
             if kind != LOOKED_UP or chosen.native.stompp_has_real():
@@ -168,15 +171,17 @@ def _fits(
     threshold: Tensor | None,
     features: int,
     real: bool,
+    cut: bool,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether C can take a layer's tensors."""
+    """Whether C can take a layer's tensors; with `cut`, the threshold is what `FollowedActivation` made."""
     return (
         all(t is None or (t.is_cpu and t.is_contiguous()) for t in (bits, scale, shift, threshold))
         and all(t is None or t.dtype is torch.float32 for t in (scale, shift, threshold))
         and 0 < features < choosing.EXACT
         and (dtype is torch.float32 if real else dtype in DTYPES)
-        and kernels.sizes_fit(features, features, threshold, bits, scale, shift)
+        and kernels.sizes_fit(features, features, None if cut else threshold, bits, scale, shift)
+        and (not cut or (threshold is not None and threshold.shape == (2, features)))
     )
 
 

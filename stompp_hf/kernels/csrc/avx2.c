@@ -38,6 +38,16 @@ TARGET static inline uint32_t signs_of_32(const float *x, const float *b) {
     return ~negative;
 }
 
+TARGET static inline uint32_t cuts_of_32(const float *x, const float *high, const float *low) {
+    uint32_t negative = 0;
+    for (int i = 0; i < 32; i += 8) {
+        __m256 numbers = _mm256_loadu_ps(x + i), above = _mm256_sub_ps(numbers, _mm256_loadu_ps(high + i));
+        __m256 both = _mm256_and_ps(above, _mm256_sub_ps(_mm256_loadu_ps(low + i), numbers));
+        negative |= (uint32_t)_mm256_movemask_ps(both) << i;
+    }
+    return ~negative;
+}
+
 #include "common.inc"
 
 /* 8 rows of 8 words become 8 words of 8 lanes. */
@@ -263,6 +273,6 @@ TARGET static void real_product(const float *tables, const uint32_t *panel, int6
     }
 }
 
-const Backend stompp_avx2 = {"avx2", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 3,
+const Backend stompp_avx2 = {"avx2", sign_row, cut_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 3,
                              lane_rows, unpack_row};
 #endif

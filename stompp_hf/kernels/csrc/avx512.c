@@ -39,6 +39,16 @@ TARGET static inline uint32_t signs_of_32(const float *x, const float *b) {
     return signs_of_16(x, b) | signs_of_16(x + 16, b ? b + 16 : 0) << 16;
 }
 
+TARGET static inline uint32_t cuts_of_16(const float *x, const float *high, const float *low) {
+    __m512 numbers = _mm512_loadu_ps(x), above = _mm512_sub_ps(numbers, _mm512_loadu_ps(high));
+    __m512 both = _mm512_and_ps(above, _mm512_sub_ps(_mm512_loadu_ps(low), numbers));
+    return 0xffffu ^ _cvtmask16_u32(_mm512_movepi32_mask(_mm512_castps_si512(both)));
+}
+
+TARGET static inline uint32_t cuts_of_32(const float *x, const float *high, const float *low) {
+    return cuts_of_16(x, high, low) | cuts_of_16(x + 16, high + 16, low + 16) << 16;
+}
+
 #include "common.inc"
 
 /* 16 rows of 16 words become 16 words of 16 lanes. */
@@ -199,6 +209,6 @@ TARGET static void fold(const Lanes *sums, float *z) {
     _mm256_storeu_ps(z, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, all)));
 }
 
-const Backend stompp_avx512 = {"avx512", sign_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 4,
+const Backend stompp_avx512 = {"avx512", sign_row, cut_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 4,
                                lane_rows, unpack_row};
 #endif

@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define STOMPP_VERSION 8 /* to be raised with every change of a function that Python calls */
+#define STOMPP_VERSION 9 /* to be raised with every change of a function that Python calls */
 #define LANES 64
 #define VECTOR 16  /* lanes come in multiples of it */
 #define ROW_BLOCK 48 /* rows of results that are held at a time: 12 KiB */
@@ -23,8 +23,8 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
-/* Numbers of an input or an output. */
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+/* Numbers of an input or an output. Those of TWO_CUTS are FLOAT32 with two thresholds a feature, see cut_row. */
+enum { FLOAT32, BFLOAT16, FLOAT16, TWO_CUTS };
 enum { DONE = 0, NO_MEMORY = 1 };
 
 static inline int64_t words_of(int64_t bits) { return (bits + 31) / 32; }
@@ -36,6 +36,8 @@ typedef struct {
     const char *name;
     /* Words of sign(x - b) of `count` numbers side by side; b may be NULL. */
     void (*sign_row)(const void *x, int dtype, const float *b, int64_t count, uint32_t *words);
+    /* Words of the sign of the larger one of x - high and low - x: +1 from `high` on and up to `low`. */
+    void (*cut_row)(const float *x, const float *high, const float *low, int64_t count, uint32_t *words);
     /* One word for each of `count` pixels, bit i from channel i of `channels` <= 32, which lie `stride` numbers apart. */
     void (*sign_plane)(const void *x, int dtype, int64_t stride, const float *b, int64_t channels, int64_t count,
                        uint32_t *words);

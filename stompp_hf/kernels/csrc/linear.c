@@ -22,9 +22,14 @@ typedef struct {
 static void signs(void *context, int64_t index, int slot) {
     const Linear *self = context;
     (void)slot;
-    for (int64_t m = index * SIGN_ROWS, last = smaller(m + SIGN_ROWS, self->M); m < last; m++)
-        self->backend->sign_row(self->x + m * self->K * size_of(self->x_dtype), self->x_dtype, self->threshold,
-                                self->K, self->signs + m * self->words);
+    for (int64_t m = index * SIGN_ROWS, last = smaller(m + SIGN_ROWS, self->M); m < last; m++) {
+        const char *row = self->x + m * self->K * size_of(self->x_dtype);
+        uint32_t *words = self->signs + m * self->words;
+        if (self->x_dtype == TWO_CUTS)
+            self->backend->cut_row((const float *)row, self->threshold, self->threshold + self->K, self->K, words);
+        else
+            self->backend->sign_row(row, self->x_dtype, self->threshold, self->K, words);
+    }
 }
 
 /* Asks for the lines of y that a block of sums will be written to: while sums are made, there is time to wait. */
@@ -66,8 +71,8 @@ static void products(void *context, int64_t index, int slot) {
     }
 }
 
-/* x (M, K), y (M, N), contiguous; bits: N rows of (K + 7) / 8 bytes; threshold (K,) or NULL; scale and shift NULL, or
- * with steps of 1 (N,) or 0 (1,). */
+/* x (M, K), y (M, N), contiguous; bits: N rows of (K + 7) / 8 bytes; threshold (K,) or NULL, and (2, K) with TWO_CUTS;
+ * scale and shift NULL, or with steps of 1 (N,) or 0 (1,). */
 EXPORT int stompp_linear(const void *x, int x_dtype, const float *threshold, const uint8_t *bits, const float *scale,
                          int64_t scale_step, const float *shift, int64_t shift_step, void *y, int y_dtype, int64_t M,
                          int64_t K, int64_t N, int threads) {

@@ -29,18 +29,34 @@ static void floats_to_halves(const float *from, int64_t count, uint16_t *to) {
     }
 }
 
-/* Lane j collects the signs of numbers j, 4 + j, ..., 28 + j, the last in its highest bits. */
-static inline uint32_t signs_of_32(const float *x, const float *b) {
+/* The inverted sign of lane j of vector i becomes bit 4 i + j. */
+static inline uint32_t signs_in_order(const uint32x4_t vectors[8]) {
     static const int32_t places[4] = {0, 1, 2, 3};
-    float32x4_t under = vdupq_n_f32(-0.0f);
     uint32x4_t negative = vdupq_n_u32(0);
-    for (int i = 7; i >= 0; i--) {
+    for (int i = 7; i >= 0; i--)
+        negative = vsliq_n_u32(vshrq_n_u32(vectors[i], 31), negative, 4);
+    return ~vaddvq_u32(vshlq_u32(negative, vld1q_s32(places)));
+}
+
+static inline uint32_t cuts_of_32(const float *x, const float *high, const float *low) {
+    uint32x4_t both[8];
+    for (int i = 0; i < 8; i++) {
+        float32x4_t numbers = vld1q_f32(x + 4 * i), above = vsubq_f32(numbers, vld1q_f32(high + 4 * i));
+        both[i] = vandq_u32(vreinterpretq_u32_f32(above),
+                            vreinterpretq_u32_f32(vsubq_f32(vld1q_f32(low + 4 * i), numbers)));
+    }
+    return signs_in_order(both);
+}
+
+static inline uint32_t signs_of_32(const float *x, const float *b) {
+    float32x4_t under = vdupq_n_f32(-0.0f);
+    uint32x4_t differences[8];
+    for (int i = 0; i < 8; i++) {
         if (b) /* -(0 - b) */
             under = vnegq_f32(vsubq_f32(vdupq_n_f32(0.0f), vld1q_f32(b + 4 * i)));
-        float32x4_t difference = vsubq_f32(vld1q_f32(x + 4 * i), under);
-        negative = vsliq_n_u32(vshrq_n_u32(vreinterpretq_u32_f32(difference), 31), negative, 4);
+        differences[i] = vreinterpretq_u32_f32(vsubq_f32(vld1q_f32(x + 4 * i), under));
     }
-    return ~vaddvq_u32(vshlq_u32(negative, vld1q_s32(places)));
+    return signs_in_order(differences);
 }
 
 #include "common.inc"
@@ -154,7 +170,7 @@ static void one_row(const uint32_t *row, const uint8_t *bits, int64_t bytes, int
 }
 
 /* Real inputs by look-up: none, or it would have to be measured against torch's own products first. */
-const Backend stompp_neon = {.name = "neon", .sign_row = sign_row, .sign_plane = sign_plane, .make_panel = make_panel,
+const Backend stompp_neon = {.name = "neon", .sign_row = sign_row, .cut_row = cut_row, .sign_plane = sign_plane, .make_panel = make_panel,
                              .product = product, .one_row = one_row, .finish = finish, .sign_bytes = sign_bytes,
                              .add_row = add_row, .lane_rows = lane_rows, .unpack_row = unpack_row};
 #endif

@@ -5,9 +5,14 @@
 #include "kernels.h"
 
 static inline uint32_t signs_of_32(const float *x, const float *b);
+static inline uint32_t cuts_of_32(const float *x, const float *high, const float *low);
 #include "common.inc"
 
 static inline uint32_t signs_of_32(const float *x, const float *b) { return signs_of(x, b, 32); }
+
+static inline uint32_t cuts_of_32(const float *x, const float *high, const float *low) {
+    return cuts_of(x, high, low, 32);
+}
 
 static void make_panel(const uint8_t *bits, int64_t bytes, int64_t lanes, int64_t words, uint32_t *panel) {
     panel_rest(bits, bytes, lanes, 0, words, panel);
@@ -36,4 +41,4 @@ static void product(const uint32_t *rows, int64_t row_stride, int64_t count, con
         }
 }
 
-const Backend stompp_portable = {"portable", sign_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, 0, 0, lane_rows, unpack_row};
+const Backend stompp_portable = {"portable", sign_row, cut_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, 0, 0, lane_rows, unpack_row};
