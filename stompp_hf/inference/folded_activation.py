@@ -26,8 +26,8 @@ FOLDED = changed_classes(FoldedActivation, "Folded", DROPPABLE)
 TOLERANCE = 8 * torch.finfo(torch.float32).eps
 """How near to its threshold an activation's value is where its sign may differ, in parts of the numbers' sizes."""
 LARGEST = torch.finfo(torch.float32).max
-_FAR = torch.logspace(1.3, 38, 64)
-GRID = torch.cat((torch.linspace(-16.0, 16.0, 1025), _FAR, -_FAR))
+_FAR = torch.logspace(1.3, 38, 32)
+GRID = torch.cat((torch.linspace(-16.0, 16.0, 257), _FAR, -_FAR))
 """Numbers at which every threshold is proven."""
 VALUES_AT_ONCE = 2**22
 
@@ -101,9 +101,10 @@ def cut_of(activation: Any, layer: Any) -> Tensor | None:
     b = layer.weight_scale.new_zeros(features, dtype=torch.float32) if b is None else b.detach().float()
     grid = GRID.to(b.device)
     values = _plain(activation, grid)
-    if not bool(values.isfinite().all() & b.isfinite().all()):
+    if b.is_meta or not bool(values.isfinite().all() & b.isfinite().all()):
         return None
-    bottom = grid[values.argmin()]
+    near = grid[values.argmin()] + torch.linspace(-0.125, 0.125, 1025, device=b.device)
+    bottom = near[_plain(activation, near).argmin()]
 
     def is_above(u: Tensor) -> Tensor:
         return hard_above(_plain(activation, u), b) > 0
