@@ -123,7 +123,7 @@ def linear_rows(args: GPUArguments, clock: Clock) -> Iterator[dict[str, Any]]:
         half = nn.Linear(inner, outer).to(args.device, torch.bfloat16)
         for rows in ROWS:
             x = random((rows, inner), args, 0)
-            packed, x_half, x_int8 = frozen(plain, x, PackedArguments()), x.bfloat16(), x.to(torch.int8)
+            (_, packed), x_half, x_int8 = frozen(plain, x, PackedArguments()), x.bfloat16(), x.to(torch.int8)
             w_int8 = plain.weight.detach().to(torch.int8).t()
             calls: dict[str, Callable[[], Any]] = {
                 "float32": lambda x=x, plain=plain: plain(x),
