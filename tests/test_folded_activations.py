@@ -67,7 +67,11 @@ def folded(activation: nn.Module, read: str = "", **options: Any) -> tuple[Any, 
     progression.step(10)
     calibrate(model, [(x,)])
     progression.detach()
-    return pack_model(model).eval(), x
+    pack_model(model).eval()
+    if model.outer.activation_threshold is not None:  # also below 0, where there are two edges
+        model.outer.activation_threshold.data.copy_(torch.linspace(-0.16, 0.3, 70))
+        model.inner.weight_scale.data.mul_(10.0)  # inputs of both sides of either
+    return model, x
 
 
 def layer_with(thresholds: torch.Tensor) -> Any:
