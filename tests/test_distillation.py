@@ -143,7 +143,8 @@ def test_divergence_in_chunks_is_the_whole_one(dtype: torch.dtype, monkeypatch: 
 # ---- the model's forward ----
 
 
-def test_loss_is_task_plus_logits_plus_hidden() -> None:
+def padded_pair() -> Any:
+    """A student, its teacher, a batch with padding, and what both give for it without a distiller."""
     model, teacher, batch = student(), fine_tuned().eval(), BERT.batch()
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][0, 5:] = 0
@@ -151,6 +152,11 @@ def test_loss_is_task_plus_logits_plus_hidden() -> None:
     own = model(**batch, output_hidden_states=True)
     with torch.no_grad():
         theirs = teacher(**batch, output_hidden_states=True)
+    return model, teacher, batch, own, theirs
+
+
+def test_loss_is_task_plus_logits_plus_hidden() -> None:
+    model, teacher, batch, own, theirs = padded_pair()
     distiller = Distiller(model, teacher, logits=0.5, hidden=0.25, task=2.0, temperature=3.0)
     hf.set_seed(1)
     outputs = model(**batch)
@@ -169,13 +175,7 @@ def test_loss_is_task_plus_logits_plus_hidden() -> None:
 
 
 def test_relations_and_the_embedding_output() -> None:
-    model, teacher, batch = student(), fine_tuned().eval(), BERT.batch()
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    batch["attention_mask"][0, 5:] = 0
-    hf.set_seed(1)
-    own = model(**batch, output_hidden_states=True)
-    with torch.no_grad():
-        theirs = teacher(**batch, output_hidden_states=True)
+    model, teacher, batch, own, theirs = padded_pair()
     pairs = list(zip(own.hidden_states, theirs.hidden_states, strict=True))
     hidden = sum(hidden_loss(a, b, batch["attention_mask"]) for a, b in pairs) / len(pairs)
     losses = []

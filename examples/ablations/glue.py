@@ -32,6 +32,7 @@ from report import Interval, interval, spread
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
 from stompp_hf import StoMPPConfig, binarize_model, get_plan
+from stompp_hf.reports.runs import STAGES
 from stompp_hf.surgery.blocks import block_of
 
 logger = logging.getLogger("ablations.glue")
@@ -86,11 +87,11 @@ def selected(args: GlueArguments) -> TextPreset:
     cells = preset.cells
     if args.learning_rates:
         cells = [replace(cell, lr=lr) for cell in cells for lr in args.learning_rates]
-    cells = [other for cell in cells for other in (cell, *without_parts(cell, args))]
+    cells = [other for cell in cells for other in (cell, *of_parts(cell, args))]
     return TextPreset(preset.recipe, chosen(cells, args.only))
 
 
-def without_parts(cell: TextCell, args: GlueArguments) -> list[TextCell]:
+def of_parts(cell: TextCell, args: GlueArguments) -> list[TextCell]:
     """The same cell for each kind of layer and each block, as `--parts` asks for."""
     if cell.method == FINE_TUNED:
         return []
@@ -202,7 +203,7 @@ def run_cell(options: dict[str, Any], threads: int) -> dict[str, Any]:
 
 def last_stage(folder: Path) -> dict[str, Any] | None:
     """Packed bytes and 1-bit share of the multiply-accumulates of a run's last stage; None for a run without stages."""
-    file = folder / "stages.json"
+    file = folder / STAGES
     return json.loads(file.read_text(encoding="utf-8"))["stages"][-1] if file.is_file() else None
 
 

@@ -39,13 +39,15 @@ PAIRS: dict[str, dict[str, Any]] = {
     "stompp_ste_taught": {**METHODS["stompp_ste_taught"], "teacher_hidden": 10.0},
 }
 """For sentence pairs: a short run in full precision, then a long one, taught by its hidden states above all."""
+ALONE = {"task_weight": 0.0, "teacher_logits": 0.0}
+"""Nothing but the teacher's hidden states."""
 SMALL: dict[str, dict[str, Any]] = {
     "full_precision": {
         "method": "full_precision", "num_train_epochs": 4, "per_device_train_batch_size": 16,
         "freeze_embeddings": False,
     },
-    "vanilla_taught": {**METHODS["vanilla_taught"], "task_weight": 0.0, "teacher_logits": 0.0},
-    "stompp_ste_taught": {**METHODS["stompp_ste_taught"], "task_weight": 0.0, "teacher_logits": 0.0},
+    "vanilla_taught": {**METHODS["vanilla_taught"], **ALONE},
+    "stompp_ste_taught": {**METHODS["stompp_ste_taught"], **ALONE},
 }  # fmt: skip
 """For small tasks: hidden states alone, in small batches and many steps."""
 SCRIPT = {"binary_lr": None, "refresh_rate": None, "freeze_embeddings": False, "warmup_steps": 0, "weight_decay": 0.0}

@@ -234,7 +234,6 @@ class _MixActivation(torch.autograd.Function):
             rule = UNFROZEN if not passes else EVERY if alike else BOTH
         wanted = (flags, rule, wants_real, ctx.offset if wants_scale else None, wants_threshold and apart)
         made = training.mix_backward(grad, code, mask, *wanted) if factor is None else None
-        mask = mask.to(grad.dtype)
         grad_u, grad_real, scale_terms, passed = made or _mixed_backward(grad, code, factor, mask, *wanted)
         grad_scale = grad_threshold = None
         if scale_terms is not None:
@@ -268,6 +267,7 @@ def _mixed_backward(
     terms: float | None, passes: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """What `training.mix_backward` gives, in plain torch; `factor` is k where no flag says it."""
+    mask = mask.to(grad.dtype)
     clipped = grad * (code & INSIDE).ne(0) if flags & INSIDE else grad
     k = (code & PASSING).ne(0) if flags & PASSING else factor
     passed = grad if k is None else grad * k

@@ -260,9 +260,11 @@ class BinaryAttention(Member, nn.Module):
     def _operand(self, site: str, u: Tensor) -> Operand:
         def placed(what: str) -> Any:  # (heads,) or (heads, size), to broadcast over u
             t: Tensor | None = getattr(self, f"{site}_{what}")
-            if t is not None and what != "mask":
-                t = self.in_units(t, u.shape[-2] * (u.shape[-1] if t.dim() == 1 else 1))
-            return None if t is None else t.to(u.dtype).reshape(self.key_heads, -1, 1, *t.shape[1:] or (1,))
+            if t is None:
+                return None
+            if what != "mask":
+                t = self.in_units(t, u.shape[-2] * (u.shape[-1] if t.dim() == 1 else 1)).to(u.dtype)
+            return t.reshape(self.key_heads, -1, 1, *t.shape[1:] or (1,))
 
         mask = placed("mask")
         if mask is not None and site == "probability":

@@ -111,7 +111,7 @@ def _projections(model: Any, module: Any, name: str) -> list[tuple[str, Place]]:
             f"relations: neither {name} nor its config says how many heads it has ({', '.join(_HEADS)}); use "
             "relations=0."
         )
-    return list(zip(sites, places, strict=False))
+    return list(zip(sites, places, strict=True)) if places else []
 
 
 def _heads(model: Any, module: Any, names: tuple[str, ...]) -> int:
