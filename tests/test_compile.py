@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from train_and_die import arguments, rows
 from transformers import Trainer
 
-from stompp_hf import Progression, StoMPPConfig, StoMPPTrainerCallback, binarize_model
+from stompp_hf import Progression, StoMPPConfig, StoMPPTrainerCallback, binarize_model, calibrate
 from stompp_hf.errors import ConfigError
 from stompp_hf.training.distillation import Distiller, snapshot
 
@@ -114,6 +114,21 @@ def test_a_whole_compiled_model_needs_a_graph_a_stage_and_stays_compiled():
         torch._dynamo.config.recompile_limit = 8
     assert_same(expected, model)
     assert graphs.count >= layers and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("options", [{"regime": "clipped_ste"}, {"weight_scale": "group", "group_size": 8}])
+def test_a_graph_whose_sizes_are_symbolic_from_the_start(options):
+    model = bert(layers=2, **options)
+    progression = Progression(model, TOTAL)
+    progression.step(TOTAL // 2)  # one block is frozen, the other in transition
+    calibrate(model, [BERT.batch(0)])
+    run, results = torch.compile(model, backend="eager", dynamic=True), []
+    for one in (model, run):
+        model.zero_grad()
+        one(**BERT.batch(1)).loss.backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, grad in results[0].items():
+        torch.testing.assert_close(results[1][name], grad, msg=name)
 
 
 def test_gradients_in_units_of_a_length_that_changes():

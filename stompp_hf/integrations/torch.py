@@ -196,6 +196,15 @@ def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def option(value: float, like: Tensor) -> Any:
+    """A number for an autograd function; in a compiled graph a tensor (): there a number may be symbolic
+    (`torch.compile(dynamic=True)`, or one that changed), and torch takes no such into an autograd function.
+    """
+    if not torch.compiler.is_compiling():
+        return value
+    return torch.full((), value, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
 def compiled_call(module: nn.Module) -> str | None:
     """Name of what runs a module that `module.compile()` was called on, `_compiled_call_impl`; None for others."""
     return None if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"

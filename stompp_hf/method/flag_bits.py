@@ -46,7 +46,8 @@ def unpack_flags(bits: Tensor, layout: Layout | None) -> Tensor:
 def unpack_levels(bits: Tensor, layout: Layout | None, dtype: torch.dtype, offset: float = 0.0) -> Tensor:
     """The flags as numbers: 1 + offset where they are true, and -1 + offset elsewhere."""
     if layout is None:
-        return bits.to(dtype).mul_(2.0).add_(offset - 1.0)
-    count = torch.Size((1, layout[0].numel()))
-    levels = SignBits(bits.unsqueeze(0), count).signs(dtype).as_strided(*layout)
+        levels = bits.to(dtype).mul_(2.0).sub_(1.0)
+    else:
+        count = torch.Size((1, layout[0].numel()))
+        levels = SignBits(bits.unsqueeze(0), count).signs(dtype).as_strided(*layout)
     return levels.add_(offset) if offset else levels

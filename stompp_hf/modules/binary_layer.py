@@ -17,6 +17,7 @@ from torch.nn.functional import hardtanh
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError, ShapeError
 from ..integrations.accelerate import rebind_forward
+from ..integrations.torch import option
 from ..method.frozen_product import frozen_product
 from ..method.grouped_product import grouped_product
 from ..method.layer_product import Product
@@ -198,7 +199,7 @@ class BinaryLayer(KeptWeight, LayerState):
             self.activation_offset,
             self._pad_level(),
             self.surrogate,
-            self.stompp_config.surrogate_width,
+            self._window(),
             self._weight_shaped,
         )
         weight_scale, *of_input = self._values_for(x)
@@ -226,6 +227,9 @@ class BinaryLayer(KeptWeight, LayerState):
         if torch.compiler.is_compiling():
             return self.activation_low, self.activation_high, self.weight_clip
         return (*self.input_edges, self.weight_edge)
+
+    def _window(self) -> Any:
+        return option(self.stompp_config.surrogate_width, self.weight_scale)
 
     def _placed_mask(self, x: Tensor) -> Tensor:
         mask = _mask(self.activation_mask)
@@ -256,7 +260,7 @@ class BinaryLayer(KeptWeight, LayerState):
                 self.activation_offset,
                 self._pad_level(),
                 self.surrogate,
-                self.stompp_config.surrogate_width,
+                self._window(),
                 narrow,
             )
         return y.to(narrow or self.output_dtype)
