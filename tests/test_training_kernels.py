@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from stompp_hf import BinaryConv1D, BinaryConv2d, BinaryLayer, BinaryLinear, StoMPPConfig, binarize_model, kernels
 from stompp_hf.kernels import native, training
 from stompp_hf.kernels.native import _FUNCTIONS
+from stompp_hf.method.mask_bits import pack_mask
 from stompp_hf.method.mixing import mix_activation, mix_weight
 from stompp_hf.method.sign_bits import pack_signs
 from stompp_hf.method.surrogates import SURROGATES as NAMED
@@ -164,12 +165,12 @@ def test_weight_mixes_are_those_of_torch(
     one = [1] * len(shape)
     sizes = ((shape[0], *one[1:]), (*one[:-1], shape[-1]), (*shape[:-1], 1))[axis] if seed % 4 else (1,)
     scale = numbers(sizes, seed + 1, False).abs()
-    mask = numbers(shape, seed + 2, False) > 0
+    bits = pack_mask(numbers(shape, seed + 2, False) > 0)
     grad = numbers(shape, seed + 3, special)
 
     def run() -> list[Tensor]:
         weight, s = w.clone().requires_grad_(), scale.clone().requires_grad_()
-        y = mix_weight(weight, s, mask, clip, NAMED[kind])
+        y = mix_weight(weight, s, bits, clip, NAMED[kind])
         return [y.detach(), *torch.autograd.grad(y, (weight, s), grad)]
 
     both_ways(run, instructions)
@@ -205,7 +206,7 @@ def test_mixes_are_compiled_where_they_can_be(calls: Counter) -> None:
         y.square().sum().backward()
     assert not calls
     w = torch.randn(4, 8, requires_grad=True)
-    mix_weight(w, torch.ones(4, 1), torch.rand(4, 8) < 0.5, 1.0, NAMED["zero"]).square().sum().backward()
+    mix_weight(w, torch.ones(4, 1), pack_mask(torch.rand(4, 8) < 0.5), 1.0, NAMED["zero"]).square().sum().backward()
     assert calls == {"stompp_mix": 1, "stompp_mix_weight_backward": 1}
 
 
