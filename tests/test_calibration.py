@@ -199,7 +199,7 @@ def test_committed_is_the_fully_frozen_model_and_is_undone_to_the_bit():
     Progression(twin, 12).step(12)
     calibrate(twin, [case.batch(50)])
     layers = binary_layers(model).values()
-    flags = ("stage_state", "frozen_share", "weight_mask", "activation_mask", "observer", "weight_ready")
+    flags = ("stage_state", "frozen_share", "weight_mask_bits", "activation_mask", "observer", "weight_ready")
     flags += ("activation_ready", "activation_offset", "step", "total_steps", "training")
 
     def everything() -> tuple[Tensor, dict[str, Tensor], list[list[object]], list[object]]:

@@ -212,6 +212,7 @@ def test_training_cost_benchmark() -> None:
     printed = run(
         *("examples/benchmarks/training_cost.py", "--shapes", "tiny", "--batch", "2", "--seq", "8"),
         *("--repeats", "1", "--run_points", "2", "--run_repeats", "1", "--bf16", "True", "--fractions", "0.5", "1"),
+        *("--peaks", "False"),
     )
     assert "bfloat16" in printed and "| none frozen |" not in printed
     for method in ("plain", "vanilla STE", "StoMPP+STE", "StoMPP STE-free"):

@@ -120,7 +120,7 @@ class Reference:
         w, s = self.tensors["weight"], self.tensors["weight_scale"]
         hard = torch.where(w.detach() >= 0, 1.0, -1.0).to(w.dtype) * s[self.channels, self.groups]
         near = k * (w.detach().abs() < self.clip)
-        return self._mixed(hard + near * (w - w.detach()), w, self.layer.weight_mask)
+        return self._mixed(hard + near * (w - w.detach()), w, self.layer.weight_mask.to(w.dtype))
 
     def input(self, x: Tensor, k: float, offset: float, width: float) -> Tensor:
         layer = self.layer

@@ -370,6 +370,7 @@ def folded(lanes: np.ndarray) -> np.float32:
 
 COMPILER = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
 C11 = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread", f"-I{SOURCES}"]
+FUZZERS = ("kernels_fuzz.c", "training_fuzz.c")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 
 
@@ -382,7 +383,7 @@ def test_the_sources_give_no_warnings() -> None:
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("fuzz", ["kernels_fuzz.c", "training_fuzz.c"])
+@pytest.mark.parametrize("fuzz", FUZZERS)
 def test_sanitizers_find_nothing(tmp_path: Path, fuzz: str) -> None:
     program = tmp_path / "fuzz"
     sources = [ROOT / "tests" / fuzz, *sorted(SOURCES.glob("*.c"))]
@@ -409,13 +410,14 @@ def cross_compiler() -> list[str] | None:
 
 
 @pytest.mark.slow
-def test_neon_computes_the_same_in_an_emulator(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fuzz", FUZZERS)
+def test_neon_computes_the_same_in_an_emulator(tmp_path: Path, fuzz: str) -> None:
     compiler = cross_compiler()
     emulator = next((path for name in ("", "-static") if (path := shutil.which(f"qemu-aarch64{name}"))), None)
     if compiler is None or emulator is None:
         pytest.skip("needs qemu-aarch64 (Debian: qemu-user-static) and aarch64-linux-gnu-gcc or zig")
     program = tmp_path / "fuzz"
-    sources = [ROOT / "tests" / "kernels_fuzz.c", *sorted(SOURCES.glob("*.c"))]
+    sources = [ROOT / "tests" / fuzz, *sorted(SOURCES.glob("*.c"))]
     options = [*C11, "-O2", "-static"]
     subprocess.run([*compiler, *options, *map(str, sources), "-o", program, "-lm"], check=True)
     for seed in range(3):

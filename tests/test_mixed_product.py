@@ -36,7 +36,7 @@ def in_transition(name: str, **options: Any) -> tuple[BinaryLayer, Tensor]:
 
 def kept_and_made(layer: BinaryLayer, x: Tensor, autocast: bool) -> tuple[list[Tensor | None], int]:
     """Output and gradients, and how many bytes wait for the backward pass beside parameters and masks."""
-    own = {p.data_ptr() for p in (*layer.parameters(), layer.weight_mask, layer.activation_mask) if p is not None}
+    own = {p.data_ptr() for p in (*layer.parameters(), layer.weight_mask_bits, layer.activation_mask) if p is not None}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

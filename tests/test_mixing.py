@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
+from stompp_hf.method.mask_bits import pack_mask
 from stompp_hf.method.mixing import hard, inside, mix_activation, mix_weight, soft
 from stompp_hf.method.surrogates import SURROGATES as NAMED
 
@@ -101,7 +102,7 @@ def test_soft_and_inside_table() -> None:
 def test_weight_table(row: tuple[float, ...], kind: str) -> None:
     value, mask, expected, *gradients = row
     weight, scale = f64([[value]]).requires_grad_(), f64([[0.5]]).requires_grad_()
-    out = mix_weight(weight, scale, f64([[mask]]), 1.0, NAMED[kind])
+    out = mix_weight(weight, scale, pack_mask(f64([[mask]])), 1.0, NAMED[kind])
     out.backward(f64([[3.0]]))
     assert out.item() == expected
     assert weight.grad.item() == gradients[SURROGATES.index(kind)]
@@ -132,7 +133,7 @@ def test_paper_rule() -> None:
     frozen, real = torch.ones_like(u), torch.zeros_like(u)
     signs, clipped = [[-1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0]], [[-1.0, -1.0, -0.5, 0.0, 0.0, 0.5, 1.0, 1.0]]
     for mask, expected in ((frozen, signs), (real, clipped)):
-        assert mix_weight(u, one, mask, 1.0, NAMED["zero"]).tolist() == expected
+        assert mix_weight(u, one, pack_mask(mask), 1.0, NAMED["zero"]).tolist() == expected
         assert mix_activation(u, one, None, mask, -1.0, 1.0, 0.0, NAMED["zero"]).tolist() == expected
 
 
@@ -164,7 +165,7 @@ def test_weight_mix_equals_reference(
     w, g, mask = (data.draw(rows_of(elements, shape)) for elements in (values, gradients, bits))
     s = data.draw(rows_of(st.floats(0.125, 2.0), (1 if one_scale else shape[0], 1)))
     weight, scale = f64(w).requires_grad_(), f64(s).requires_grad_()
-    out = mix_weight(weight, scale, f64(mask), c, NAMED[kind])
+    out = mix_weight(weight, scale, pack_mask(f64(mask)), c, NAMED[kind])
     out.backward(f64(g))
 
     per_row = [row[0] for row in s] * (shape[0] if one_scale else 1)
@@ -216,7 +217,7 @@ def test_surrogate_touches_frozen_entries_only(data: st.DataObject, shape: tuple
     w, g, mask = (f64(data.draw(rows_of(elements, shape))) for elements in (values, gradients, bits))
     weights = [w.clone().requires_grad_() for _ in range(2)]
     for weight, surrogate in zip(weights, (kind, "zero"), strict=True):
-        mix_weight(weight, f64([1.0]), mask, EDGE, NAMED[surrogate]).backward(g)
+        mix_weight(weight, f64([1.0]), pack_mask(mask), EDGE, NAMED[surrogate]).backward(g)
     real = mask == 0
     assert torch.equal(weights[0].grad[real], weights[1].grad[real])
     assert not weights[1].grad[~real].any()
@@ -239,7 +240,7 @@ def test_leading_dimensions_are_reduced() -> None:
 
 
 def test_only_asked_gradients_are_made() -> None:
-    w, mask = f64([[0.5, -2.0]]), f64([[1.0, 0.0]])
+    w, mask = f64([[0.5, -2.0]]), pack_mask(f64([[1.0, 0.0]]))
     scale = f64([[1.0]]).requires_grad_()
     mix_weight(w, scale, mask, 1.0, NAMED["ste"]).sum().backward()
     assert scale.grad.item() == 1.0 and w.grad is None
@@ -271,7 +272,7 @@ def test_half_precision_has_the_signs_of_float32(dtype: torch.dtype) -> None:
 def test_autocast_leaves_the_mixes_alone(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     u, mask = torch.randn(6, 8), (torch.rand(6, 8) < 0.5).float()
-    args = (torch.full((6, 1), 0.3), mask, 0.9, NAMED["ste"])
+    args = (torch.full((6, 1), 0.3), pack_mask(mask), 0.9, NAMED["ste"])
     plain = mix_weight(u, *args)
     activation = (torch.tensor([0.3]), torch.randn(8), mask, -1.0, 1.0, 1.0, NAMED["ste"])
     plain_activation = mix_activation(u, *activation)

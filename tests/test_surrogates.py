@@ -138,7 +138,7 @@ class ByHand(nn.Module):
 
     def weight(self) -> Tensor:
         layer = self.layer
-        w, mask = layer.weight, layer.weight_mask if layer.weight_mask is not None else 1.0
+        w, mask = layer.weight, 1.0 if layer.weight_mask is None else layer.weight_mask.to(layer.weight.dtype)
         shape = [-1 if dim == layer.product.channel_dim else 1 for dim in range(w.dim())]
         scale = layer._row_scales() if self.kind == "embedding" else layer.weight_scale.reshape(shape)
         k = self.surrogate.of_weight(w.detach(), scale.detach(), 0.3)

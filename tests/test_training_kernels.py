@@ -8,6 +8,7 @@ from typing import Any
 
 import models
 import pytest
+import reference
 import torch
 import vision
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from stompp_hf import BinaryConv1D, BinaryConv2d, BinaryLayer, BinaryLinear, StoMPPConfig, binarize_model, kernels
 from stompp_hf.kernels import native, training
 from stompp_hf.kernels.native import _FUNCTIONS
+from stompp_hf.method.mask_bits import pack_mask
 from stompp_hf.method.mixing import mix_activation, mix_weight
 from stompp_hf.method.sign_bits import pack_signs
 from stompp_hf.method.surrogates import SURROGATES as NAMED
@@ -164,15 +166,50 @@ def test_weight_mixes_are_those_of_torch(
     one = [1] * len(shape)
     sizes = ((shape[0], *one[1:]), (*one[:-1], shape[-1]), (*shape[:-1], 1))[axis] if seed % 4 else (1,)
     scale = numbers(sizes, seed + 1, False).abs()
-    mask = numbers(shape, seed + 2, False) > 0
+    bits = pack_mask(numbers(shape, seed + 2, False) > 0)
     grad = numbers(shape, seed + 3, special)
 
     def run() -> list[Tensor]:
         weight, s = w.clone().requires_grad_(), scale.clone().requires_grad_()
-        y = mix_weight(weight, s, mask, clip, NAMED[kind])
+        y = mix_weight(weight, s, bits, clip, NAMED[kind])
         return [y.detach(), *torch.autograd.grad(y, (weight, s), grad)]
 
     both_ways(run, instructions)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "neon", "torch"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each set of instructions that reads bits, and plain torch."""
+    if request.param == "torch":
+        with kernels.switched_off():
+            yield request.param
+    else:
+        yield from limited_to(request.param)
+
+
+@given(
+    st.one_of(st.tuples(st.integers(1, 9), st.integers(1, 40)), st.sampled_from([(3, 1025), (1, 2051), (257, 9)])),
+    st.sampled_from(SURROGATES), st.sampled_from([None, 0.4]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+@settings(several, max_examples=30)
+def test_weight_mixes_of_any_size_are_those_of_the_reference(
+    backend: str, shape: tuple[int, int], kind: str, clip: float | None, by_row: bool, seed: int
+) -> None:
+    """Rows that begin within a byte of the mask, and pieces of them; nothing is rounded but the sums."""
+    weight, grad = numbers(shape, seed, False).requires_grad_(), numbers(shape, seed + 1, False)
+    scale = (numbers((shape[0] if by_row else 1, 1), seed + 2, False).abs() + 0.1).requires_grad_()
+    mask = numbers(shape, seed + 3, False) > 0
+    y = mix_weight(weight, scale, pack_mask(mask), clip, NAMED[kind])
+    y.backward(grad)
+
+    edge, w, m = math.inf if clip is None else float(torch.tensor(clip)), weight.tolist(), mask.double().tolist()
+    scales = scale.expand(shape[0], 1).flatten().tolist()
+    to_w, to_s = reference.mix_weight_gradients(grad.tolist(), w, m, edge, kind)
+    assert torch.equal(y.detach(), torch.tensor(reference.mix_weight(w, scales, m, edge)))
+    assert torch.equal(weight.grad, torch.tensor(to_w))
+    expected = torch.tensor(to_s)[:, None] if by_row else torch.tensor([[math.fsum(to_s)]])
+    bound = 1e-6 * grad.abs().sum().item()
+    torch.testing.assert_close(scale.grad, expected, rtol=0.0, atol=bound)
 
 
 @given(st.sampled_from([(1,), (3, 1100), (2, 8, 5, 7)]), st.booleans(), st.integers(0, 99))
@@ -205,7 +242,7 @@ def test_mixes_are_compiled_where_they_can_be(calls: Counter) -> None:
         y.square().sum().backward()
     assert not calls
     w = torch.randn(4, 8, requires_grad=True)
-    mix_weight(w, torch.ones(4, 1), torch.rand(4, 8) < 0.5, 1.0, NAMED["zero"]).square().sum().backward()
+    mix_weight(w, torch.ones(4, 1), pack_mask(torch.rand(4, 8) < 0.5), 1.0, NAMED["zero"]).square().sum().backward()
     assert calls == {"stompp_mix": 1, "stompp_mix_weight_backward": 1}
 
 

@@ -36,6 +36,13 @@ static uint8_t *masks(int64_t count) {
     return values;
 }
 
+static uint8_t *bits_of(const uint8_t *mask, int64_t count) {
+    uint8_t *bits = calloc((size_t)(count + 7) / 8, 1);
+    for (int64_t i = 0; i < count; i++)
+        bits[i / 8] |= (uint8_t)(mask[i] << i % 8);
+    return bits;
+}
+
 static void same(const char *what, double found, double expected) {
     compared++;
     if (found != expected) {
@@ -69,13 +76,14 @@ static void mixing(void) {
     job.low = -0.75f, job.high = 1.25f, job.offset = weight ? 0.0f : (float)below(2), job.width = 1.5f;
     float *u = numbers(count), *real = numbers(count), *b = numbers(job.features), *grad = numbers(count);
     float *scale = numbers(job.scale_step ? job.features : 1);
-    uint8_t *mask = masks(weight ? count : job.features);
+    uint8_t *mask = masks(weight ? count : job.features), *bits = bits_of(mask, weight ? count : job.features);
     float *made[6];
     for (int i = 0; i < 6; i++)
         made[i] = malloc((size_t)count * 4);
     uint8_t *code = malloc((size_t)count), *window = malloc((size_t)count);
     int8_t *levels = malloc((size_t)count);
-    job.u = u, job.real = absorbed ? real : NULL, job.threshold = weight ? NULL : b, job.scale = scale, job.mask = mask;
+    job.u = u, job.real = absorbed ? real : NULL, job.threshold = weight ? NULL : b, job.scale = scale;
+    job.mask = weight ? bits : mask;
     job.y = made[0], job.code = weight ? NULL : code;
     stompp_mix(&job, threads);
     Mixing back = job;
@@ -112,19 +120,20 @@ static void mixing(void) {
             same("through the window", made[5][i], passing ? g : 0.0f);
         }
     }
-    free(u), free(real), free(b), free(grad), free(scale), free(mask), free(code), free(window), free(levels);
+    free(u), free(real), free(b), free(grad), free(scale), free(mask), free(bits), free(code);
+    free(window), free(levels);
     for (int i = 0; i < 6; i++)
         free(made[i]);
 }
 
 int main(int count, char **words) {
-    const char *limits[] = {"portable", "avx2", "avx512"};
+    const char *limits[] = {"portable", "avx2", "avx512", "neon"};
     srand(count > 1 ? (unsigned)atoi(words[1]) : 0);
     for (int round = count > 2 ? atoi(words[2]) : 100; round > 0; round--) {
-        stompp_choose(limits[below(3)]);
+        stompp_choose(limits[below(4)]);
         packing();
         mixing();
     }
-    printf("%lld entries equal\n", (long long)compared);
+    printf("%lld entries equal, at best with %s\n", (long long)compared, stompp_choose(""));
     return 0;
 }

@@ -8,20 +8,27 @@
 
 All methods take turns step by step in one process (in a different order each round); a time is the median over the
 rounds, a ratio the median of the rounds' ratios. A step is progression.step(), forward (with dropout), backward and
-AdamW; embeddings are not trained. Stages are the model's blocks, with the default start and end. Prints a Markdown
-table; nothing is compared across processes.
+AdamW; embeddings are not trained. Stages are the model's blocks, with the default start and end. Peaks cannot be told
+apart there: each is that of a process of its own, over two steps, above what it took before it made the model (on
+Linux; as in clm_memory.py, glibc hands freed blocks back). On CUDA it is what torch's allocator handed out at most.
+Prints a Markdown table.
 """
 
+import json
+import os
 import platform
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
+from clm_memory import peak
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -74,6 +81,9 @@ class BenchmarkArguments:
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's number."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     cpu_time: bool = field(default=False, metadata={"help": "CPU time of the process: steadier on a busy machine."})
+    peaks: bool = field(default=True, metadata={"help": "Peaks of memory as well: a process a row."})
+    method: str | None = field(default=None, metadata={"help": "Measure the peak of this one alone, in this process."})
+    step: int = field(default=0, metadata={"help": "Where in the run that peak is measured."})
 
 
 def stages(args: BenchmarkArguments) -> int:
@@ -196,6 +206,28 @@ class Row:
     memory: float
 
 
+def peak_here(args: BenchmarkArguments, method: str) -> float:
+    """MB that a method takes at most in two steps at args.step, model and optimizer among it."""
+    torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
+    cuda = args.device.startswith("cuda")
+    before = 0.0 if cuda else peak()
+    runner = Runner(args, methods(args)[method])
+    runner.place(args.step, False)
+    for _ in range(2):
+        runner.step()
+    return torch.cuda.max_memory_allocated() / 2**20 if cuda else peak() - before
+
+
+def peak_alone(args: BenchmarkArguments, method: str, step: int) -> float:
+    """The same in a process of its own."""
+    command = [sys.executable, __file__]
+    for name, value in asdict(replace(args, method=method, step=step)).items():
+        command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    environment = {"MALLOC_MMAP_THRESHOLD_": str(2**20), **os.environ}
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+    return float(json.loads(printed.splitlines()[-1]))
+
+
 def measure(runners: dict[str, Runner], step: int, advance: bool, repeats: int) -> dict[str, Row]:
     """Every method at (or over a few steps from) `step`, taking turns."""
     memory = {}
@@ -236,6 +268,9 @@ def main() -> None:
     logging.set_verbosity_error()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.method is not None:
+        print(json.dumps(peak_here(args, args.method)))
+        return
     runners = {name: Runner(args, config) for name, config in methods(args).items()}
 
     count, total = stages(args), total_steps(args)
@@ -257,20 +292,22 @@ def main() -> None:
     size = f"{args.seq} tokens" if args.shapes in BERT_SHAPES else f"{args.size}x{args.size} pixels"
     what = f"{binarized(args)}, {'bfloat16' if args.bf16 else 'float32'}"
     print(f"{args.shapes} shapes, batch {args.batch}, {size}, {what}; {machine(args)}\n")
-    print(f"| state | method | step, ms | / plain | / vanilla STE | progression.step(), ms | {memory} |")
-    print("|---|---|---|---|---|---|---|")
+    can_tell = Path("/proc/self/status").exists() or args.device.startswith("cuda")
+    print(f"| state | method | step, ms | / plain | / vanilla STE | progression.step(), ms | {memory} | peak, MB |")
+    print("|---|---|---|---|---|---|---|---|")
     for step, rows in sorted(at_state.items()):
         for name, row in rows.items():
+            most = f"{peak_alone(args, name, step):.0f}" if args.peaks and can_tell else ""
             print(
                 f"| {states[step]} | {name} | {row.time:.1f} | {row.to_plain:.2f} | {row.to_vanilla:.2f} "
-                f"| {row.progression:.2f} | {row.memory:.1f} |"
+                f"| {row.progression:.2f} | {row.memory:.1f} | {most} |"
             )
     for name in runners if at_point else ():
         part = [rows[name] for rows in at_point]
         print(
             f"| mean of a run ({len(part)} steps of it) | {name} | {mean(r.time for r in part):.1f} "
             f"| {mean(r.to_plain for r in part):.2f} | {mean(r.to_vanilla for r in part):.2f} "
-            f"| {mean(r.progression for r in part):.2f} | {mean(r.memory for r in part):.1f} |"
+            f"| {mean(r.progression for r in part):.2f} | {mean(r.memory for r in part):.1f} | |"
         )
 
 

@@ -184,10 +184,10 @@ _PLAIN = (Tensor, Parameter)
 
 
 def trains_with(x: Tensor, *others: Tensor | None, mask: Tensor | None = None) -> bool:
-    """Whether the compiled part is called with these tensors, all of float32, and a mask of booleans."""
+    """Whether the compiled part is called with these tensors, all of float32, and a mask of booleans or of bits."""
     return (
         all(t is None or t.dtype is torch.float32 for t in others)
-        and (mask is None or mask.dtype is torch.bool)
+        and (mask is None or mask.dtype in (torch.bool, torch.uint8))
         and route(x, *others, mask, dtypes=(torch.float32,)) is Route.NATIVE
     )
 

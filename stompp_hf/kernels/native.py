@@ -18,7 +18,7 @@ from ..errors import KernelError
 
 MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
 MODES, LIMITS = ("auto", "torch", "c", "triton"), ("", "portable", "avx2", "avx512", "neon")
-VERSION = 9
+VERSION = 10
 """STOMPP_VERSION of the sources that these calls belong to."""
 BUILD = "pip install --force-reinstall --no-deps --no-cache-dir stompp-hf (in a checkout: pip install -e .)"
 

@@ -44,21 +44,21 @@ def mix(
     Args:
         u, real: one shape and layout.
         scale, threshold: one a feature, or a single scale.
-        mask: one a feature, or one an entry; booleans.
+        mask: one a feature, booleans; or one an entry of a contiguous u, as bits (`mask_bits.pack_mask`).
         edges: of the clip; infinite ones for none.
         flags: which of ABOVE, INSIDE and PASSING are wanted.
         window: PASSING is |u - b| < window * |scale|, or, for None, the inside of the clip.
     """
     if not trains_with(u, real, scale, threshold, mask=mask) or (real is not None and not _side_by_side(u, real)):
         return None
-    entries = mask.shape == u.shape
+    entries = mask.dtype is torch.uint8
     single = scale.numel() == 1
     shape = scale.shape if entries else mask.shape
     sizes = _sizes(u, shape)
     if (
         sizes is None
-        or (entries and not _side_by_side(u, mask))
-        or not (entries or mask.is_contiguous())
+        or (entries and not _has_bits(u, mask))
+        or not mask.is_contiguous()
         or not (single or (scale.shape == shape and scale.is_contiguous()))
         or not (threshold is None or (threshold.shape == shape and threshold.is_contiguous()))
     ):
@@ -112,14 +112,12 @@ def mix_weight_backward(
 
     Args:
         grad: dL/dy.
-        weight, mask: as for `mix`, the mask one an entry.
+        weight, mask: as for `mix`, the mask one an entry, as bits.
         edges: of the clip, or None for none.
         rule: as for `mix_backward`.
         terms: whether the scale's terms are made.
     """
-    if not trains_with(grad, weight, mask=mask) or not _side_by_side(grad, weight) or not _side_by_side(grad, mask):
-        return None
-    if _sizes(grad, grad.shape) is None:
+    if not trains_with(grad, weight, mask=mask) or not _side_by_side(grad, weight) or not _has_bits(grad, mask):
         return None
     to_weight = None if rule is None else torch.empty_like(grad)
     to_scale = torch.empty_like(grad) if terms else None
@@ -197,6 +195,12 @@ def _sizes(u: Tensor, shape: torch.Size) -> tuple[int, int, int] | None:
 def _side_by_side(u: Tensor, other: Tensor) -> bool:
     """Whether entries of two tensors with the same shape lie at the same places of their memory."""
     return u.shape == other.shape and u.stride() == other.stride()
+
+
+def _has_bits(u: Tensor, mask: Tensor) -> bool:
+    """Whether a mask is one bit for each entry, in the order in which these lie in memory."""
+    in_order = mask.is_contiguous() and u.is_contiguous()
+    return in_order and mask.dtype is torch.uint8 and mask.numel() == (u.numel() + 7) // 8
 
 
 def _address(tensor: Tensor | None) -> int | None:

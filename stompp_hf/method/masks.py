@@ -70,7 +70,11 @@ class SoftRefreshMask:
         return self._draws
 
     def fill(self, mask: torch.Tensor, step: int, p: float) -> torch.Tensor:
-        """Write the mask at `step` and frozen fraction `p` into `mask` (any shape and dtype), and return it."""
+        """Write the mask at `step` and frozen fraction `p` into `mask`, and return it.
+
+        Args:
+            mask: of any shape and dtype but uint8, one number an entry; or uint8, their bits (`mask_bits`).
+        """
         level = min(_LEVELS, max(0, round(p * _LEVELS)))
         if self._filled == (id(mask), version_of(mask), step, level):
             return mask  # Trainer's callback asks at the end of one step and at the begin of the next
@@ -79,6 +83,8 @@ class SoftRefreshMask:
             mask.zero_()
         else:
             frozen = draws <= level - 1 - _LEVELS // 2
+            if mask.dtype is torch.uint8:
+                frozen = torch.from_numpy(np.packbits(frozen.numpy(), bitorder="little"))
             mask.copy_(frozen.view(mask.shape), non_blocking=False)
         self._filled = (id(mask), version_of(mask), step, level)
         return mask

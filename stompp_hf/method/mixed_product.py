@@ -39,12 +39,12 @@ class Mixture:
     over_weight: Callable[[Tensor], Tensor]
 
     def operands(
-        self, x: Tensor, real: Tensor | None, weight: Tensor, weight_scale: Tensor, weight_mask: Tensor,
+        self, x: Tensor, real: Tensor | None, weight: Tensor, weight_scale: Tensor, weight_mask_bits: Tensor,
         scale: Tensor | None, threshold: Tensor | None, mask: Tensor | None,
     ) -> tuple[Product, Tensor, Tensor]:  # fmt: skip
         """What multiplies them, x' and w', with gradients; x itself in place of x' where it has no scale."""
         product, (low, high, clip), level = self.product, self.edges, None
-        mixed_weight = mix_weight(weight, self.over_weight(weight_scale), weight_mask, clip, self.surrogate)
+        mixed_weight = mix_weight(weight, self.over_weight(weight_scale), weight_mask_bits, clip, self.surrogate)
         if scale is not None and mask is not None:
             x = x.to(weight.dtype)  # here: what is kept is x as it came
             at = None if threshold is None else product.per_feature(threshold, x)
@@ -88,8 +88,8 @@ def mixed_product(mixture: Mixture, *tensors: Tensor | None) -> Tensor:
 
     Args:
         mixture: how.
-        tensors: x, f(x) for an absorbed activation f, w, s, the weight's mask, a, b, and the input's mask; None for
-            what is not there.
+        tensors: x, f(x) for an absorbed activation f, w, s, the weight's mask as bits, a, b, and the input's mask; None
+            for what is not there.
     """
     if not torch.compiler.is_compiling():
         return kernels.apply(_MixedProduct, mixture, *tensors)  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from .. import kernels
 from ..kernels import training
 from ..kernels.training import ABOVE, BOTH, EVERY, FROZEN, INSIDE, PASSING, UNFROZEN
+from .mask_bits import mask_as
 from .surrogates import Rule, Surrogate
 
 Edge = float | Tensor | None
@@ -109,30 +110,31 @@ def _masked_sum(values: Tensor, mask: Tensor, shape: torch.Size) -> Tensor:
 class _MixWeight(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogate: Surrogate
+        ctx: Any, weight: Tensor, scale: Tensor, bits: Tensor, clip: Edge, surrogate: Surrogate
     ) -> Tensor:
         low, high = (None if clip is None else -clip), clip
         in_graph = isinstance(clip, Tensor)
-        ctx.save_for_backward(weight, scale, mask, *((low, high) if in_graph else ()))
+        ctx.save_for_backward(weight, scale, bits, *((low, high) if in_graph else ()))
         ctx.edges, ctx.surrogate = None if in_graph else (low, high), surrogate
-        mixed = None if in_graph else training.mix(weight, None, scale, None, mask, _numbers(low, high))
+        mixed = None if in_graph else training.mix(weight, None, scale, None, bits, _numbers(low, high))
         if mixed is not None:
             return mixed[0]
         levels = hard(weight).mul_(scale)
-        return torch.lerp(soft(weight, low, high), levels, mask.to(levels.dtype), **_into(levels))
+        mask = mask_as(levels.dtype, bits, weight.shape)
+        return torch.lerp(soft(weight, low, high), levels, mask, **_into(levels))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, scale, mask, *edges = ctx.saved_tensors
+        weight, scale, bits, *edges = ctx.saved_tensors
         edges = edges if ctx.edges is None else ctx.edges
         grad_weight = grad_scale = None
         if not isinstance(edges[0], Tensor):
-            made = _fast_weight_backward(grad, weight, mask, edges, ctx.surrogate.weight, *ctx.needs_input_grad[:2])
+            made = _fast_weight_backward(grad, weight, bits, edges, ctx.surrogate.weight, *ctx.needs_input_grad[:2])
             if made is not None:
                 terms = made[1]
                 return made[0], None if terms is None else terms.sum_to_size(scale.shape), None, None, None
-        mask = mask.to(weight.dtype)
+        mask = mask_as(weight.dtype, bits, weight.shape)
         if ctx.needs_input_grad[0]:
             clipped = inside(grad, weight, *edges)
             passed = None
@@ -146,7 +148,7 @@ class _MixWeight(torch.autograd.Function):
 
 
 def _fast_weight_backward(
-    grad: Tensor, weight: Tensor, mask: Tensor, edges: Any, known: Any, wants_weight: bool, wants_scale: bool
+    grad: Tensor, weight: Tensor, bits: Tensor, edges: Any, known: Any, wants_weight: bool, wants_scale: bool
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """The weight's gradient and M * g * sign(w) in compiled C; None where plain torch is to do it."""
     if known is None and wants_weight:
@@ -154,7 +156,7 @@ def _fast_weight_backward(
     clip = None if edges[0] is None else edges
     passes_all = clip is None and known is not Rule.NOTHING
     rule = {Rule.NOTHING: UNFROZEN, Rule.INSIDE: EVERY}.get(known, BOTH) if wants_weight and not passes_all else None
-    made = training.mix_weight_backward(grad, weight, mask, clip, rule, wants_scale)
+    made = training.mix_weight_backward(grad, weight, bits, clip, rule, wants_scale)
     return (grad, made[1]) if made is not None and wants_weight and passes_all else made
 
 
@@ -163,7 +165,7 @@ def _numbers(low: Any, high: Any) -> tuple[float, float]:
     return (-math.inf, math.inf) if low is None else (low, high)
 
 
-def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogate: Surrogate) -> Tensor:
+def mix_weight(weight: Tensor, scale: Tensor, bits: Tensor, clip: Edge, surrogate: Surrogate) -> Tensor:
     """Weight of a stage in transition: frozen entries binary, the others real.
 
     Forward:  w' = M * s * sign(w) + (1 - M) * clip(w, -c, c)
@@ -175,11 +177,11 @@ def mix_weight(weight: Tensor, scale: Tensor, mask: Tensor, clip: Edge, surrogat
     Args:
         weight: latent weight, any shape, float.
         scale: s, broadcastable to `weight` ((out, 1) for a linear layer), float.
-        mask: M, shape of `weight`, booleans: a byte an entry is kept for the backward pass.
+        bits: M, one an entry of `weight`, as bits: see `mask_bits.pack_mask`.
         clip: c, or None for no clip.
         surrogate: what frozen entries pass back.
     """
-    return kernels.apply(_MixWeight, weight, scale, mask.bool(), clip, surrogate)
+    return kernels.apply(_MixWeight, weight, scale, bits, clip, surrogate)
 
 
 class _MixActivation(torch.autograd.Function):

@@ -19,18 +19,28 @@ def pack_signs(u: Tensor) -> Tensor:
     """
     if u.is_meta:  # the skeleton of a checkpoint: there is a shape, and nothing to compute
         return torch.empty((*u.shape[:-1], -(-u.shape[-1] // 8)), dtype=torch.uint8, device=u.device)
-    ones = F.pad((u.detach() >= 0).view(torch.uint8), (0, -u.shape[-1] % 8))
-    places = torch.arange(8, dtype=torch.uint8, device=u.device)
-    return (ones.unflatten(-1, (ones.shape[-1] // 8, 8)) << places).sum(-1, dtype=torch.uint8)
+    return pack_bits(u.detach() >= 0)
 
 
 def unpack_signs(bits: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """The inverse of `pack_signs`: +1 and -1, contiguous, (..., count) from uint8 (..., ceil(count / 8))."""
+    return unpack_bits(bits, count, dtype, -1.0)
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """Booleans (..., n) as bits, in the layout of `pack_signs`, where a bit is 1 for true."""
+    ones = F.pad(flags.view(torch.uint8), (0, -flags.shape[-1] % 8))
+    values = 2 ** torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (ones.unflatten(-1, (ones.shape[-1] // 8, 8)) * values).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, count: int, dtype: torch.dtype, zero: float) -> Tensor:
+    """Numbers, 1 where a bit is 1 and `zero` where it is 0, contiguous, (..., count)."""
     if kernels.is_exported():  # shifts are no core operators
         ones = torch.stack([(bits & 2**place) > 0 for place in range(8)], -1)
-        return torch.where(ones.flatten(-2)[..., :count], 1.0, -1.0).to(dtype)
+        return torch.where(ones.flatten(-2)[..., :count], 1.0, zero).to(dtype)
     places, bytes_ = torch.arange(8, device=bits.device), torch.arange(256, device=bits.device)
-    table = ((bytes_[:, None] >> places) & 1).to(dtype).mul_(2.0).sub_(1.0)  # the 8 signs of each byte
+    table = torch.where(((bytes_[:, None] >> places) & 1) > 0, 1.0, zero).to(dtype)  # the 8 numbers of each byte
     return F.embedding(bits.int(), table).flatten(-2)[..., :count].contiguous()
 
 

@@ -32,7 +32,7 @@ from .stage_member import FROZEN, PENDING
 from .weight_guard import KeptWeight
 
 _OWN_ATTRIBUTES = (
-    *("stompp_config", "place", "freezing", "observer", "_draws", "_seen", "weight_mask", "activation_mask"),
+    *("stompp_config", "place", "freezing", "observer", "_draws", "_seen", "weight_mask_bits", "activation_mask"),
     *("input_producer", "absorbed", "sample_shape", "weight_edge", "input_edges"),
 )
 
@@ -122,7 +122,7 @@ class BinaryLayer(KeptWeight, LayerState):
     # ---- state, set by Progression ----
 
     def masked_tensors(self) -> dict[str, torch.Size]:
-        """Shapes of the masks that a transition needs, by the attribute that holds them."""
+        """Shapes of the masks that a transition needs, by their names."""
         shapes = {"weight_mask": self.weight.shape}
         if self.stompp_config.binary_activations:
             element = self.stompp_config.activation_mask == "element" and self.sample_shape is not None
@@ -185,7 +185,7 @@ class BinaryLayer(KeptWeight, LayerState):
 
     def _in_transition(self, x: Tensor) -> Tensor:
         real = mask = None
-        weight_mask = _mask(self.weight_mask)
+        weight_mask_bits = _mask(self.weight_mask_bits)
         if self.activation_scale is None:
             x = self._activated(x)
         else:
@@ -203,7 +203,8 @@ class BinaryLayer(KeptWeight, LayerState):
             self._weight_shaped,
         )
         weight_scale, *of_input = self._values_for(x)
-        return self._add_bias(mixed_product(mixture, x, real, self.weight, weight_scale, weight_mask, *of_input, mask))
+        tensors = (x, real, self.weight, weight_scale, weight_mask_bits, *of_input, mask)
+        return self._add_bias(mixed_product(mixture, *tensors))
 
     def _learnt_scale(self) -> Tensor:
         """s, with its gradient in the units that were chosen."""

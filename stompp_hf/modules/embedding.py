@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .. import kernels
 from ..config import StoMPPConfig
 from ..method.layer_product import LinearProduct
+from ..method.mask_bits import rows_of_mask
 from ..method.mixing import hard, mix_weight, through_weight
 from ..method.surrogates import Rule, Surrogate
 from ..method.weight_scales import is_grouped, spread
@@ -108,12 +109,12 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
         return rows if clip is None else F.hardtanh(rows, -clip, clip)
 
     def _in_transition(self, x: Tensor) -> Tensor:
-        if self.weight_mask is None:
+        if self.weight_mask_bits is None:
             raise RuntimeError("an embedding in transition has no mask; its state is set by Progression.step(step)")
         return mix_weight(
             F.embedding(x, self.weight, self.padding_idx),
             self._scales_of(x),
-            self.weight_mask[x],
+            rows_of_mask(self.weight_mask_bits, self.weight.shape, x),
             self._edges_now()[2],
             self.surrogate,
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..integrations.sharding import assign, whole
 from ..method.layer_product import Product
+from ..method.mask_bits import pack_mask, unpack_mask
 from ..method.weight_scales import mean_sizes, over_weight, scale_shape
 from .calibration import NO_EDGE, ActivationValues, Observer, activation_values, unseen_values
 from .stage_member import Member
@@ -39,6 +40,7 @@ class LayerState(Member):
 
     own_names: ClassVar[tuple[str, ...]] = OWN_TENSORS
     mask_names = ("weight_mask", "activation_mask")
+    masks_in_bits = ("weight_mask",)
     edge_names = ("weight_clip", "activation_low", "activation_high")
 
     weight: Tensor
@@ -54,7 +56,7 @@ class LayerState(Member):
     input_producer: str | None
     absorbed: str | None
     sample_shape: tuple[int, ...] | None
-    weight_mask: Tensor | None
+    weight_mask_bits: Tensor | None
     activation_mask: Tensor | None
     weight_edge: float | None
     input_edges: tuple[float | None, float | None]
@@ -62,6 +64,16 @@ class LayerState(Member):
     @property
     def like(self) -> Tensor:
         return self.weight
+
+    @property
+    def weight_mask(self) -> Tensor | None:
+        """Which entries of its weight are frozen, as booleans that are made of bits, so ask once; or None."""
+        bits = self.weight_mask_bits
+        return None if bits is None else unpack_mask(bits, self.weight.shape)
+
+    @weight_mask.setter
+    def weight_mask(self, mask: Tensor | None) -> None:
+        self.weight_mask_bits = None if mask is None else pack_mask(mask)
 
     @property
     def latent(self) -> Tensor | None:

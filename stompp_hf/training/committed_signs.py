@@ -81,8 +81,9 @@ class CommittedSigns:
 
 def _counts(layer: BinaryLayer) -> tuple[Tensor, Tensor]:
     signs = local(layer.weight) >= 0
-    if layer.weight_mask is not None:
-        signs &= part_for(layer.weight_mask, layer.weight) != 0
+    mask = layer.weight_mask
+    if mask is not None:
+        signs &= part_for(mask, layer.weight)
     ones = signs.flatten(1).view(torch.uint8)
     return ones.sum(1, dtype=torch.int32), ones.sum(0, dtype=torch.int32)
 

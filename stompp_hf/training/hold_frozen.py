@@ -62,24 +62,22 @@ def hold_frozen(optimizer: Any, layers: list[BinaryLayer], step: Callable[[], in
     """
 
     def keep(own: set[int]) -> list[Any]:
-        kept: list[tuple[BinaryLayer, Tensor, Tensor | None]] = []
+        kept: list[tuple[BinaryLayer, Tensor]] = []
         for layer in layers:
             if id(layer.weight) not in own or (state := layer.stage_state) == PENDING:
                 continue
-            mask = None
             if state == FROZEN:
                 layer.weight.grad = None
-            elif layer.weight_mask is None:
+            elif layer.weight_mask_bits is None:
                 continue
-            else:
-                mask = part_for(layer.weight_mask, layer.weight)
-            kept.append((layer, local(layer.weight).clone(), mask))
+            kept.append((layer, local(layer.weight).clone()))
         return kept
 
     def put_back(kept: list[Any]) -> None:
-        for layer, value, mask in kept:
+        for layer, value in kept:
             now = local(layer.weight.data)  # data: the same values are no new version, by which signs are packed anew
-            now.copy_(value if mask is None else torch.where(mask != 0, value, now))
+            mask = layer.weight_mask
+            now.copy_(value if mask is None else torch.where(part_for(mask, layer.weight), value, now))
 
     return around_steps(optimizer, step, keep, put_back)
 

@@ -160,11 +160,12 @@ def blocked_unfrozen(model: nn.Module, flow: Flow | None = None) -> float:
     for name, layer in binary_layers(model).items():
         if layer.stage_state == FROZEN:
             continue
-        if layer.weight_mask is None:
+        mask = layer.weight_mask
+        if mask is None:
             waiting += layer.weight_count
             blocked += flow[name].blocked * layer.weight_count
             continue
-        free, grad = layer.weight_mask == 0, layer.weight.grad
+        free, grad = ~mask, layer.weight.grad
         partly.append(torch.count_nonzero(free))
         partly.append(partly[-1] if grad is None else torch.count_nonzero(free & (whole(grad) == 0)))
     numbers = _numbers(partly)
@@ -245,7 +246,7 @@ def _outside(values: Tensor, edges: tuple[float, float], mask: Tensor | None) ->
     outside = (values < edges[0]) | (values > edges[1])
     if mask is None:
         return [torch.count_nonzero(outside), outside.new_full((), outside.numel(), dtype=torch.int64)]
-    free = mask == 0
+    free = ~mask
     return [torch.count_nonzero(outside & free), torch.count_nonzero(free)]
 
 

@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define STOMPP_VERSION 9 /* to be raised with every change of a function that Python calls */
+#define STOMPP_VERSION 10 /* to be raised with every change of a function that Python calls */
 #define LANES 64
 #define VECTOR 16  /* lanes come in multiples of it */
 #define ROW_BLOCK 48 /* rows of results that are held at a time: 12 KiB */

@@ -44,10 +44,19 @@ static void fill(float value, int64_t count, float *to) {
 
 static float without_plus_zero(float b) { return -(0.0f - b); }
 
+/* Bits [first, first + count) as numbers, 0 or 1, in a buffer of PIECE + 7; where they begin there. */
+static const float *bits_as_numbers(const uint8_t *bits, int64_t first, int64_t count, float *buffer) {
+    int64_t before = first % 8, all = before + count;
+    stompp_backend()->unpack_row(bits + first / 8, all, buffer);
+    for (int64_t i = 0; i < all; i++)
+        buffer[i] = 0.5f * buffer[i] + 0.5f;
+    return buffer + before;
+}
+
 static void one_piece(void *context, int64_t index, int slot) {
     const Passing *job = context;
     const Mixing *self = job->mixing;
-    float threshold[PIECE], scale[PIECE], mask[PIECE];
+    float threshold[PIECE], scale[PIECE], mask[PIECE + 7];
     int64_t row = index / job->pieces, start = index % job->pieces * PIECE;
     int64_t count = smaller(PIECE, job->length - start), across = self->inner == 1;
     int64_t feature = across ? start : row % self->features;
@@ -65,11 +74,12 @@ static void one_piece(void *context, int64_t index, int slot) {
         at.scale = self->scale + feature;
     else if (self->scale)
         fill(self->scale[feature * self->scale_step], count, scale);
-    if (self->mask && (self->mask_of_entries || across)) {
-        const uint8_t *own = self->mask + (self->mask_of_entries ? at.first : feature);
+    if (self->mask && self->mask_of_entries)
+        at.mask = bits_as_numbers(self->mask, at.first, count, mask);
+    else if (self->mask && across)
         for (int64_t i = 0; i < count; i++)
-            mask[i] = (float)own[i];
-    } else if (self->mask)
+            mask[i] = (float)self->mask[feature + i];
+    else if (self->mask)
         fill((float)self->mask[feature], count, mask);
     job->pass(&at, self);
 }

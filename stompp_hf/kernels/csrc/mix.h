@@ -1,7 +1,8 @@
 /* The masked mix: what its calls take.
  *
- * A tensor is (outer, features, inner). A threshold is one a feature; a scale one a feature or a single one; a mask, of
- * bytes that are 0 or 1, one a feature or one an entry. Pointers to what is not there, or not wanted, are NULL.
+ * A tensor is (outer, features, inner). A threshold is one a feature; a scale one a feature or a single one; a mask one
+ * a feature, as bytes that are 0 or 1, or, with mask_of_entries, one an entry, as bits: entry i is bit i % 8 of byte
+ * i / 8. Pointers to what is not there, or not wanted, are NULL.
  */
 #ifndef STOMPP_MIX_H
 #define STOMPP_MIX_H
