@@ -18,7 +18,7 @@ from ..errors import KernelError
 
 MODE, LIMIT = "STOMPP_KERNELS", "STOMPP_KERNELS_CPU"
 MODES, LIMITS = ("auto", "torch", "c", "triton"), ("", "portable", "avx2", "avx512", "neon")
-VERSION = 9
+VERSION = 10
 """STOMPP_VERSION of the sources that these calls belong to."""
 BUILD = "pip install --force-reinstall --no-deps --no-cache-dir stompp-hf (in a checkout: pip install -e .)"
 
@@ -48,6 +48,8 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "stompp_unpack": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "stompp_tap_words": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "stompp_pack": (None, (c_void_p, c_int64, c_int64, c_int, c_void_p, c_int)),
+    "stompp_attention_scores": (c_int, (c_void_p, c_int)),
+    "stompp_attention_values": (c_int, (c_void_p, c_int)),
     "stompp_mix": (None, (c_void_p, c_int)),
     "stompp_mix_backward": (None, (c_void_p, c_int)),
     "stompp_mix_weight_backward": (None, (c_void_p, c_int)),

@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define STOMPP_VERSION 9 /* to be raised with every change of a function that Python calls */
+#define STOMPP_VERSION 10 /* to be raised with every change of a function that Python calls */
 #define LANES 64
 #define VECTOR 16  /* lanes come in multiples of it */
 #define ROW_BLOCK 48 /* rows of results that are held at a time: 12 KiB */
@@ -65,6 +65,15 @@ typedef struct {
     void (*lane_rows)(const float *x, int64_t K, const uint8_t *bits, int64_t rows, float *z);
     /* -1 and 1 for the first `count` bits of a row. */
     void (*unpack_row)(const uint8_t *bits, int64_t count, float *signs);
+    /* One word for each of `count` columns, bit i the sign of row i of `rows` <= 32, `stride` numbers apart, less the
+     * column's b, which may be NULL. */
+    void (*sign_columns)(const float *x, int64_t stride, const float *b, int64_t rows, int64_t count, uint32_t *words);
+    /* Words of the numbers that are at least `least`, without those whose byte of `excluded` is 1, which may be NULL. */
+    void (*select_row)(const float *x, float least, const uint8_t *excluded, int64_t count, uint32_t *words);
+    /* y = z * scale * scaling + added[0] + added[1], or the lowest number where excluded; each of the last may be
+     * NULL. Rounded after each operation. */
+    void (*score_row)(const int32_t *z, float scale, float scaling, const float *const added[2],
+                      const uint8_t *excluded, int64_t count, float *y);
 } Backend;
 
 extern const Backend stompp_portable;
@@ -84,6 +93,20 @@ typedef struct {
     int64_t in[3], out[3], kernel[3], stride[3], before[3], dilation[3]; /* before: padding in front of the input */
     int64_t pad; /* what stands around the input: -1, 0 or 1 */
 } Shape;
+
+/* One product inside attention: of `left` (batch, heads, groups, queries, inner) and `right` (batch, heads, 1, keys,
+ * size); inner is size for scores, and keys for values. Strides are those of all dimensions but the last, whose is 1,
+ * in numbers; 0 repeats. Of thresholds and scale, one row (number) belongs to a head, right_threshold's to a key head;
+ * left_threshold has rows of `size` numbers for scores, and of one for values. What may be NULL: right_threshold, for
+ * scores left_threshold, added, excluded (bytes of 0 and 1). Values have nothing added and no scaling, scores no least. */
+typedef struct {
+    const float *left, *right, *left_threshold, *right_threshold, *scale, *added[2];
+    const uint8_t *excluded;
+    float *y;
+    int64_t batch, heads, groups, queries, keys, size;
+    int64_t left_strides[4], right_strides[4], added_strides[2][4], excluded_strides[4], y_strides[4];
+    float scaling, least;
+} AttentionProduct;
 
 static inline int64_t volume(const int64_t size[3]) { return size[0] * size[1] * size[2]; }
 
