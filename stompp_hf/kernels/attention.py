@@ -1,136 +1,139 @@
-"""Calls of the compiled part for the two products inside attention, bit for bit what plain torch gives.
+"""The calls of the compiled part that are attention: both products from bits, and torch's softmax between them.
 
-What is no float32 on a CPU, wants a gradient or is watched (`choosing.route`) gives None.
+Bit for bit what plain torch gives, but for the sign of a zero. Scores are made and used up a few rows at a time.
 """
 
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from .choosing import EXACT, choice, trains_with
+from .choosing import DTYPES, EXACT, Route, choice, route
 
-_Strides = c_int64 * 4
+ROWS = 48
+"""ROW_BLOCK of kernels.h: rows of a block."""
+SCORES = 2**17
+"""Scores that a thread makes at a time, at least those of one block: they and their probabilities stay in its cache."""
 
 
-class _Product(ctypes.Structure):
-    """AttentionProduct of kernels.h."""
+class _Attention(ctypes.Structure):
+    """Attention of kernels.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("left", "right", "left_threshold", "right_threshold", "scale")),
+        *((name, c_void_p) for name in ("query", "key", "value")),
+        *((f"{name}_threshold", c_void_p) for name in ("query", "key", "value", "probability")),
+        *((name, c_void_p) for name in ("score_scale", "value_scale")),
         ("added", c_void_p * 2),
-        *((name, c_void_p) for name in ("excluded", "y")),
-        *((name, c_int64) for name in ("batch", "heads", "groups", "queries", "keys", "size")),
-        *((name, _Strides) for name in ("left_strides", "right_strides")),
-        ("added_strides", _Strides * 2),
-        *((name, _Strides) for name in ("excluded_strides", "y_strides")),
+        *((name, c_void_p) for name in ("excluded", "y", "panels")),
+        *((name, c_int64) for name in ("samples", "groups", "heads", "queries", "keys", "size", "value_size")),
+        ("query_strides", c_int64 * 4),
+        *((f"{name}_strides", c_int64 * 3) for name in ("key", "value")),
+        ("added_strides", c_int64 * 4 * 2),
+        ("excluded_strides", c_int64 * 4),
         *((name, c_float) for name in ("scaling", "least")),
     )
 
 
-def scores(
-    query: Tensor, key: Tensor, query_threshold: Tensor | None, key_threshold: Tensor | None, scale: Tensor,
-    scaling: float, added: Sequence[Tensor] = (), excluded: Tensor | None = None,
-) -> Tensor | None:  # fmt: skip
-    """y = (sign(q - b) @ sign(k - c).T) * scale * scaling + added, and the lowest number where an entry is excluded.
+def attention(
+    operands: Sequence[Tensor], scales: Sequence[Tensor], thresholds: Sequence[Tensor | None], scaling: float,
+    least: float, added: Sequence[Tensor] = (), excluded: Tensor | None = None, whole: bool = False,
+) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+    """y = p' @ v', p' of p = softmax(q' @ k'.T * scaling + added); and p, if it is wanted.
 
-    None where plain torch is to do it.
-
-    Args:
-        query: (batch, key heads, groups, queries, size).
-        key: (batch, key heads, 1, keys, size).
-        query_threshold: b, one a feature of each head, (key heads, groups, 1, size), or None for 0.
-        key_threshold: c, (key heads, 1, 1, size), or None for 0.
-        scale: one a head, (key heads, groups, 1, 1).
-        scaling: a number more, the same for all.
-        added: at most two tensors that broadcast to y, one added after the other.
-        excluded: booleans that broadcast to y, (batch, key heads, groups, queries, keys).
-    """
-    thresholds, size = (query_threshold, key_threshold), query.shape[-1]
-    if not _takes(query, key, *thresholds, scale, *added, excluded=excluded) or len(added) > 2 or size >= EXACT:
-        return None
-    y = query.new_empty((*query.shape[:-1], key.shape[-2]))
-    call, kept = _call(query, key, thresholds, scale, y, excluded)
-    for index, tensor in enumerate(added):
-        own = _whole_rows(tensor.expand(y.shape))
-        kept.append(own)
-        call.added[index], call.added_strides[index] = own.data_ptr(), _strides(own)
-    call.size, call.scaling = size, scaling
-    _run("stompp_attention_scores", call, query)
-    return y
-
-
-def values(
-    probability: Tensor, value: Tensor, probability_threshold: Tensor, value_threshold: Tensor | None, scale: Tensor,
-    least: float, excluded: Tensor | None = None,
-) -> Tensor | None:  # fmt: skip
-    """y = (p' @ sign(v - c)) * scale, p' = 1 + sign(p - b), and 0 where p < least or an entry is excluded.
-
-    None where plain torch is to do it. A NaN in p is 0.
+    None where plain torch is to do it: see `choosing.route`. q' = a sign(q - b), and so k' and v'; p' = a (1 +
+    sign(p - b)), but 0 where p < least, p is NaN or an entry is excluded. Scales come after the products.
 
     Args:
-        probability: (batch, key heads, groups, queries, keys).
-        value: (batch, key heads, 1, keys, size).
-        probability_threshold: b, one a head, (key heads, groups, 1, 1).
-        value_threshold: c, one a feature of each key head, (key heads, 1, 1, size), or None for 0.
-        scale: one a head, (key heads, groups, 1, 1).
+        operands: q (batch, heads, queries, size), k and v (batch, key heads, keys, size or value size).
+        scales: a of q, k, v and p, one a head.
+        thresholds: b of these, (heads, size) or None for 0; of p (heads,).
+        scaling: of the scores.
         least: the smallest p that is not nothing.
-        excluded: as for `scores`.
+        added: at most two tensors that broadcast to the scores, (batch, key heads, heads for each of them, queries,
+            keys), and are added one after the other.
+        excluded: booleans that broadcast to the scores.
+        whole: whether p is wanted.
 
     Returns:
-        y as (batch, queries, heads, size), contiguous.
+        y (batch, queries, heads, value size), contiguous; p as the scores, or None. Both are float32.
+
+    Raises:
+        KernelError: there is no memory.
     """
-    thresholds, size = (probability_threshold, value_threshold), value.shape[-1]
-    if not _takes(probability, value, *thresholds, scale, excluded=excluded) or value.shape[-2] >= EXACT:
+    if not _takes(operands, (*scales, *thresholds, *added), excluded) or len(added) > 2:
         return None
-    batch, heads, groups, queries, _ = probability.shape
-    y = probability.new_empty((batch, queries, heads * groups, size))
-    call, _ = kept = _call(
-        probability, value, thresholds, scale, y.view(batch, queries, heads, groups, size).permute(0, 2, 3, 1, 4), excluded
-    )
-    call.size, call.least = size, least
-    _run("stompp_attention_values", call, probability)
-    del kept
-    return y
-
-
-def _takes(left: Tensor, right: Tensor, *others: Tensor | None, excluded: Tensor | None) -> bool:
-    return trains_with(left, right, *others, mask=excluded) and right.numel() > 0
-
-
-def _call(
-    left: Tensor, right: Tensor, thresholds: tuple[Tensor | None, Tensor | None], scale: Tensor, y: Tensor,
-    excluded: Tensor | None,
-) -> tuple[_Product, list[Tensor | None]]:  # fmt: skip
-    """What is called, and the tensors that have to live as long."""
-    left, right = _whole_rows(left), _whole_rows(right)
-    first, second = (None if t is None else t.contiguous() for t in thresholds)
-    scale = scale.contiguous()
-    hidden = None if excluded is None else _whole_rows(excluded.expand(*left.shape[:-1], right.shape[-2]))
-    call = _Product(
-        left=left.data_ptr(), right=right.data_ptr(), scale=scale.data_ptr(), y=y.data_ptr(),
-        left_threshold=None if first is None else first.data_ptr(),
-        right_threshold=None if second is None else second.data_ptr(),
-        batch=left.shape[0], heads=left.shape[1], groups=left.shape[2], queries=left.shape[3], keys=right.shape[-2],
-        left_strides=_strides(left), right_strides=_strides(right), y_strides=_strides(y),
+    query, key, value = (_in_rows(x) for x in operands)
+    limits = [None if t is None else t.to(torch.float32).contiguous() for t in thresholds]
+    own = [scale.to(torch.float32) for scale in scales]
+    samples, heads, queries, size = query.shape
+    groups, keys, value_size = value.shape[1:]
+    shape = (samples, groups, heads // groups, queries, keys)
+    products = [
+        (left.view(groups, -1) * right[:, None]).contiguous() for left, right in ((own[0], own[1]), (own[3], own[2]))
+    ]
+    beside = [_in_rows(x.expand(shape)) for x in added]
+    hidden = None if excluded is None else _side_by_side(excluded.expand(shape))
+    y = query.new_empty((samples, queries, heads, value_size))
+    call = _Attention(
+        *map(_address, (query, key, value, *limits, *products)), tuple(map(_address, beside)), _address(hidden),
+        y.data_ptr(), None, *shape, size, value_size,
+        (query.stride(0), shape[2] * query.stride(1), query.stride(1), query.stride(2)),
+        key.stride()[:3], value.stride()[:3], tuple(x.stride()[:4] for x in beside),
+        () if hidden is None else hidden.stride()[:4], scaling, least,
     )  # fmt: skip
-    if hidden is not None:
-        call.excluded, call.excluded_strides = hidden.data_ptr(), _strides(hidden)
-    return call, [left, right, first, second, scale, hidden]
+    return y, _run(call, query, whole)
 
 
-def _whole_rows(x: Tensor) -> Tensor:
-    """The same numbers, side by side in the last dimension."""
+def _run(call: _Attention, query: Tensor, whole: bool) -> Tensor | None:
+    """Make panels, and then scores, probabilities and outputs block by block; all probabilities, if they are wanted."""
+    native: Any = choice().native
+    address, threads = ctypes.byref(call), torch.get_num_threads()
+    panels = query.new_empty(native.stompp_attention_panels(address), dtype=torch.uint8)
+    call.panels = panels.data_ptr()
+    _succeed(native.stompp_attention_pack(address, threads), query)
+    groups, rows = call.samples * call.groups, call.heads * call.queries
+    blocks = -(-rows // ROWS)
+    most = blocks * groups if whole else max(1, threads * SCORES // (ROWS * call.keys))
+
+    def rows_before(block: int) -> int:
+        return block // blocks * rows + block % blocks * ROWS
+
+    for first in range(0, blocks * groups, most):
+        count = min(most, blocks * groups - first)
+        scores = query.new_empty((rows_before(first + count) - rows_before(first), call.keys))
+        _succeed(native.stompp_attention_scores(address, first, count, scores.data_ptr(), threads), query)
+        p = scores.softmax(-1)
+        _succeed(native.stompp_attention_values(address, first, count, p.data_ptr(), threads), query)
+    return p.view(call.samples, call.groups, call.heads, call.queries, call.keys) if whole else None
+
+
+def _takes(operands: Sequence[Tensor], others: Sequence[Tensor | None], excluded: Tensor | None) -> bool:
+    query, key, value = operands
+    return (
+        key.numel() > 0 and value.numel() > 0 and max(query.shape[-1], key.shape[-2]) < EXACT
+        and all(t is None or t.dtype in DTYPES for t in (key, value, *others))
+        and (excluded is None or excluded.dtype is torch.bool)
+        and route(query, key, value, *others, excluded) is Route.NATIVE
+    )  # fmt: skip
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """The same numbers, as float32, side by side in the last dimension."""
+    return _side_by_side(x.to(torch.float32))
+
+
+def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor) -> ctypes.Array[c_int64]:
-    return _Strides(*x.stride()[:4])
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
-def _run(name: str, call: _Product, x: Tensor) -> None:
-    if getattr(choice().native, name)(ctypes.byref(call), torch.get_num_threads()):
-        raise KernelError(f"{name}: no memory for an input of shape {tuple(x.shape)}; use a smaller batch.")
+def _succeed(status: int, query: Tensor) -> None:
+    if status:
+        raise KernelError(f"attention: no memory for queries of shape {tuple(query.shape)}; use a smaller batch.")

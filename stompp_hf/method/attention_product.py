@@ -139,25 +139,3 @@ def binary_matmul(left: Operand, right: Operand, surrogate: Surrogate, factor: T
     """
     tensors = (left.u, right.u, left.scale, right.scale, left.threshold, right.threshold, factor)
     return kernels.apply(_BinaryMatmul, *tensors, left.offset, (left.edges, right.edges), surrogate, left.width)
-
-
-def binary_scores(
-    query: Operand, key: Operand, scaling: float, added: list[Tensor], excluded: Tensor | None
-) -> Tensor | None:
-    """What `binary_matmul` gives of q and k^T, times `scaling`, with all that is done to scores; in one pass.
-
-    Forward:  y = (sign(q - b) @ sign(k - c)^T) * (a_q * a_k) * scaling + added; the lowest number where excluded
-    None where plain torch is to do it; see `kernels.attention`.
-    """
-    of = (query.u, key.u, query.threshold, key.threshold)
-    return kernels.attention.scores(*of, query.scale * key.scale, scaling, added, excluded)
-
-
-def binary_values(weights: Operand, value: Operand, least: float, excluded: Tensor | None) -> Tensor | None:
-    """What `binary_matmul` gives of p and v, whose factor is 0 where p < least or excluded, else 1.
-
-    Forward:  y = ((1 + sign(p - b)) * factor @ sign(v - c)) * (a_p * a_v), as (batch, queries, heads, size)
-    None where plain torch is to do it; see `kernels.attention`.
-    """
-    of = (weights.u, value.u, weights.threshold, value.threshold)
-    return kernels.attention.values(*of, weights.scale * value.scale, least, excluded)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import kernels
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
 from ..integrations.sharding import assign
 from ..integrations.transformers import mark_initialized
-from ..method.attention_product import Edges, Operand, binary_matmul, binary_scores, binary_values
+from ..method.attention_product import Edges, Operand, binary_matmul
 from .calibration import MAX_ROWS, NO_EDGE, Observer, activation_values
 from .layer_state import finite_edge
 from .stage_member import FROZEN, PENDING, Member
@@ -254,27 +255,35 @@ class BinaryAttention(Member, nn.Module):
             return self._attend(query, key, value, call)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self._operands(query, key, value)
-        size, scaling = torch.Size((*q.u.shape[:-1], k.u.shape[-2])), _scaling(query, call)
-        added, excluded = beside(size, call, query.device)
-        frozen, y = self.freezing.stage == FROZEN, None
-        scores = binary_scores(q, k, scaling, added, excluded) if frozen else None
-        if scores is None:
-            scores = masked(self._product(q, k.transposed()) * scaling, added, excluded)
-        p = scores.softmax(-1)
-        weights = self._operand("probability", p)
-        if frozen and not call.dropout:
-            y = binary_values(weights, v, LEAST, excluded)
+        size = torch.Size((query.shape[0], self.key_heads, self.heads // self.key_heads, query.shape[2], key.shape[2]))
+        scaling, (added, excluded) = _scaling(query, call), beside(size, call, query.device)
+        y, p = self._by_kernel((query, key, value), call, scaling, added, excluded) or (None, None)
         if y is not None and not call.wants_weights:
             return y.to(query.dtype), None
+        q, k, v = self._operands(query, key, value)
+        if p is None:
+            p = masked(self._product(q, k.transposed()) * scaling, added, excluded).softmax(-1)
         factor = (p.detach() > NOTHING).to(p.dtype)
         factor = factor if excluded is None else factor.masked_fill_(excluded, 0.0)
         factor = F.dropout(factor, call.dropout)
+        weights = self._operand("probability", p)
         if y is None:
             y = self._product(weights, v, factor).flatten(1, 2).transpose(1, 2).contiguous()
         if not call.wants_weights:
             return y.to(query.dtype), None
         return y.to(query.dtype), (self._levels(weights) * factor).flatten(1, 2).to(query.dtype)
+
+    def _by_kernel(
+        self, operands: tuple[Tensor, Tensor, Tensor], call: Call, scaling: float, added: list[Tensor],
+        excluded: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+        """y and, for its weights, p, from bits; None where plain torch is to compute them."""
+        if self.freezing.stage != FROZEN or call.dropout:
+            return None
+        scales, thresholds = ([getattr(self, f"{site}_{what}") for site in SITES] for what in ("scale", "threshold"))
+        return kernels.attention.attention(
+            operands, scales, thresholds, scaling, LEAST, added, excluded, whole=call.wants_weights
+        )
 
     def _operands(self, *operands: Tensor) -> list[Operand]:
         """Queries, keys and values as (batch, key heads, groups, positions, size), in a dtype that sums exactly."""

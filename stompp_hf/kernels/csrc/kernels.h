@@ -94,19 +94,22 @@ typedef struct {
     int64_t pad; /* what stands around the input: -1, 0 or 1 */
 } Shape;
 
-/* One product inside attention: of `left` (batch, heads, groups, queries, inner) and `right` (batch, heads, 1, keys,
- * size); inner is size for scores, and keys for values. Strides are those of all dimensions but the last, whose is 1,
- * in numbers; 0 repeats. Of thresholds and scale, one row (number) belongs to a head, right_threshold's to a key head;
- * left_threshold has rows of `size` numbers for scores, and of one for values. What may be NULL: right_threshold, for
- * scores left_threshold, added, excluded (bytes of 0 and 1). Values have nothing added and no scaling, scores no least. */
+/* Attention of `samples`, each with `groups` of one key head and `heads` query heads; thresholds have a row a head, scales
+ * and probability_threshold a number. query (samples, groups, heads, queries, size), key (samples, groups, keys, size),
+ * value (samples, groups, keys, value_size), y (samples, queries, groups * heads, value_size) contiguous. added and
+ * excluded (bytes of 0 and 1): (samples, groups, heads, queries, keys). Strides are those of all dimensions but the
+ * last, whose is 1; 0 repeats. NULL may be: the first three thresholds, added, excluded. panels: as many bytes as
+ * stompp_attention_panels says. */
 typedef struct {
-    const float *left, *right, *left_threshold, *right_threshold, *scale, *added[2];
+    const float *query, *key, *value, *query_threshold, *key_threshold, *value_threshold, *probability_threshold;
+    const float *score_scale, *value_scale, *added[2];
     const uint8_t *excluded;
     float *y;
-    int64_t batch, heads, groups, queries, keys, size;
-    int64_t left_strides[4], right_strides[4], added_strides[2][4], excluded_strides[4], y_strides[4];
-    float scaling, least;
-} AttentionProduct;
+    uint32_t *panels;
+    int64_t samples, groups, heads, queries, keys, size, value_size;
+    int64_t query_strides[4], key_strides[3], value_strides[3], added_strides[2][4], excluded_strides[4];
+    float scaling, least; /* a probability below `least` is none */
+} Attention;
 
 static inline int64_t volume(const int64_t size[3]) { return size[0] * size[1] * size[2]; }
 
