@@ -70,12 +70,11 @@ static void pack_values(const Job *self, int64_t group, int64_t first, int64_t e
 
 static int64_t pieces_of(const Attention *own) { return (own->keys + KEYS_A_PIECE - 1) / KEYS_A_PIECE; }
 
-/* Groups side by side, and then pieces: keys of all heads may lie side by side in memory. */
 static void pack(void *context, int64_t index, int slot) {
     const Job *self = context;
     const Attention *own = self->own;
-    int64_t group = index / (own->groups * pieces_of(own)) * own->groups + index % own->groups;
-    int64_t first = index / own->groups % pieces_of(own) * KEYS_A_PIECE, end = smaller(first + KEYS_A_PIECE, own->keys);
+    int64_t group = index / pieces_of(own), first = index % pieces_of(own) * KEYS_A_PIECE;
+    int64_t end = smaller(first + KEYS_A_PIECE, own->keys);
     pack_keys(self, group, first, end, self->scratch + slot * self->share);
     pack_values(self, group, first, end);
 }
