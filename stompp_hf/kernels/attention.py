@@ -64,17 +64,20 @@ def attention(
     Raises:
         KernelError: there is no memory.
     """
-    if not _takes(operands, (*scales, *thresholds, *added), excluded) or len(added) > 2:
+    query, key, value = operands
+    (samples, heads, queries, size), (_, groups, keys, value_size) = query.shape, value.shape
+    shape = (samples, groups, heads // groups, queries, keys)
+    others = (*scales, *thresholds, *added)
+    if not _fits(operands, scales, thresholds, added, excluded, shape) or max(size, keys) >= EXACT or len(added) > 2:
+        return None
+    if any(t is not None and t.dtype not in DTYPES for t in (key, value, *others)):
+        return None
+    if route(query, key, value, *others, excluded) is not Route.NATIVE:
         return None
     query, key, value = (_in_rows(x) for x in operands)
     limits = [None if t is None else t.to(torch.float32).contiguous() for t in thresholds]
-    own = [scale.to(torch.float32) for scale in scales]
-    samples, heads, queries, size = query.shape
-    groups, keys, value_size = value.shape[1:]
-    shape = (samples, groups, heads // groups, queries, keys)
-    products = [
-        (left.view(groups, -1) * right[:, None]).contiguous() for left, right in ((own[0], own[1]), (own[3], own[2]))
-    ]
+    of_query, of_key, of_value, of_probability = (scale.to(torch.float32).view(groups, -1) for scale in scales)
+    products = [(of_query * of_key).contiguous(), (of_probability * of_value).contiguous()]
     beside = [_in_rows(x.expand(shape)) for x in added]
     hidden = None if excluded is None else _side_by_side(excluded.expand(shape))
     y = query.new_empty((samples, queries, heads, value_size))
@@ -111,14 +114,35 @@ def _run(call: _Attention, query: Tensor, whole: bool) -> Tensor | None:
     return p.view(call.samples, call.groups, call.heads, call.queries, call.keys) if whole else None
 
 
-def _takes(operands: Sequence[Tensor], others: Sequence[Tensor | None], excluded: Tensor | None) -> bool:
+def _fits(
+    operands: Sequence[Tensor], scales: Sequence[Tensor], thresholds: Sequence[Tensor | None],
+    added: Sequence[Tensor], excluded: Tensor | None, shape: tuple[int, ...],
+) -> bool:  # fmt: skip
+    """Whether sizes are what C takes on trust; if not, plain torch knows what to do with them, or what to say."""
     query, key, value = operands
+    samples, groups, each, queries, keys = shape
+    size, heads = query.shape[-1], (groups * each, groups, groups, groups * each)
+    features = (size, size, value.shape[-1], 1)
     return (
-        key.numel() > 0 and value.numel() > 0 and max(query.shape[-1], key.shape[-2]) < EXACT
-        and all(t is None or t.dtype in DTYPES for t in (key, value, *others))
-        and (excluded is None or excluded.dtype is torch.bool)
-        and route(query, key, value, *others, excluded) is Route.NATIVE
-    )  # fmt: skip
+        query.shape == (samples, groups * each, queries, size)
+        and key.shape == (samples, groups, keys, size)
+        and value.shape[0] == samples
+        and thresholds[-1] is not None
+        and min(key.numel(), value.numel()) > 0
+        and all(scale.numel() == own for scale, own in zip(scales, heads, strict=True))
+        and all(
+            t is None or t.numel() == own * count for t, own, count in zip(thresholds, heads, features, strict=True)
+        )
+        and all(_broadcasts(x, shape) for x in added)
+        and (excluded is None or (excluded.dtype is torch.bool and _broadcasts(excluded, shape)))
+    )
+
+
+def _broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether x has this shape when it is used with tensors that have it."""
+    return x.dim() <= len(shape) and all(
+        own in (1, wanted) for own, wanted in zip(reversed(x.shape), reversed(shape), strict=False)
+    )
 
 
 def _in_rows(x: Tensor) -> Tensor:

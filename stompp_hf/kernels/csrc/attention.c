@@ -43,12 +43,16 @@ static void pack_keys(const Job *self, int64_t group, int64_t first, int64_t end
     const float *b = own->key_threshold ? own->key_threshold + group % own->groups * own->size : 0;
     const float *keys = rows_at(own, own->key, own->key_strides, group);
     int64_t count = words_of(own->size);
-    for (int64_t key = first; key < (end + LANES - 1) / LANES * LANES; key++) {
-        uint32_t *lane = panels_at(own, group) + key / LANES * count * LANES + key % LANES;
-        if (key < end)
-            self->backend->sign_row(keys + key * own->key_strides[2], FLOAT32, b, own->size, words);
+    uint32_t *panel = panels_at(own, group) + first * count;
+    for (; first < end; first += LANES, panel += count * LANES) {
+        int64_t lanes = smaller(LANES, end - first);
+        for (int64_t lane = 0; lane < lanes; lane++) {
+            self->backend->sign_row(keys + (first + lane) * own->key_strides[2], FLOAT32, b, own->size, words);
+            for (int64_t word = 0; word < count; word++)
+                panel[word * LANES + lane] = words[word];
+        }
         for (int64_t word = 0; word < count; word++)
-            lane[word * LANES] = key < end ? words[word] : 0;
+            memset(panel + word * LANES + lanes, 0, (size_t)(LANES - lanes) * 4);
     }
 }
 

@@ -57,6 +57,7 @@ TARGET static inline uint32_t at_least_32(const float *x, float least) {
 }
 
 #include "common.inc"
+#include "attention.inc"
 
 /* 8 rows of 8 words become 8 words of 8 lanes. */
 TARGET static inline void transpose(__m256i v[8]) {

@@ -56,6 +56,7 @@ TARGET static inline uint32_t at_least_32(const float *x, float least) {
 }
 
 #include "common.inc"
+#include "attention.inc"
 
 /* 16 rows of 16 words become 16 words of 16 lanes. */
 TARGET static inline void transpose(__m512i v[16]) {

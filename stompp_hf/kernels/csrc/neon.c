@@ -67,6 +67,7 @@ static inline uint32_t at_least_32(const float *x, float least) {
 }
 
 #include "common.inc"
+#include "attention.inc"
 
 /* 4 rows of 4 words become 4 words of 4 lanes. */
 static inline void transpose(uint32x4_t v[4]) {

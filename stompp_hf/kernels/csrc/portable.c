@@ -8,6 +8,7 @@ static inline uint32_t signs_of_32(const float *x, const float *b);
 static inline uint32_t cuts_of_32(const float *x, const float *high, const float *low);
 static inline uint32_t at_least_32(const float *x, float least);
 #include "common.inc"
+#include "attention.inc"
 
 static inline uint32_t signs_of_32(const float *x, const float *b) { return signs_of(x, b, 32); }
 
