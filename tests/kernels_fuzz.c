@@ -20,6 +20,10 @@ int stompp_real_linear(const float *, const uint8_t *, const float *, int64_t, c
 int stompp_lane_linear(const float *, const uint8_t *, const float *, int64_t, const float *, int64_t, float *, int64_t,
                        int64_t, int64_t, int);
 void stompp_unpack(const uint8_t *, int64_t, int64_t, float *);
+int64_t stompp_attention_panels(const Attention *);
+int stompp_attention_pack(const Attention *, int);
+int stompp_attention_scores(const Attention *, int64_t, int64_t, float *, int);
+int stompp_attention_values(const Attention *, int64_t, int64_t, float *, int);
 void stompp_tap_words(const uint8_t *, int64_t, int64_t, int64_t, uint32_t *);
 
 static int64_t compared;
@@ -244,6 +248,102 @@ static void convolution(const char *limit) {
     free(x), free(b), free(s), free(t), free(y), free(expected), free(bits), free(weights);
 }
 
+/* ---- attention ---- */
+
+/* Strides of (samples, groups, heads, queries, last), as it lies or with queries before heads; some repeat one row. */
+static void strides_of(const int64_t sizes[4], int64_t last, int turned, int repeats, int64_t strides[4]) {
+    int64_t rows = turned ? sizes[1] * sizes[2] : 1;
+    strides[3] = last * rows;
+    strides[2] = turned ? last : sizes[3] * last;
+    strides[1] = sizes[2] * strides[2];
+    strides[0] = sizes[1] * sizes[2] * sizes[3] * last;
+    for (int d = 0; repeats && d < 4; d++)
+        if (below(2))
+            strides[d] = 0;
+}
+
+static int64_t at(const int64_t strides[4], int64_t sample, int64_t group, int64_t head, int64_t row) {
+    return sample * strides[0] + group * strides[1] + head * strides[2] + row * strides[3];
+}
+
+/* Scores and outputs of every row against the plainest sums, a few blocks at a time. */
+static void attention(const char *limit) {
+    Attention own = {.samples = 1 + below(2), .groups = 1 + below(3), .heads = 1 + below(3),
+                     .queries = 1 + below(below(2) ? 3 : 60), .keys = 1 + below(below(2) ? 40 : 400),
+                     .size = 1 + below(140), .value_size = 1 + below(140), .scaling = 0.37f, .least = 0.1f};
+    int64_t heads = own.groups * own.heads, rows = own.heads * own.queries, all = own.samples * own.groups * rows;
+    int64_t queries[4] = {own.samples, own.groups, own.heads, own.queries};
+    int64_t keys[4] = {own.samples, own.groups, 1, own.keys}, found[4];
+    float *q = numbers(all * own.size), *k = numbers(own.samples * own.groups * own.keys * own.size);
+    float *v = numbers(own.samples * own.groups * own.keys * own.value_size), *b = numbers(heads * own.size);
+    float *c = numbers(own.groups * own.size), *d = numbers(own.groups * own.value_size), *t = numbers(heads);
+    float *s = numbers(heads), *u = numbers(heads), *added[2] = {numbers(all * own.keys), numbers(all * own.keys)};
+    float *p = numbers(all * own.keys), *y = malloc((size_t)(all * own.value_size) * 4);
+    float *scores = malloc((size_t)(all * own.keys) * 4), *expected = malloc((size_t)(all * own.keys) * 4);
+    float *outputs = malloc((size_t)(all * own.value_size) * 4);
+    uint8_t *excluded = malloc((size_t)(all * own.keys));
+    for (int64_t i = 0; i < all * own.keys; i++)
+        excluded[i] = !below(4);
+    own.query = q, own.key = k, own.value = v, own.score_scale = s, own.value_scale = u, own.probability_threshold = t;
+    own.query_threshold = below(2) ? b : NULL, own.key_threshold = below(2) ? c : NULL;
+    own.value_threshold = below(2) ? d : NULL, own.excluded = below(2) ? excluded : NULL, own.y = y;
+    for (int i = 0; i < 2; i++) {
+        own.added[i] = below(2) ? added[i] : NULL;
+        strides_of(queries, own.keys, 0, 1, own.added_strides[i]);
+    }
+    strides_of(queries, own.keys, 0, 1, own.excluded_strides);
+    strides_of(queries, own.size, (int)below(2), 0, own.query_strides);
+    strides_of(keys, own.size, (int)below(2), 0, found);
+    own.key_strides[0] = found[0], own.key_strides[1] = found[1], own.key_strides[2] = found[3];
+    strides_of(keys, own.value_size, (int)below(2), 0, found);
+    own.value_strides[0] = found[0], own.value_strides[1] = found[1], own.value_strides[2] = found[3];
+    for (int64_t row = 0; row < all; row++) {
+        int64_t sample = row / rows / own.groups, group = row / rows % own.groups, head = row % rows / own.queries;
+        int64_t query = row % own.queries, number = group * own.heads + head;
+        const float *value = v + sample * own.value_strides[0] + group * own.value_strides[1];
+        const uint8_t *hidden = own.excluded ? excluded + at(own.excluded_strides, sample, group, head, query) : NULL;
+        float threshold = t[number] < own.least ? own.least : t[number];
+        for (int64_t key = 0; key < own.keys; key++) {
+            const float *left = q + at(own.query_strides, sample, group, head, query);
+            const float *right = k + sample * own.key_strides[0] + group * own.key_strides[1] + key * own.key_strides[2];
+            int64_t z = 0;
+            for (int64_t i = 0; i < own.size; i++)
+                z += sign_of(left[i], own.query_threshold ? b[number * own.size + i] : 0.0f) *
+                     sign_of(right[i], own.key_threshold ? c[group * own.size + i] : 0.0f);
+            float score = (float)z * s[number];
+            score *= own.scaling;
+            for (int i = 0; i < 2; i++)
+                if (own.added[i])
+                    score += added[i][at(own.added_strides[i], sample, group, head, query) + key];
+            expected[row * own.keys + key] = hidden && hidden[key] ? -3.402823466e38f : score;
+        }
+        for (int64_t i = 0; i < own.value_size; i++) {
+            int64_t z = 0;
+            for (int64_t key = 0; key < own.keys; key++)
+                if (p[row * own.keys + key] >= threshold && !(hidden && hidden[key]))
+                    z += 2 * sign_of(value[key * own.value_strides[2] + i],
+                                     own.value_threshold ? d[group * own.value_size + i] : 0.0f);
+            outputs[((sample * own.queries + query) * heads + number) * own.value_size + i] = (float)z * u[number];
+        }
+    }
+    own.panels = malloc((size_t)stompp_attention_panels(&own));
+    int threads = 1 + (int)below(3);
+    int64_t a_group = (rows + ROW_BLOCK - 1) / ROW_BLOCK, blocks = own.samples * own.groups * a_group;
+    int status = stompp_attention_pack(&own, threads);
+    for (int64_t first = 0, count; !status && first < blocks; first += count) {
+        count = 1 + below(blocks - first);
+        int64_t row = first / a_group * rows + first % a_group * ROW_BLOCK;
+        status = stompp_attention_scores(&own, first, count, scores + row * own.keys, threads) ||
+                 stompp_attention_values(&own, first, count, p + row * own.keys, threads);
+    }
+    if (status)
+        exit(2);
+    same(limit, scores, expected, all * own.keys);
+    same(limit, y, outputs, all * own.value_size);
+    free(q), free(k), free(v), free(b), free(c), free(d), free(t), free(s), free(u), free(added[0]), free(added[1]);
+    free(p), free(y), free(scores), free(expected), free(outputs), free(excluded), free(own.panels);
+}
+
 int main(int count, char **words) {
     static const char *limits[] = {"portable", "avx2", "avx512", "neon"};
     int rounds = count > 2 ? atoi(words[2]) : 20;
@@ -256,6 +356,7 @@ int main(int count, char **words) {
             halves(limits[i]);
             real_linear();
             convolution(name);
+            attention(name);
         }
     printf("%lld entries equal, at best with %s\n", (long long)compared, stompp_choose(""));
     return 0;

@@ -1,6 +1,6 @@
 """1-bit products in compiled C, on a GPU in Triton: what of it is used, and its calls. Plain torch is always there."""
 
-from . import choosing as choosing, gpu as gpu, native as native, training as training
+from . import attention as attention, choosing as choosing, gpu as gpu, native as native, training as training
 from .calls import (
     conv as conv,
     inner_loop as inner_loop,

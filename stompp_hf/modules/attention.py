@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import kernels
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError
 from ..integrations.sharding import assign
@@ -30,6 +31,9 @@ SLOTS = 128
 
 NOTHING = torch.finfo(torch.float32).tiny
 """A probability of no more than this is none: masks of -100 leave such a rest."""
+
+LEAST = NOTHING * (1 + torch.finfo(torch.float32).eps)
+"""The next number: the smallest probability that is one."""
 
 ROWS_OF_PROBABILITIES = 64 * MAX_ROWS
 """A probability is one number for each head, and few of them are large: more are looked at than rows of features."""
@@ -58,28 +62,39 @@ def grouped(x: Tensor, heads: int) -> Tensor:
     return x.unsqueeze(1) if x.shape[1] == 1 else x.unflatten(1, (heads, -1))
 
 
-def probabilities(scores: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """softmax(scores + bias + mask), and which entries are excluded (None: none).
+def beside(scores: torch.Size, call: Call, device: torch.device) -> tuple[list[Tensor], Tensor | None]:
+    """What is added to scores of this size, one after the other, and which entries are excluded (None: none).
 
-    Forward:  p = softmax(scores + bias + mask); excluded entries are those whose mask is False, or so low that it can
-              mean nothing else, or that come later than their query in a causal call
-    Shape:    scores and p (batch, key heads, groups, queries, keys)
+    Excluded are those whose mask is False, or so low that it can mean nothing else, or that come later than their
+    query in a causal call.
     """
-    heads, (queries, keys) = scores.shape[1], scores.shape[-2:]
-    excluded = None
-    if call.bias is not None:
-        scores = scores + grouped(call.bias, heads)
+    heads, (queries, keys) = scores[1], scores[-2:]
+    added = [] if call.bias is None else [grouped(call.bias, heads)]
     if call.mask is not None:
         mask = grouped(call.mask[(None,) * (4 - call.mask.dim())], heads)[..., :keys]
         if mask.dtype == torch.bool:
-            excluded = ~mask
-        else:
-            scores, excluded = scores + mask, mask <= torch.finfo(mask.dtype).min / 2
-    elif call.causal and queries > 1:
-        excluded = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(1)
-    if excluded is not None:
-        scores = scores.masked_fill(excluded, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1), excluded
+            return added, ~mask
+        return [*added, mask], mask <= torch.finfo(mask.dtype).min / 2
+    if call.causal and queries > 1:
+        return added, torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
+    return added, None
+
+
+def masked(scores: Tensor, added: list[Tensor], excluded: Tensor | None) -> Tensor:
+    """scores + what is added, and the lowest number where an entry is excluded."""
+    for tensor in added:
+        scores = scores + tensor
+    return scores if excluded is None else scores.masked_fill(excluded, torch.finfo(scores.dtype).min)
+
+
+def probabilities(scores: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """softmax(scores + bias + mask), and which entries are excluded (None: none): see `beside`.
+
+    Forward:  p = softmax(scores + bias + mask)
+    Shape:    scores and p (batch, key heads, groups, queries, keys)
+    """
+    added, excluded = beside(scores.shape, call, scores.device)
+    return masked(scores, added, excluded).softmax(-1), excluded
 
 
 def _scaling(query: Tensor, call: Call) -> float:
@@ -240,16 +255,35 @@ class BinaryAttention(Member, nn.Module):
             return self._attend(query, key, value, call)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        size = torch.Size((query.shape[0], self.key_heads, self.heads // self.key_heads, query.shape[2], key.shape[2]))
+        scaling, (added, excluded) = _scaling(query, call), beside(size, call, query.device)
+        y, p = self._by_kernel((query, key, value), call, scaling, added, excluded) or (None, None)
+        if y is not None and not call.wants_weights:
+            return y.to(query.dtype), None
         q, k, v = self._operands(query, key, value)
-        p, excluded = probabilities(self._product(q, k.transposed()) * _scaling(query, call), call)
+        if p is None:
+            p = masked(self._product(q, k.transposed()) * scaling, added, excluded).softmax(-1)
         factor = (p.detach() > NOTHING).to(p.dtype)
         factor = factor if excluded is None else factor.masked_fill_(excluded, 0.0)
         factor = F.dropout(factor, call.dropout)
         weights = self._operand("probability", p)
-        y = self._product(weights, v, factor).flatten(1, 2).transpose(1, 2).contiguous().to(query.dtype)
+        if y is None:
+            y = self._product(weights, v, factor).flatten(1, 2).transpose(1, 2).contiguous()
         if not call.wants_weights:
-            return y, None
-        return y, (self._levels(weights) * factor).flatten(1, 2).to(query.dtype)
+            return y.to(query.dtype), None
+        return y.to(query.dtype), (self._levels(weights) * factor).flatten(1, 2).to(query.dtype)
+
+    def _by_kernel(
+        self, operands: tuple[Tensor, Tensor, Tensor], call: Call, scaling: float, added: list[Tensor],
+        excluded: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+        """y and, for its weights, p, from bits; None where plain torch is to compute them."""
+        if self.freezing.stage != FROZEN or call.dropout:
+            return None
+        scales, thresholds = ([getattr(self, f"{site}_{what}") for site in SITES] for what in ("scale", "threshold"))
+        return kernels.attention.attention(
+            operands, scales, thresholds, scaling, LEAST, added, excluded, whole=call.wants_weights
+        )
 
     def _operands(self, *operands: Tensor) -> list[Operand]:
         """Queries, keys and values as (batch, key heads, groups, positions, size), in a dtype that sums exactly."""

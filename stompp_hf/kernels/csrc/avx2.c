@@ -48,7 +48,16 @@ TARGET static inline uint32_t cuts_of_32(const float *x, const float *high, cons
     return ~negative;
 }
 
+TARGET static inline uint32_t at_least_32(const float *x, float least) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; i += 8)
+        bits |= (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(least), _CMP_GE_OQ))
+                << i;
+    return bits;
+}
+
 #include "common.inc"
+#include "attention.inc"
 
 /* 8 rows of 8 words become 8 words of 8 lanes. */
 TARGET static inline void transpose(__m256i v[8]) {
@@ -274,5 +283,5 @@ TARGET static void real_product(const float *tables, const uint32_t *panel, int6
 }
 
 const Backend stompp_avx2 = {"avx2", sign_row, cut_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 3,
-                             lane_rows, unpack_row};
+                             lane_rows, unpack_row, sign_columns, select_row, score_row};
 #endif

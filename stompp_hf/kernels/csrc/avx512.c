@@ -49,7 +49,14 @@ TARGET static inline uint32_t cuts_of_32(const float *x, const float *high, cons
     return cuts_of_16(x, high, low) | cuts_of_16(x + 16, high + 16, low + 16) << 16;
 }
 
+TARGET static inline uint32_t at_least_32(const float *x, float least) {
+    __m512 all = _mm512_set1_ps(least);
+    return _cvtmask16_u32(_mm512_cmp_ps_mask(_mm512_loadu_ps(x), all, _CMP_GE_OQ)) |
+           _cvtmask16_u32(_mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16), all, _CMP_GE_OQ)) << 16;
+}
+
 #include "common.inc"
+#include "attention.inc"
 
 /* 16 rows of 16 words become 16 words of 16 lanes. */
 TARGET static inline void transpose(__m512i v[16]) {
@@ -210,5 +217,5 @@ TARGET static void fold(const Lanes *sums, float *z) {
 }
 
 const Backend stompp_avx512 = {"avx512", sign_row, cut_row, sign_plane, make_panel, product, one_row, finish, sign_bytes, add_row, real_product, 4,
-                               lane_rows, unpack_row};
+                               lane_rows, unpack_row, sign_columns, select_row, score_row};
 #endif

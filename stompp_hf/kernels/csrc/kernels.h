@@ -65,6 +65,15 @@ typedef struct {
     void (*lane_rows)(const float *x, int64_t K, const uint8_t *bits, int64_t rows, float *z);
     /* -1 and 1 for the first `count` bits of a row. */
     void (*unpack_row)(const uint8_t *bits, int64_t count, float *signs);
+    /* One word for each of `count` columns, bit i the sign of row i of `rows` <= 32, `stride` numbers apart, less the
+     * column's b, which may be NULL. */
+    void (*sign_columns)(const float *x, int64_t stride, const float *b, int64_t rows, int64_t count, uint32_t *words);
+    /* Words of the numbers that are at least `least`, without those whose byte of `excluded` is 1, which may be NULL. */
+    void (*select_row)(const float *x, float least, const uint8_t *excluded, int64_t count, uint32_t *words);
+    /* y = z * scale * scaling + added[0] + added[1], or the lowest number where excluded; each of the last may be
+     * NULL. Rounded after each operation. */
+    void (*score_row)(const int32_t *z, float scale, float scaling, const float *const added[2],
+                      const uint8_t *excluded, int64_t count, float *y);
 } Backend;
 
 extern const Backend stompp_portable;
@@ -84,6 +93,23 @@ typedef struct {
     int64_t in[3], out[3], kernel[3], stride[3], before[3], dilation[3]; /* before: padding in front of the input */
     int64_t pad; /* what stands around the input: -1, 0 or 1 */
 } Shape;
+
+/* Attention of `samples`, each with `groups` of one key head and `heads` query heads; thresholds have a row a head, scales
+ * and probability_threshold a number. query (samples, groups, heads, queries, size), key (samples, groups, keys, size),
+ * value (samples, groups, keys, value_size), y (samples, queries, groups * heads, value_size) contiguous. added and
+ * excluded (bytes of 0 and 1): (samples, groups, heads, queries, keys). Strides are those of all dimensions but the
+ * last, whose is 1; 0 repeats. NULL may be: the first three thresholds, added, excluded. panels: as many bytes as
+ * stompp_attention_panels says. */
+typedef struct {
+    const float *query, *key, *value, *query_threshold, *key_threshold, *value_threshold, *probability_threshold;
+    const float *score_scale, *value_scale, *added[2];
+    const uint8_t *excluded;
+    float *y;
+    uint32_t *panels;
+    int64_t samples, groups, heads, queries, keys, size, value_size;
+    int64_t query_strides[4], key_strides[3], value_strides[3], added_strides[2][4], excluded_strides[4];
+    float scaling, least; /* a probability below `least` is none */
+} Attention;
 
 static inline int64_t volume(const int64_t size[3]) { return size[0] * size[1] * size[2]; }
 

@@ -59,7 +59,15 @@ static inline uint32_t signs_of_32(const float *x, const float *b) {
     return signs_in_order(differences);
 }
 
+static inline uint32_t at_least_32(const float *x, float least) {
+    uint32x4_t found[8];
+    for (int i = 0; i < 8; i++)
+        found[i] = vcgeq_f32(vld1q_f32(x + 4 * i), vdupq_n_f32(least));
+    return ~signs_in_order(found); /* all bits of what is found are set, and so its sign */
+}
+
 #include "common.inc"
+#include "attention.inc"
 
 /* 4 rows of 4 words become 4 words of 4 lanes. */
 static inline void transpose(uint32x4_t v[4]) {
@@ -172,5 +180,6 @@ static void one_row(const uint32_t *row, const uint8_t *bits, int64_t bytes, int
 /* Real inputs by look-up: none, or it would have to be measured against torch's own products first. */
 const Backend stompp_neon = {.name = "neon", .sign_row = sign_row, .cut_row = cut_row, .sign_plane = sign_plane, .make_panel = make_panel,
                              .product = product, .one_row = one_row, .finish = finish, .sign_bytes = sign_bytes,
-                             .add_row = add_row, .lane_rows = lane_rows, .unpack_row = unpack_row};
+                             .add_row = add_row, .lane_rows = lane_rows, .unpack_row = unpack_row,
+                             .sign_columns = sign_columns, .select_row = select_row, .score_row = score_row};
 #endif

@@ -6,12 +6,21 @@
 
 static inline uint32_t signs_of_32(const float *x, const float *b);
 static inline uint32_t cuts_of_32(const float *x, const float *high, const float *low);
+static inline uint32_t at_least_32(const float *x, float least);
 #include "common.inc"
+#include "attention.inc"
 
 static inline uint32_t signs_of_32(const float *x, const float *b) { return signs_of(x, b, 32); }
 
 static inline uint32_t cuts_of_32(const float *x, const float *high, const float *low) {
     return cuts_of(x, high, low, 32);
+}
+
+static inline uint32_t at_least_32(const float *x, float least) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; i++)
+        bits |= (uint32_t)(x[i] >= least) << i;
+    return bits;
 }
 
 static void make_panel(const uint8_t *bits, int64_t bytes, int64_t lanes, int64_t words, uint32_t *panel) {
@@ -41,4 +50,5 @@ static void product(const uint32_t *rows, int64_t row_stride, int64_t count, con
         }
 }
 
-const Backend stompp_portable = {"portable", sign_row, cut_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, 0, 0, lane_rows, unpack_row};
+const Backend stompp_portable = {"portable", sign_row, cut_row, sign_plane, make_panel, product, 0, finish, sign_bytes, add_row, 0, 0, lane_rows, unpack_row,
+                                  sign_columns, select_row, score_row};
