@@ -88,7 +88,8 @@ def test_a_layer_holds_bits_and_gives_booleans() -> None:
     assert torch.equal(layer.weight_mask, mask)
     held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
     assert all(value.numel() < layer.weight.numel() for value in held)  # and no booleans beside the bits
-    layer.half()
-    assert torch.equal(layer.weight_mask, mask)
+    for change in (nn.Module.half, lambda layer: layer.type(torch.float64)):
+        change(layer)
+        assert layer.weight_mask_bits.dtype is torch.uint8 and torch.equal(layer.weight_mask, mask)
     layer.enter("frozen", 1.0)
     assert layer.weight_mask is None

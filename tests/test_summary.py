@@ -279,13 +279,13 @@ def test_nothing_is_changed():
     train(model, BERT, 0, 8, 20)  # the second stage is in transition
     before = {name: value.clone() for name, value in model.state_dict().items()}
     members = [m for m in model.modules() if isinstance(m, Member)]
-    states = [(m.stage_state, m.frozen_share, *m._held_masks().values()) for m in members]
+    states = [(m.stage_state, m.frozen_share, *m.held_masks().values()) for m in members]
     generator, modes = torch.get_rng_state(), [m.training for m in model.modules()]
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     summary(model)
     assert torch.equal(generator, torch.get_rng_state()) and modes == [m.training for m in model.modules()]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    after = [(m.stage_state, m.frozen_share, *m._held_masks().values()) for m in members]
+    after = [(m.stage_state, m.frozen_share, *m.held_masks().values()) for m in members]
     assert all(all(x is y or x == y for x, y in zip(a, b, strict=True)) for a, b in zip(states, after, strict=True))
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 

@@ -18,13 +18,12 @@ from ..integrations.torch import buffers_of, copy_all, is_in_functorch, version_
 from ..integrations.transformers import mark_initialized
 from ..kernels import countable
 from ..method.gradient_units import per_root
-from ..method.mask_bits import empty_mask
-from ..method.masks import SoftRefreshMask
 from ..method.surrogates import SURROGATES, Surrogate
 from ..method.windows import FROZEN, PENDING, TRANSITION, Place
 from .calibration import ActivationValues, Observer, in_processes
 from .converted import Converted
 from .freeze_state import STAYS_REAL, FreezeState, empty_buffer
+from .transition_masks import TransitionMasks
 
 __all__ = ["FROZEN", "PENDING", "TRANSITION", "Member"]
 
@@ -66,22 +65,16 @@ def _saved_number(name: str, kind: type) -> Any:
     return property(read, write, doc=f"`FreezeState.{name}`.")
 
 
-class Member(Converted):
+class Member(TransitionMasks, Converted):
     """Something that is pending, in transition or frozen, with tensors of its own that are saved with the model."""
 
-    mask_names: ClassVar[tuple[str, ...]]
-    """Masks that it has during a transition: attributes that are booleans then, and None at other times."""
-    masks_in_bits: ClassVar[tuple[str, ...]] = ()
-    """Those of them that are made when asked, of the bits (`mask_bits`) in an attribute of this name and `_bits`."""
     edge_names: ClassVar[tuple[str, ...]]
     """The buffers that hold clips: forward has their edges as numbers, not to wait for a device."""
 
     stompp_config: StoMPPConfig
     stompp_state: Tensor
-    place: Place
     freezing: FreezeState
     observer: Observer | None
-    _draws: dict[str, SoftRefreshMask]
     _seen: list[tuple[str, Tensor, int | None]]
 
     weight_ready: bool = _saved_number("weight_ready", bool)
@@ -94,8 +87,8 @@ class Member(Converted):
     def _begin(self, config: StoMPPConfig, device: torch.device) -> None:
         self._own("stompp_state", empty_buffer(device))
         self.stompp_config, self.place, self.observer = config, Place(), None
-        self.freezing, self._draws, self._seen = FreezeState(), {}, []
-        self._drop_masks()
+        self.freezing, self._seen = FreezeState(), []
+        self.drop_masks()
 
     def _own(self, name: str, value: Tensor | None, learnable: bool = False) -> None:
         value = countable(value)  # a state is followed by the changes of its buffers
@@ -111,10 +104,6 @@ class Member(Converted):
     @property
     def like(self) -> Tensor:
         """A tensor of the dtype that it computes with."""
-        raise NotImplementedError
-
-    def masked_tensors(self) -> dict[str, torch.Size]:
-        """Shapes of the masks that a transition needs, by their names."""
         raise NotImplementedError
 
     @property
@@ -261,30 +250,9 @@ class Member(Converted):
         self.enter(state, share)
         if state != TRANSITION:
             return
-        rate = self.place.refresh(self.freezing.total_steps)
-        for attribute, shape in self.masked_tensors().items():
-            if attribute not in self._draws or self._draws[attribute].refresh_rate != rate:  # of another total of steps
-                label = f"{self.place.label}.{attribute}"
-                self._draws[attribute] = SoftRefreshMask(shape.numel(), self.place.mask_seed, label, rate)
-            home, device = self._home(attribute), self.stompp_state.device
-            mask = getattr(self, home)
-            if mask is None or mask.device != device:
-                in_bits = attribute in self.masks_in_bits
-                mask = empty_mask(shape, device) if in_bits else torch.zeros(shape, dtype=torch.bool, device=device)
-                setattr(self, home, mask)
-            self._draws[attribute].fill(mask, self.freezing.step, share)
-
-    def _home(self, mask: str) -> str:
-        """The attribute that holds a mask."""
-        return f"{mask}_bits" if mask in self.masks_in_bits else mask
-
-    def _held_masks(self) -> dict[str, Tensor | None]:
-        """What the attributes hold that masks are in."""
-        return {home: getattr(self, home, None) for home in map(self._home, self.mask_names)}
-
-    def _drop_masks(self) -> None:
-        for name in self.mask_names:
-            setattr(self, self._home(name), None)
+        freezing = self.freezing
+        rate = self.place.refresh(freezing.total_steps)
+        self.draw_masks(freezing.step, share, rate, self.stompp_state.device)
 
     def enter(self, state: str, share: float) -> None:
         """Stand in a state until the buffer is written next; outside a transition the masks are dropped."""
@@ -292,8 +260,7 @@ class Member(Converted):
         freezing.stage, freezing.share, freezing.has_frozen = state, share, share > 0.0
         self._looked()
         if state != TRANSITION:
-            self._draws.clear()
-            self._drop_masks()
+            self.drop_masks()
 
     def advance(self, step: int, total: int) -> None:
         """Stand where the progression is after `step` of `total` updates, with starting values that come from latents.
@@ -368,9 +335,7 @@ class Member(Converted):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.follow()
         result = super()._apply(fn, recurse)
-        for name, mask in self._held_masks().items():
-            if mask is not None:  # masks are no buffers: nothing saves or broadcasts them, so they move by hand
-                setattr(self, name, fn(mask))
+        self.move_masks(fn)
         self._looked()  # the same numbers elsewhere
         return result
 
@@ -380,7 +345,7 @@ class Member(Converted):
         self.follow()
         tensors = {name: tensor.detach().clone() for name, tensor in self.own_tensors().items()}
         freezing, observer = replace(self.freezing), self.observer
-        draws, masks = dict(self._draws), self._held_masks()
+        draws, masks = dict(self._draws), self.held_masks()
         try:
             yield
         finally:
