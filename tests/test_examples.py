@@ -208,15 +208,23 @@ def test_no_trainer(tmp_path: Path) -> None:
     run("-c", RELOAD, out, str(tmp_path / "logits"))
 
 
+TRAINING_COST = ("examples/benchmarks/training_cost.py", "--shapes", "tiny", "--batch", "2", "--seq", "8")
+
+
 def test_training_cost_benchmark() -> None:
     printed = run(
-        *("examples/benchmarks/training_cost.py", "--shapes", "tiny", "--batch", "2", "--seq", "8"),
+        *TRAINING_COST,
         *("--repeats", "1", "--run_points", "2", "--run_repeats", "1", "--bf16", "True", "--fractions", "0.5", "1"),
         *("--peaks", "False"),
     )
     assert "bfloat16" in printed and "| none frozen |" not in printed
     for method in ("plain", "vanilla STE", "StoMPP+STE", "StoMPP STE-free"):
         assert f"| all frozen | {method} |" in printed
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
+def test_training_cost_benchmark_tells_the_peak_of_a_method() -> None:
+    assert float(run(*TRAINING_COST, "--method", "StoMPP+STE", "--step", "500")) > 0.0
 
 
 def test_onnx_file_benchmark() -> None:
