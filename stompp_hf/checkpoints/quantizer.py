@@ -7,6 +7,7 @@ registers both; without that import transformers would fill the layers at random
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .checks import check_loaded, check_names, expected_tensors, name_in
 from .checksums import check_files
 from .files import read_header, tensors_in
 from .packing import pack_members
+from .reading import is_straight, read_straight
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class StoMPPQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.expected: dict[str, torch.Tensor] = {}
         self.names: set[str] = set()
+        self.files: dict[Path, Any] = {}
+        self.show: Callable[[], None] | None = None
         if not self.pre_quantized and not isinstance(quantization_config, StoMPPConfig):
             raise CheckpointError(
                 f"from_pretrained(quantization_config=...) of a plain checkpoint takes a StoMPPConfig, as in "
@@ -80,12 +84,18 @@ class StoMPPQuantizer(HfQuantizer):
         read = {file: read_header(file) for file in files}
         self.names = check_names(model, (tensor for header, _ in read.values() for tensor in tensors_in(header)))
         check_files(read, self.quantization_config.get("save"))
+        self.files = read if is_straight(kwargs["device_map"]) else {}
 
-    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        """Leave out conversions of tensors, where a checkpoint's names are those of the model's modules."""
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Leave out conversions of tensors, where a checkpoint's names are those of the model's modules.
+
+        It is asked once the model is prepared, right before transformers looks for what it has to load.
+        """
         if isinstance(self.quantization_config, StoMPPConfig) or not self.quantization_config.has_own_names:
-            return super().update_weight_conversions(weight_conversions, *model)
-        return [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
+            return super().update_weight_conversions(weight_conversions, model)
+        renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
+        self.show = read_straight(model, self.expected, self.files, renamings)
+        return renamings
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Nothing: it goes over all names, to add those that other methods give to the parts of a weight."""
@@ -102,6 +112,8 @@ class StoMPPQuantizer(HfQuantizer):
             _unmark(model)
             _align(model)
             return binarize_model(model, self.quantization_config)
+        if self.show is not None:
+            self.show()
         check_loaded(model, self.expected, self.names)
         _align(model)
         _unmark(model)

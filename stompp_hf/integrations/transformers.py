@@ -36,6 +36,11 @@ def may_be_missing(model: Any) -> list[str]:
     return list(model._keys_to_ignore_on_load_missing or ())
 
 
+def ignored_in_files(model: Any) -> set[str]:
+    """Patterns of names that files may have and the model lacks, itself: `_keys_to_ignore_on_load_unexpected`."""
+    return model._keys_to_ignore_on_load_unexpected  # type: ignore[no-any-return]
+
+
 def mark_plain(config: Any) -> None:
     """Trainer takes a model for a quantized one by its config's `_is_quantized`."""
     config._is_quantized = False
