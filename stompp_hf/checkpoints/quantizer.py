@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from ..config import METHOD, StoMPPConfig
 from ..errors import CheckpointError, StoMPPError
-from ..integrations.torch import saved_tensors
+from ..integrations.torch import saved_tensors, unlistened
 from ..integrations.transformers import mark_initialized, mark_plain
 from ..modules import TRANSITION, BinaryEmbedding, binary_class_of
 from ..modules.converted import Converted
@@ -68,9 +68,17 @@ class StoMPPQuantizer(HfQuantizer):
                 "and names and checksums of binary layers could not be checked: pip install -U 'transformers>=5.20'."
             )
         files = [Path(file) for file in kwargs["checkpoint_files"] or [] if str(file).endswith(".safetensors")]
-        plans = self.quantization_config.plans()
+        read = {file: read_header(file) for file in files}
+        with unlistened():  # the default device is the meta one here, and each look at a tensor asks for it
+            self._prepare_parts(model, self.quantization_config)
+            self.expected = expected_tensors(model)
+            self.names = check_names(model, (tensor for header, _ in read.values() for tensor in tensors_in(header)))
+        check_files(read, self.quantization_config.get("save"))
+        self.files = read if is_straight(kwargs["device_map"]) else {}
+
+    def _prepare_parts(self, model: PreTrainedModel, config: StoMPPQuantizationConfig) -> None:
         modules = dict(model.named_modules())
-        for name, plan in plans.items():
+        for name, plan in config.plans().items():
             place = name_in(modules, name, model.base_model_prefix) if name else ""
             if place is None or not isinstance(modules[place], PreTrainedModel):
                 raise CheckpointError(
@@ -80,11 +88,6 @@ class StoMPPQuantizer(HfQuantizer):
             if place:
                 own_configs(modules[place])  # its config is a part of the whole model's
             _prepare(modules[place], plan)
-        self.expected = expected_tensors(model)
-        read = {file: read_header(file) for file in files}
-        self.names = check_names(model, (tensor for header, _ in read.values() for tensor in tensors_in(header)))
-        check_files(read, self.quantization_config.get("save"))
-        self.files = read if is_straight(kwargs["device_map"]) else {}
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Leave out conversions of tensors, where a checkpoint's names are those of the model's modules.
@@ -114,10 +117,10 @@ class StoMPPQuantizer(HfQuantizer):
             return binarize_model(model, self.quantization_config)
         if self.show is not None:
             self.show()
-        check_loaded(model, self.expected, self.names)
+        plans = plans_of(model)
+        check_loaded(model, plans, self.expected, self.names)
         _align(model)
         _unmark(model)
-        plans = plans_of(model)
         model.config.quantization_config = StoMPPQuantizationConfig.of(plans)
         for name, plan in plans.items():
             _finish(model.get_submodule(name), plan)
@@ -193,11 +196,11 @@ def _align(model: PreTrainedModel) -> None:
     scales, cuts or holds signs, are in no such product, and stay in the file until they are read.
     """
     for module in model.modules():
-        own = saved_tensors(module)
-        if isinstance(module, nn.Embedding):
+        ours = isinstance(module, Converted)
+        if isinstance(module, nn.Embedding) or (ours and module.is_packed):
             continue
-        skipped = module.own_names if isinstance(module, Converted) else ()
-        for name, tensor in own.items():
+        skipped = module.own_names if ours else ()
+        for name, tensor in saved_tensors(module).items():
             if name not in skipped and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
 

@@ -7,7 +7,6 @@ placed on a device, and what comes from elsewhere than from safetensors files.
 """
 
 import mmap
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..integrations.torch import buffers_of, parameters_of
-from ..integrations.transformers import ignored_in_files, mark_initialized
+from ..integrations.transformers import expect_in_files, expect_no_more, mark_initialized
 from .checks import name_in
 
 OTHER_WAYS = ("state_dict", "distributed_config", "tp_plan", "tp_size", "disable_mmap")
@@ -48,6 +47,7 @@ def is_straight(device_map: Any) -> bool:
     return _straight.get() and device_map is None
 
 
+@torch.inference_mode(False)
 def read_straight(
     model: PreTrainedModel,
     expected: Mapping[str, Tensor],
@@ -65,41 +65,39 @@ def read_straight(
     modules, prefix = dict(model.named_modules()), model.base_model_prefix
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     wanted = {name: tensor for name, tensor in expected.items() if name not in tied}
-    hidden: set[str] = set()
-    read: dict[str, list[str]] = {}
+    places: dict[str, str | None] = {}
+    names: dict[str, str] = {}
     for path, (header, begin) in files.items():
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         for name, stored in header.items():
             owner, _, own = name.rpartition(".")
-            place = name_in(modules, owner, prefix)
-            like = wanted.get(f"{place}.{own}")
-            if place is None or like is None or not _is_held_as(like, stored):
-                continue
-            if any(renaming.compiled_sources.search(name) for renaming in renamings):
+            if owner not in places:
+                places[owner] = name_in(modules, owner, prefix)
+            place = places[owner]
+            like = None if place is None else wanted.pop(f"{place}.{own}", None)
+            if place is None or like is None or not _is_held_as(like, stored) or _is_renamed(name, renamings):
                 continue
             _put(modules[place], own, like, data, begin + stored["data_offsets"][0])
-            hidden.add(f"{place}.{own}")
-            read.setdefault(owner, []).append(own)
+            names[name] = f"{place}.{own}"
 
     def hide(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        for name in hidden:
+        for name in names.values():
             state_dict.pop(name, None)
 
-    hook, ignored, patterns = model.register_state_dict_post_hook(hide), ignored_in_files(model), _exactly(read)
-    ignored.update(patterns)
+    hook = model.register_state_dict_post_hook(hide)
+    expect_in_files(model, set(names))
 
     def show() -> None:
         hook.remove()
-        ignored.difference_update(patterns)
+        expect_no_more(model)
 
     return show
 
 
 def _put(module: nn.Module, own: str, like: Tensor, data: mmap.mmap, offset: int) -> None:
-    with torch.inference_mode(False):
-        flat = torch.frombuffer(data, dtype=like.dtype, count=like.numel(), offset=offset)
-        tensor = flat.view(like.shape).data  # a tensor of its own, and no view
+    flat = torch.frombuffer(data, dtype=like.dtype, count=like.numel(), offset=offset)
+    tensor = flat.view(like.shape).data  # a tensor of its own, and no view
     parameters = parameters_of(module)
     value = nn.Parameter(tensor) if own in parameters else tensor
     mark_initialized(value)
@@ -111,9 +109,5 @@ def _is_held_as(like: Tensor, stored: Mapping[str, Any]) -> bool:
     return same and like.numel() > 0
 
 
-def _exactly(names: Mapping[str, list[str]]) -> list[str]:
-    """A pattern that matches these names alone, given by owner; none for none."""
-    owners: dict[str, list[str]] = {}
-    for owner, own in names.items():
-        owners.setdefault("|".join(map(re.escape, sorted(own))), []).append(re.escape(owner))
-    return [rf"^(?:{'|'.join(found)})\.(?:{own})$" for own, found in owners.items()]
+def _is_renamed(name: str, renamings: Iterable[Any]) -> bool:
+    return any(renaming.compiled_sources.search(name) for renaming in renamings)

@@ -36,9 +36,23 @@ def may_be_missing(model: Any) -> list[str]:
     return list(model._keys_to_ignore_on_load_missing or ())
 
 
-def ignored_in_files(model: Any) -> set[str]:
-    """Patterns of names that files may have and the model lacks, itself: `_keys_to_ignore_on_load_unexpected`."""
-    return model._keys_to_ignore_on_load_unexpected  # type: ignore[no-any-return]
+def expect_in_files(model: Any, names: set[str]) -> None:
+    """While a model is loaded, its files may have these names, although the loader does not see them in the model.
+
+    They are not reported as unexpected: it stands on `_adjust_missing_and_unexpected_keys`, until `expect_no_more`.
+    """
+    adjust = model._adjust_missing_and_unexpected_keys
+
+    def adjusted(found: Any) -> None:
+        found.unexpected_keys -= names
+        adjust(found)
+
+    model._adjust_missing_and_unexpected_keys = adjusted
+
+
+def expect_no_more(model: Any) -> None:
+    """Undo `expect_in_files`."""
+    del model._adjust_missing_and_unexpected_keys
 
 
 def mark_plain(config: Any) -> None:
