@@ -97,7 +97,7 @@ class StoMPPQuantizer(HfQuantizer):
         if isinstance(self.quantization_config, StoMPPConfig) or not self.quantization_config.has_own_names:
             return super().update_weight_conversions(weight_conversions, model)
         renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
-        self.show = read_straight(model, self.expected, self.files, renamings)
+        self.show = read_straight(model, self.files, renamings)
         return renamings
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:

@@ -1,9 +1,9 @@
-"""Tensors of binary modules, read straight from their files: transformers' loader takes 0.2 ms for each, however small.
+"""Tensors that are read straight from their files: transformers' loader takes 0.2 ms for each, however small it is.
 
-A packed layer has nine small tensors in place of a weight and a bias. One that is stored as the model holds it, under
-the name that it has there, needs nothing of what the loader is for: it is there before the loader begins, where it lies
-in the file, and the loader is told of the others only. These are all that is to be cast, renamed, tied, sharded or
-placed on a device, and what comes from elsewhere than from safetensors files.
+A packed layer has nine small tensors in place of a weight and a bias. A tensor that is stored as the model holds it,
+under the name that it has there, needs nothing of what the loader is for: it is there before the loader begins, where
+it lies in the file, and the loader is told of the others only. These are all that is to be cast, renamed, tied, sharded
+or placed on a device, and what comes from elsewhere than from safetensors files.
 """
 
 import mmap
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..integrations.torch import buffers_of, parameters_of
 from ..integrations.transformers import expect_in_files, expect_no_more, mark_initialized
-from .checks import name_in
+from .checks import all_saved, name_in
 
 OTHER_WAYS = ("state_dict", "distributed_config", "tp_plan", "tp_size", "disable_mmap")
 """Options of from_pretrained that give it other tensors than those of the files, or parts of them, or map no file."""
@@ -50,7 +50,6 @@ def is_straight(device_map: Any) -> bool:
 @torch.inference_mode(False)
 def read_straight(
     model: PreTrainedModel,
-    expected: Mapping[str, Tensor],
     files: Mapping[Path, tuple[Mapping[str, Any], int]],
     renamings: Iterable[Any],
 ) -> Callable[[], None]:
@@ -58,13 +57,12 @@ def read_straight(
 
     Args:
         model: on the meta device.
-        expected: its tensors that may be read so, by name.
         files: what `read_header` gave, by file.
         renamings: what the loader does to names.
     """
     modules, prefix = dict(model.named_modules()), model.base_model_prefix
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    wanted = {name: tensor for name, tensor in expected.items() if name not in tied}
+    wanted = {name: tensor for name, tensor in all_saved(model).items() if name not in tied}
     places: dict[str, str | None] = {}
     names: dict[str, str] = {}
     for path, (header, begin) in files.items():
@@ -75,11 +73,12 @@ def read_straight(
             if owner not in places:
                 places[owner] = name_in(modules, owner, prefix)
             place = places[owner]
-            like = None if place is None else wanted.pop(f"{place}.{own}", None)
+            held_as = f"{place}.{own}" if place else own
+            like = None if place is None else wanted.pop(held_as, None)
             if place is None or like is None or not _is_held_as(like, stored) or _is_renamed(name, renamings):
                 continue
             _put(modules[place], own, like, data, begin + stored["data_offsets"][0])
-            names[name] = f"{place}.{own}"
+            names[name] = held_as
 
     def hide(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
         for name in names.values():
@@ -97,9 +96,9 @@ def read_straight(
 
 def _put(module: nn.Module, own: str, like: Tensor, data: mmap.mmap, offset: int) -> None:
     flat = torch.frombuffer(data, dtype=like.dtype, count=like.numel(), offset=offset)
-    tensor = flat.view(like.shape).data  # a tensor of its own, and no view
+    tensor = flat if like.dim() == 1 else flat.view(like.shape).data  # a tensor of its own, and no view
     parameters = parameters_of(module)
-    value = nn.Parameter(tensor) if own in parameters else tensor
+    value = nn.Parameter(tensor, tensor.is_floating_point()) if own in parameters else tensor
     mark_initialized(value)
     (parameters if own in parameters else buffers_of(module))[own] = value
 
