@@ -98,7 +98,7 @@ def check_loaded(
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype, or values that cannot be.
     """
-    saved, converted = all_saved(model), _converted(model, plans)
+    saved, converted = _saved(model), _converted(model, plans)
     loaded = {name: tensor for name, tensor in saved.items() if tensor.is_meta or is_initialized(tensor)}
     _check_covered(expected, loaded)
     for name, module in converted.items():
@@ -135,7 +135,7 @@ def check_written(model: PreTrainedModel, written: Mapping[str, Tensor]) -> None
     check_names(model, [Header(n, "F" if t.is_floating_point() else "I", list(t.shape), 0) for n, t in written.items()])
     _check_covered(_expected(converted), written)
     _check_values(model, plans, converted, written)
-    _check_complete(model, all_saved(model), {*written, *not_saved(model)})
+    _check_complete(model, _saved(model), {*written, *not_saved(model)})
 
 
 def _check_own_shapes(name: str, module: Converted) -> None:
@@ -239,7 +239,7 @@ def _converted(model: PreTrainedModel, plans: Mapping[str, Plan]) -> dict[str, C
     return found
 
 
-def all_saved(model: PreTrainedModel) -> dict[str, Tensor]:
+def _saved(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a state dict holds, without making one."""
     return {
         f"{name}.{own}" if name else own: tensor

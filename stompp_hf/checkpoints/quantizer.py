@@ -7,7 +7,6 @@ registers both; without that import transformers would fill the layers at random
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from ..config import METHOD, StoMPPConfig
 from ..errors import CheckpointError, StoMPPError
 from ..integrations.torch import saved_tensors, unlistened
-from ..integrations.transformers import mark_initialized, mark_plain
+from ..integrations.transformers import mark_initialized, mark_plain, show_all
 from ..modules import TRANSITION, BinaryEmbedding, binary_class_of
 from ..modules.converted import Converted
 from ..surgery.binarize import binarize_model, convert
-from ..surgery.members import members
+from ..surgery.members import members, members_of
 from ..surgery.ownership import own_configs, plans_of
 from ..surgery.plan import Entry, Plan
 from ..surgery.quantization_config import StoMPPQuantizationConfig
@@ -51,7 +50,6 @@ class StoMPPQuantizer(HfQuantizer):
         self.expected: dict[str, torch.Tensor] = {}
         self.names: set[str] = set()
         self.files: dict[Path, Any] = {}
-        self.show: Callable[[], None] | None = None
         if not self.pre_quantized and not isinstance(quantization_config, StoMPPConfig):
             raise CheckpointError(
                 f"from_pretrained(quantization_config=...) of a plain checkpoint takes a StoMPPConfig, as in "
@@ -97,7 +95,7 @@ class StoMPPQuantizer(HfQuantizer):
         if isinstance(self.quantization_config, StoMPPConfig) or not self.quantization_config.has_own_names:
             return super().update_weight_conversions(weight_conversions, model)
         renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
-        self.show = read_straight(model, self.files, renamings)
+        read_straight(model, self.files, renamings)
         return renamings
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
@@ -115,8 +113,7 @@ class StoMPPQuantizer(HfQuantizer):
             _unmark(model)
             _align(model)
             return binarize_model(model, self.quantization_config)
-        if self.show is not None:
-            self.show()
+        show_all(model)
         plans = plans_of(model)
         check_loaded(model, plans, self.expected, self.names)
         _align(model)
@@ -145,7 +142,7 @@ def _prepare(root: PreTrainedModel, plan: Plan) -> None:
         _place(root, plan)
         convert(root, plan)
         if plan.packed:
-            pack_members(members(root))
+            pack_members(members_of(root, plan))
             narrow_tables(root, plan)
     except StoMPPError:
         raise
@@ -155,7 +152,7 @@ def _prepare(root: PreTrainedModel, plan: Plan) -> None:
             "to another model."
         ) from error
     if plan.packed:
-        for member in members(root).values():
+        for member in members_of(root, plan).values():
             mark_initialized(member)  # init_weights() would look at its weight
 
 
@@ -188,6 +185,7 @@ def _unmark(model: PreTrainedModel) -> None:
             mark_plain(module.config)
 
 
+@torch.inference_mode(False)
 def _align(model: PreTrainedModel) -> None:
     """Move tensors that lie at odd addresses: a small float product rounds differently there.
 

@@ -7,7 +7,7 @@ or placed on a device, and what comes from elsewhere than from safetensors files
 """
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..integrations.torch import buffers_of, parameters_of
-from ..integrations.transformers import expect_in_files, expect_no_more, mark_initialized
-from .checks import all_saved, name_in
+from ..integrations.transformers import mark_initialized, show_only
+from .checks import name_in
 
 OTHER_WAYS = ("state_dict", "distributed_config", "tp_plan", "tp_size", "disable_mmap")
 """Options of from_pretrained that give it other tensors than those of the files, or parts of them, or map no file."""
@@ -52,8 +52,8 @@ def read_straight(
     model: PreTrainedModel,
     files: Mapping[Path, tuple[Mapping[str, Any], int]],
     renamings: Iterable[Any],
-) -> Callable[[], None]:
-    """Load what can be read straight, and hide it from transformers' loader until what is returned is called.
+) -> None:
+    """Load what can be read straight, and hide it from transformers' loader, until `show_all`.
 
     Args:
         model: on the meta device.
@@ -62,9 +62,9 @@ def read_straight(
     """
     modules, prefix = dict(model.named_modules()), model.base_model_prefix
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    wanted = {name: tensor for name, tensor in all_saved(model).items() if name not in tied}
+    left = model.state_dict()
     places: dict[str, str | None] = {}
-    names: dict[str, str] = {}
+    read: set[str] = set()
     for path, (header, begin) in files.items():
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -74,24 +74,12 @@ def read_straight(
                 places[owner] = name_in(modules, owner, prefix)
             place = places[owner]
             held_as = f"{place}.{own}" if place else own
-            like = None if place is None else wanted.pop(held_as, None)
-            if place is None or like is None or not _is_held_as(like, stored) or _is_renamed(name, renamings):
+            like = left.get(held_as)
+            if place is None or held_as in tied or not _is_held_as(like, stored) or _is_renamed(name, renamings):
                 continue
-            _put(modules[place], own, like, data, begin + stored["data_offsets"][0])
-            names[name] = held_as
-
-    def hide(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        for name in names.values():
-            state_dict.pop(name, None)
-
-    hook = model.register_state_dict_post_hook(hide)
-    expect_in_files(model, set(names))
-
-    def show() -> None:
-        hook.remove()
-        expect_no_more(model)
-
-    return show
+            _put(modules[place], own, left.pop(held_as), data, begin + stored["data_offsets"][0])
+            read.add(name)
+    show_only(model, left, read)
 
 
 def _put(module: nn.Module, own: str, like: Tensor, data: mmap.mmap, offset: int) -> None:
@@ -103,9 +91,10 @@ def _put(module: nn.Module, own: str, like: Tensor, data: mmap.mmap, offset: int
     (parameters if own in parameters else buffers_of(module))[own] = value
 
 
-def _is_held_as(like: Tensor, stored: Mapping[str, Any]) -> bool:
-    same = HELD_AS_STORED.get(stored["dtype"]) is like.dtype and stored["shape"] == list(like.shape)
-    return same and like.numel() > 0
+def _is_held_as(like: Any, stored: Mapping[str, Any]) -> bool:
+    if not isinstance(like, Tensor) or HELD_AS_STORED.get(stored["dtype"]) is not like.dtype:
+        return False  # a module's extra state is no tensor
+    return stored["shape"] == list(like.shape) and like.numel() > 0
 
 
 def _is_renamed(name: str, renamings: Iterable[Any]) -> bool:

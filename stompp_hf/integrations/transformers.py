@@ -36,23 +36,30 @@ def may_be_missing(model: Any) -> list[str]:
     return list(model._keys_to_ignore_on_load_missing or ())
 
 
-def expect_in_files(model: Any, names: set[str]) -> None:
-    """While a model is loaded, its files may have these names, although the loader does not see them in the model.
+def show_only(model: Any, left: dict[str, Any], read: set[str]) -> None:
+    """While a model is loaded, the loader sees these of its tensors alone, and expects the others in files as well.
 
-    They are not reported as unexpected: it stands on `_adjust_missing_and_unexpected_keys`, until `expect_no_more`.
+    It stands on `state_dict` as what the loader asks, and `_adjust_missing_and_unexpected_keys` as what it tells.
+
+    Args:
+        model: the model.
+        left: of its state dict, what is to be loaded.
+        read: the names in the files of what is there already.
     """
     adjust = model._adjust_missing_and_unexpected_keys
 
     def adjusted(found: Any) -> None:
-        found.unexpected_keys -= names
+        found.unexpected_keys -= read
         adjust(found)
 
+    model.state_dict = lambda *_, **__: dict(left)
     model._adjust_missing_and_unexpected_keys = adjusted
 
 
-def expect_no_more(model: Any) -> None:
-    """Undo `expect_in_files`."""
-    del model._adjust_missing_and_unexpected_keys
+def show_all(model: Any) -> None:
+    """Undo `show_only`, where that was done."""
+    for name in ("state_dict", "_adjust_missing_and_unexpected_keys"):
+        vars(model).pop(name, None)
 
 
 def mark_plain(config: Any) -> None:

@@ -245,7 +245,6 @@ class Member(Converted):
             self._seen = [("stompp_state", self.stompp_state, None)]  # whoever asks next is told as well
             return reason
         self._read_edges()
-        self._looked()
         with torch.inference_mode(False):  # masks that are made while an average is evaluated stay when it trains
             self._stand(*self._due())
         return None
