@@ -20,6 +20,7 @@ from ..integrations.transformers import is_initialized, may_be_missing, not_save
 from ..modules.converted import Converted
 from ..surgery.members import members_of
 from ..surgery.ownership import plans_of
+from ..surgery.plan import Plan
 from .files import Header
 
 OWNERS = ("weight_bits", "stompp_state", "weight_int8")
@@ -37,9 +38,13 @@ def name_in(modules: Mapping[str, Any], name: str, prefix: str) -> str | None:
 
 def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of the modules to which binarization added some, by name, on the meta device."""
+    return _expected(_converted(model, plans_of(model)))
+
+
+def _expected(converted: Mapping[str, Converted]) -> dict[str, Tensor]:
     return {
         f"{name}.{own}": tensor if tensor.is_meta else tensor.detach().to("meta")
-        for name, module in _converted(model).items()
+        for name, module in converted.items()
         for own, tensor in saved_tensors(module).items()
     }
 
@@ -76,7 +81,9 @@ def _lacking(module: nn.Module) -> set[str]:
     return set(owned) - saved_tensors(module).keys()
 
 
-def check_loaded(model: PreTrainedModel, expected: Mapping[str, Tensor], names: set[str]) -> None:
+def check_loaded(
+    model: PreTrainedModel, plans: Mapping[str, Plan], expected: Mapping[str, Tensor], names: set[str]
+) -> None:
     """Refuse a loaded model with a tensor that the files lack, or that is not what the plan says.
 
     What belongs to binary modules must be there. What is real must be if the model is of the class that was saved; to
@@ -84,28 +91,29 @@ def check_loaded(model: PreTrainedModel, expected: Mapping[str, Tensor], names: 
 
     Args:
         model: after loading.
+        plans: what `plans_of` gives.
         expected: what `expected_tensors` gave before.
         names: of the tensors in the files.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype, or values that cannot be.
     """
-    saved, converted = _saved(model), _converted(model)
+    saved, converted = _saved(model), _converted(model, plans)
     loaded = {name: tensor for name, tensor in saved.items() if tensor.is_meta or is_initialized(tensor)}
     _check_covered(expected, loaded)
     for name, module in converted.items():
-        reason = module.damage()
+        reason = module.taken()
         if reason is not None:
             raise CheckpointError(f"{name}: {reason}: the file is damaged, or was not written by stompp_hf.")
     try:
-        _check_values(model, converted, loaded)
+        _check_values(model, plans, converted, loaded)
     except NonFiniteError as error:
         raise CheckpointError(f"{error} The file is damaged, or was saved after training went wrong.") from error
     for name, tensor in saved.items():
         if isinstance(tensor, nn.Parameter):
             _check_float(name, tensor)
     if type(model).__name__ in (getattr(model.config, "architectures", None) or []):
-        _check_complete(model, {*loaded, *names, *not_saved(model)})
+        _check_complete(model, saved, {*loaded, *names, *not_saved(model)})
 
 
 def check_written(model: PreTrainedModel, written: Mapping[str, Tensor]) -> None:
@@ -120,13 +128,14 @@ def check_written(model: PreTrainedModel, written: Mapping[str, Tensor]) -> None
         NonFiniteError: a latent weight, a scale or a threshold is NaN or infinite.
         NotBinarizedError: a binary layer was replaced or removed after binarize_model.
     """
-    converted = _converted(model)
+    plans = plans_of(model)
+    converted = _converted(model, plans)
     for name, module in converted.items():
         _check_own_shapes(name, module)
     check_names(model, [Header(n, "F" if t.is_floating_point() else "I", list(t.shape), 0) for n, t in written.items()])
-    _check_covered(expected_tensors(model), written)
-    _check_values(model, converted, written)
-    _check_complete(model, {*written, *not_saved(model)})
+    _check_covered(_expected(converted), written)
+    _check_values(model, plans, converted, written)
+    _check_complete(model, _saved(model), {*written, *not_saved(model)})
 
 
 def _check_own_shapes(name: str, module: Converted) -> None:
@@ -148,7 +157,12 @@ def _check_covered(expected: Mapping[str, Tensor], held: Mapping[str, Tensor]) -
         _check(name, held[name], tensor)
 
 
-def _check_values(model: PreTrainedModel, converted: Mapping[str, Converted], held: Mapping[str, Tensor]) -> None:
+def _check_values(
+    model: PreTrainedModel,
+    plans: Mapping[str, Plan],
+    converted: Mapping[str, Converted],
+    held: Mapping[str, Tensor],
+) -> None:
     for name, module in converted.items():
         for own in () if module.always_real else saved_tensors(module):
             tensor = held[f"{name}.{own}"]
@@ -157,7 +171,7 @@ def _check_values(model: PreTrainedModel, converted: Mapping[str, Converted], he
                     f"{name}.{own} holds NaN or an infinite value, which a sign would hide. Go back to the last "
                     "checkpoint from before it became so."
                 )
-    for start, plan in plans_of(model).items():
+    for start, plan in plans.items():
         root, at = model.get_submodule(start), f"{start}." if start else ""
         places: dict[tuple[int, ...], str] = {}
         for name in members_of(root, plan):
@@ -182,10 +196,9 @@ def _is_finite(tensor: Tensor) -> bool:
     return everywhere(torch.tensor(finite, device=here.device), tensor) if is_sharded(tensor) else finite
 
 
-def _check_complete(model: PreTrainedModel, names: set[str]) -> None:
+def _check_complete(model: PreTrainedModel, saved: Mapping[str, Tensor], names: set[str]) -> None:
     """Everything that is real, too, must be there; what is tied to something that is there counts as such."""
     ignored = [re.compile(pattern) for pattern in may_be_missing(model)]
-    saved = _saved(model)
     there = {id(tensor) for name, tensor in saved.items() if name in names}
     for name, tensor in saved.items():
         if name not in names and id(tensor) not in there and not any(pattern.search(name) for pattern in ignored):
@@ -216,10 +229,10 @@ def _refuse_missing(name: str) -> None:
     )
 
 
-def _converted(model: PreTrainedModel) -> dict[str, Converted]:
+def _converted(model: PreTrainedModel, plans: Mapping[str, Plan]) -> dict[str, Converted]:
     """The modules to which binarization added tensors, by name."""
     found: dict[str, Converted] = {}
-    for name, plan in plans_of(model).items():
+    for name, plan in plans.items():
         root, start = model.get_submodule(name), f"{name}." if name else ""
         found |= {start + own: member for own, member in members_of(root, plan).items()}
         found |= {start + own: m for own, m in root.named_modules() if isinstance(m, Converted) and m.own_names}

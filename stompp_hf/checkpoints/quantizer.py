@@ -20,12 +20,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from ..config import METHOD, StoMPPConfig
 from ..errors import CheckpointError, StoMPPError
-from ..integrations.torch import saved_tensors
-from ..integrations.transformers import mark_initialized, mark_plain
+from ..integrations.torch import saved_tensors, unlistened
+from ..integrations.transformers import mark_initialized, mark_plain, show_all
 from ..modules import TRANSITION, BinaryEmbedding, binary_class_of
 from ..modules.converted import Converted
 from ..surgery.binarize import binarize_model, convert
-from ..surgery.members import members
+from ..surgery.members import members, members_of
 from ..surgery.ownership import own_configs, plans_of
 from ..surgery.plan import Entry, Plan
 from ..surgery.quantization_config import StoMPPQuantizationConfig
@@ -35,6 +35,7 @@ from .checks import check_loaded, check_names, expected_tensors, name_in
 from .checksums import check_files
 from .files import read_header, tensors_in
 from .packing import pack_members
+from .reading import is_straight, read_straight
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class StoMPPQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.expected: dict[str, torch.Tensor] = {}
         self.names: set[str] = set()
+        self.files: dict[Path, Any] = {}
         if not self.pre_quantized and not isinstance(quantization_config, StoMPPConfig):
             raise CheckpointError(
                 f"from_pretrained(quantization_config=...) of a plain checkpoint takes a StoMPPConfig, as in "
@@ -64,9 +66,17 @@ class StoMPPQuantizer(HfQuantizer):
                 "and names and checksums of binary layers could not be checked: pip install -U 'transformers>=5.20'."
             )
         files = [Path(file) for file in kwargs["checkpoint_files"] or [] if str(file).endswith(".safetensors")]
-        plans = self.quantization_config.plans()
+        read = {file: read_header(file) for file in files}
+        with unlistened():  # the default device is the meta one here, and each look at a tensor asks for it
+            self._prepare_parts(model, self.quantization_config)
+            self.expected = expected_tensors(model)
+            self.names = check_names(model, (tensor for header, _ in read.values() for tensor in tensors_in(header)))
+        check_files(read, self.quantization_config.get("save"))
+        self.files = read if is_straight(kwargs["device_map"]) else {}
+
+    def _prepare_parts(self, model: PreTrainedModel, config: StoMPPQuantizationConfig) -> None:
         modules = dict(model.named_modules())
-        for name, plan in plans.items():
+        for name, plan in config.plans().items():
             place = name_in(modules, name, model.base_model_prefix) if name else ""
             if place is None or not isinstance(modules[place], PreTrainedModel):
                 raise CheckpointError(
@@ -76,16 +86,17 @@ class StoMPPQuantizer(HfQuantizer):
             if place:
                 own_configs(modules[place])  # its config is a part of the whole model's
             _prepare(modules[place], plan)
-        self.expected = expected_tensors(model)
-        read = {file: read_header(file) for file in files}
-        self.names = check_names(model, (tensor for header, _ in read.values() for tensor in tensors_in(header)))
-        check_files(read, self.quantization_config.get("save"))
 
-    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        """Leave out conversions of tensors, where a checkpoint's names are those of the model's modules."""
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Leave out conversions of tensors, where a checkpoint's names are those of the model's modules.
+
+        It is asked once the model is prepared, right before transformers looks for what it has to load.
+        """
         if isinstance(self.quantization_config, StoMPPConfig) or not self.quantization_config.has_own_names:
-            return super().update_weight_conversions(weight_conversions, *model)
-        return [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
+            return super().update_weight_conversions(weight_conversions, model)
+        renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
+        read_straight(model, self.files, renamings)
+        return renamings
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Nothing: it goes over all names, to add those that other methods give to the parts of a weight."""
@@ -102,10 +113,11 @@ class StoMPPQuantizer(HfQuantizer):
             _unmark(model)
             _align(model)
             return binarize_model(model, self.quantization_config)
-        check_loaded(model, self.expected, self.names)
+        show_all(model)
+        plans = plans_of(model)
+        check_loaded(model, plans, self.expected, self.names)
         _align(model)
         _unmark(model)
-        plans = plans_of(model)
         model.config.quantization_config = StoMPPQuantizationConfig.of(plans)
         for name, plan in plans.items():
             _finish(model.get_submodule(name), plan)
@@ -130,7 +142,7 @@ def _prepare(root: PreTrainedModel, plan: Plan) -> None:
         _place(root, plan)
         convert(root, plan)
         if plan.packed:
-            pack_members(members(root))
+            pack_members(members_of(root, plan))
             narrow_tables(root, plan)
     except StoMPPError:
         raise
@@ -140,7 +152,7 @@ def _prepare(root: PreTrainedModel, plan: Plan) -> None:
             "to another model."
         ) from error
     if plan.packed:
-        for member in members(root).values():
+        for member in members_of(root, plan).values():
             mark_initialized(member)  # init_weights() would look at its weight
 
 
@@ -173,6 +185,7 @@ def _unmark(model: PreTrainedModel) -> None:
             mark_plain(module.config)
 
 
+@torch.inference_mode(False)
 def _align(model: PreTrainedModel) -> None:
     """Move tensors that lie at odd addresses: a small float product rounds differently there.
 
@@ -181,11 +194,11 @@ def _align(model: PreTrainedModel) -> None:
     scales, cuts or holds signs, are in no such product, and stay in the file until they are read.
     """
     for module in model.modules():
-        own = saved_tensors(module)
-        if isinstance(module, nn.Embedding):
+        ours = isinstance(module, Converted)
+        if isinstance(module, nn.Embedding) or (ours and module.is_packed):
             continue
-        skipped = module.own_names if isinstance(module, Converted) else ()
-        for name, tensor in own.items():
+        skipped = module.own_names if ours else ()
+        for name, tensor in saved_tensors(module).items():
             if name not in skipped and tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
 

@@ -23,6 +23,7 @@ from ..surgery.quantization_config import StoMPPQuantizationConfig
 from . import quantizer  # noqa: F401  # it registers the format
 from .checks import OWNERS, check_written, expected_tensors, name_in
 from .checksums import KEY, note_of
+from .reading import loading_by
 
 
 class _Writer(HfQuantizer):
@@ -91,7 +92,8 @@ def from_pretrained(
     Raises:
         CheckpointError: it would be; latent weights alone make a plausible model in full precision.
     """
-    model, info = load(cls, *args, output_loading_info=True, **options)
+    with loading_by(options):
+        model, info = load(cls, *args, output_loading_info=True, **options)
     left_out = [name for name in sorted(info["unexpected_keys"]) if name.rpartition(".")[2] in OWNERS]
     modules = dict(model.named_modules()) if left_out and not plans_of(model) else {}
     left_out = [name for name in left_out if name_in(modules, name.rpartition(".")[0], model.base_model_prefix)]

@@ -79,6 +79,11 @@ def _has_function_mode() -> bool:
     return any(type(mode) is not DeviceContext for mode in modes)
 
 
+def unlistened() -> Any:
+    """Inside the block nobody listens: not a default device either, which makes each look at a tensor dear."""
+    return torch._C.DisableTorchFunction()
+
+
 def has_tangent(*arguments: Any) -> bool:
     """Whether a forward-mode derivative comes with any of these (torch.func.jvp, torch.autograd.forward_ad)."""
     if torch.compiler.is_compiling() or _forward_ad._current_level < 0:

@@ -36,6 +36,32 @@ def may_be_missing(model: Any) -> list[str]:
     return list(model._keys_to_ignore_on_load_missing or ())
 
 
+def show_only(model: Any, left: dict[str, Any], read: set[str]) -> None:
+    """While a model is loaded, the loader sees these of its tensors alone, and expects the others in files as well.
+
+    It stands on `state_dict` as what the loader asks, and `_adjust_missing_and_unexpected_keys` as what it tells.
+
+    Args:
+        model: the model.
+        left: of its state dict, what is to be loaded.
+        read: the names in the files of what is there already.
+    """
+    adjust = model._adjust_missing_and_unexpected_keys
+
+    def adjusted(found: Any) -> None:
+        found.unexpected_keys -= read
+        adjust(found)
+
+    model.state_dict = lambda *_, **__: dict(left)
+    model._adjust_missing_and_unexpected_keys = adjusted
+
+
+def show_all(model: Any) -> None:
+    """Undo `show_only`, where that was done."""
+    for name in ("state_dict", "_adjust_missing_and_unexpected_keys"):
+        vars(model).pop(name, None)
+
+
 def mark_plain(config: Any) -> None:
     """Trainer takes a model for a quantized one by its config's `_is_quantized`."""
     config._is_quantized = False

@@ -55,6 +55,10 @@ class Converted(Module):
         """What is wrong with tensors that have the right shapes, or None."""
         return None
 
+    def taken(self) -> str | None:
+        """Go by tensors that were put in from outside, as they are now; returns what `damage` does."""
+        return self.damage()
+
     def expected_sizes(self) -> dict[str, tuple[Tensor, int]]:
         """Tensors whose size follows from the weight's, with that size, by what they are called."""
         return {}

@@ -220,21 +220,25 @@ class Member(TransitionMasks, Converted):
         Raises:
             CheckpointError: they hold what no run could have written.
         """
-        if not _is_readable(self.stompp_state):
-            return  # offloaded, or a tracer's: the values are what they were
-        self.freezing.load(self.stompp_state)
-        reason = self.damage()
-        if reason is not None:
-            self._seen = [("stompp_state", self.stompp_state, None)]  # whoever asks next is told as well
+        if _is_readable(self.stompp_state) and (reason := self.taken()) is not None:
             raise CheckpointError(
                 f"{self.place.label or type(self).__name__}: {reason}. No training run wrote these tensors: they are "
                 "of a damaged file, or of another model, or an average that takes buffers in (use_buffers=True, timm's "
                 "ModelEmaV2). Average parameters, and copy buffers, as timm's ModelEmaV3 does."
             )
+
+    def taken(self) -> str | None:
+        reason = self.damage()
+        if not _is_readable(self.stompp_state):
+            return reason  # offloaded, or a tracer's: the values are what they were
+        self.freezing.load(self.stompp_state)
+        if reason is not None:
+            self._seen = [("stompp_state", self.stompp_state, None)]  # whoever asks next is told as well
+            return reason
         self._read_edges()
-        self._looked()
         with torch.inference_mode(False):  # masks that are made while an average is evaluated stay when it trains
             self._stand(*self._due())
+        return None
 
     def _due(self) -> tuple[str, float]:
         """State and frozen fraction that follow from the saved numbers."""
