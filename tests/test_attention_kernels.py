@@ -162,7 +162,7 @@ def test_threads_and_the_scores_at_a_time_change_nothing(
     module, expected = frozen((6, 3, 64, 64), 400, 1), None
     operands = [numbers((2, heads, count, 64), heads) for heads, count in ((6, 70), (3, 400), (3, 400))]
     for number, scores in ((1, 2**30), (threads, 1), (threads, 2**16), (threads, 2**30)):
-        monkeypatch.setattr(kernels.attention, "SCORES", scores)
+        monkeypatch.setattr(kernels.attending, "SCORES", scores)
         torch.set_num_threads(number)
         (y, _), (wanted, _) = both_ways(module, operands, Call(never, causal=True))
         expected = wanted if expected is None else expected
