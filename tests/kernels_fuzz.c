@@ -21,6 +21,8 @@ int stompp_lane_linear(const float *, const uint8_t *, const float *, int64_t, c
                        int64_t, int64_t, int);
 void stompp_unpack(const uint8_t *, int64_t, int64_t, float *);
 int64_t stompp_attention_panels(const Attention *);
+int64_t stompp_attention_blocks(const Attention *);
+int64_t stompp_attention_rows(const Attention *, int64_t);
 int stompp_attention_pack(const Attention *, int);
 int stompp_attention_scores(const Attention *, int64_t, int64_t, float *, int);
 int stompp_attention_values(const Attention *, int64_t, int64_t, float *, int);
@@ -328,15 +330,15 @@ static void attention(const char *limit) {
     }
     own.panels = malloc((size_t)stompp_attention_panels(&own));
     int threads = 1 + (int)below(3);
-    int64_t a_group = (rows + ROW_BLOCK - 1) / ROW_BLOCK, blocks = own.samples * own.groups * a_group;
+    int64_t blocks = stompp_attention_blocks(&own);
     int status = stompp_attention_pack(&own, threads);
     for (int64_t first = 0, count; !status && first < blocks; first += count) {
         count = 1 + below(blocks - first);
-        int64_t row = first / a_group * rows + first % a_group * ROW_BLOCK;
+        int64_t row = stompp_attention_rows(&own, first);
         status = stompp_attention_scores(&own, first, count, scores + row * own.keys, threads) ||
                  stompp_attention_values(&own, first, count, p + row * own.keys, threads);
     }
-    if (status)
+    if (status || stompp_attention_rows(&own, blocks) != all)
         exit(2);
     same(limit, scores, expected, all * own.keys);
     same(limit, y, outputs, all * own.value_size);

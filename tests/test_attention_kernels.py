@@ -14,7 +14,7 @@ from torch import Tensor
 from stompp_hf import BinaryAttention, StoMPPConfig, binarize_model, kernels, pack_model
 from stompp_hf.kernels import native
 from stompp_hf.modules import FROZEN
-from stompp_hf.modules.attention import PROJECTED, SITES, Call
+from stompp_hf.modules.attention import PROJECTED, SITES, Call, beside, probabilities
 
 pytestmark = pytest.mark.skipif(native.library_path() is None, reason="the compiled part was not built")
 manual = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -117,6 +117,26 @@ def calls(draw: Any) -> tuple[tuple[int, int, int, int], list[Tensor], dict[str,
 
 @given(calls(), st.sampled_from([{}, NO_THRESHOLDS]))
 @manual
+def test_probabilities_are_those_of_torch(instructions: str, case: Any, thresholds: dict[str, Any]) -> None:
+    """Outputs have few levels, and would hide a last bit."""
+    shape, operands, options, seed = case
+    module, call = frozen(shape, operands[1].shape[2], seed, **thresholds), Call(never, **options)
+    scaling = 0.37 if call.scaling is None else call.scaling
+    with torch.inference_mode():
+        query, key, _ = module._operands(*operands)
+        scores = module._product(query, key.transposed()) * scaling
+        expected, _ = probabilities(scores, call)
+        found = module._by_kernel(
+            (operands[0], operands[1], operands[2]),
+            Call(never, wants_weights=True),
+            scaling,
+            *beside(scores.shape, call, scores.device),
+        )
+    assert found is not None and found[1] is not None and torch.equal(found[1], expected)
+
+
+@given(calls(), st.sampled_from([{}, NO_THRESHOLDS]))
+@manual
 def test_outputs_are_those_of_torch(instructions: str, case: Any, thresholds: dict[str, Any]) -> None:
     shape, operands, options, seed = case
     module = frozen(shape, operands[1].shape[2], seed, **thresholds)
@@ -142,7 +162,7 @@ def test_threads_and_the_scores_at_a_time_change_nothing(
     module, expected = frozen((6, 3, 64, 64), 400, 1), None
     operands = [numbers((2, heads, count, 64), heads) for heads, count in ((6, 70), (3, 400), (3, 400))]
     for number, scores in ((1, 2**30), (threads, 1), (threads, 2**16), (threads, 2**30)):
-        monkeypatch.setattr(kernels.attention, "SCORES", scores)
+        monkeypatch.setattr(kernels.attending, "SCORES", scores)
         torch.set_num_threads(number)
         (y, _), (wanted, _) = both_ways(module, operands, Call(never, causal=True))
         expected = wanted if expected is None else expected

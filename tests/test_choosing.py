@@ -290,7 +290,7 @@ ELSEWHERE = {
     "_dispatch_stack": set(),
 }
 COMPUTING = ("kernels/", "method/", "modules/", "inference/", "surgery/attention_interface", "checkpoints/packing")
-CALLS = {"calls.py", "training.py", "triton_linear.py", "torch.py", "prechecked_linear.py"}
+CALLS = {"attending.py", "calls.py", "training.py", "triton_linear.py", "torch.py", "prechecked_linear.py"}
 """The files that call kernels, or compare addresses, where `route` or `is_watched` was asked."""
 
 

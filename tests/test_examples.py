@@ -252,6 +252,31 @@ def test_inference_benchmark(weights_only: str) -> None:
         assert f"| {name}" in printed
 
 
+def test_attention_benchmarks() -> None:
+    printed = run(
+        *(
+            "examples/benchmarks/attention.py",
+            "--heads",
+            "4",
+            "--key_heads",
+            "2",
+            "--sizes",
+            "8",
+            "--queries",
+            "1",
+            "9",
+        ),
+        *("--causal", "True", "--repeats", "1"),
+    )
+    assert "| 1 to 2048, heads of 8 |" in printed and "| 9 to 9, heads of 8 |" in printed
+    printed = run(
+        *("examples/benchmarks/inference.py", "--models", "tiny-bert", "tiny-resnet", "--size", "32", "--seq", "8"),
+        *("--repeats", "1", "--what", "models", "--attention", "True"),
+    )
+    rows = [line.split("|") for line in printed.splitlines() if line.startswith("| ")]
+    assert "fused, real attention" in rows[0][7] and float(rows[1][7]) > 0 and not rows[2][7].strip()
+
+
 def test_inference_benchmark_beside_other_libraries() -> None:
     printed = run(
         *("examples/benchmarks/inference.py", "--models", "tiny-bert", "--seq", "8", "--repeats", "1"),

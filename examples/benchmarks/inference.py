@@ -3,6 +3,7 @@
     python examples/benchmarks/inference.py --threads 1                       # everything, a few minutes on a CPU
     python examples/benchmarks/inference.py --what models --models bert-base resnet18 --batch 8 --threads 0
     python examples/benchmarks/inference.py --what operators --weights_only True --threads 1
+    python examples/benchmarks/inference.py --what models --models bert-base minilm --attention True --threads 1
     python examples/benchmarks/inference.py --peers onnxruntime bnn-lab --threads 1
 
 All contenders take turns in one process (in a different order each round); a time is the least of all rounds, which a
@@ -45,6 +46,7 @@ from stompp_hf.modules import binary_class_of
 ENOUGH = 2e-4
 """Seconds that a turn lasts at least: reading the clock takes as long as the shortest calls."""
 FLOAT32, BFLOAT16, INT8, PACKED, FUSED = "float32", "bfloat16", "int8", "packed", "packed, fused"
+REAL = "fused, real attention"
 BERTS: dict[str, dict[str, Any]] = {
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -84,6 +86,7 @@ class BenchmarkArguments:
     seq: int = field(default=128, metadata={"help": "Tokens a sequence."})
     size: int = field(default=224, metadata={"help": "Height and width of an image."})
     weights_only: bool = field(default=False, metadata={"help": "Binary weights and real activations (W1A32)."})
+    attention: bool = field(default=False, metadata={"help": "Binary attention too, in BERTs."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's number."})
     repeats: int = field(default=15, metadata={"help": "Rounds a row."})
     leave_out: list[str] = field(
@@ -119,9 +122,12 @@ def frozen(plain: nn.Module, x: Tensor, args: BenchmarkArguments) -> tuple[nn.Mo
     return layer, fused
 
 
-def config(args: BenchmarkArguments) -> StoMPPConfig:
+def config(args: BenchmarkArguments, attention: bool = False) -> StoMPPConfig:
     """Options of the packed models."""
-    return StoMPPConfig(binarize="weights" if args.weights_only else "weights_and_activations")
+    return StoMPPConfig(
+        binarize="weights" if args.weights_only else "weights_and_activations",
+        attention="binarize" if attention else "keep",
+    )
 
 
 def half_and_int8(plain: nn.Module, has_linear: bool) -> dict[str, nn.Module]:
@@ -172,24 +178,32 @@ def build(name: str, args: BenchmarkArguments) -> tuple[Any, dict[str, Tensor]]:
     return BertForSequenceClassification(shapes).eval(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def packed(plain: Any, inputs: dict[str, Tensor], args: BenchmarkArguments, attention: bool) -> Any:
+    """A packed model, calibrated on its input."""
+    model = binarize_model(copy.deepcopy(plain), config(args, attention), inputs)
+    progression = Progression(model, 1000)
+    progression.step(1000)
+    calibrate(model, [inputs])
+    progression.detach()  # its checks of activations are for training
+    return pack_model(model).eval()
+
+
 def contestants(name: str, args: BenchmarkArguments) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """All models of one name, and their inputs."""
     plain, inputs = build(name, args)
-    packed = binarize_model(copy.deepcopy(plain), config(args), inputs)
-    progression = Progression(packed, 1000)
-    progression.step(1000)
-    calibrate(packed, [inputs])
-    progression.detach()  # its checks of activations are for training
-    pack_model(packed).eval()
-    models = {FLOAT32: plain, **half_and_int8(plain, name in BERTS), PACKED: packed}
-    models[FUSED] = fuse_for_inference(copy.deepcopy(packed), inputs)
+    attention = args.attention and name in BERTS
+    models = {FLOAT32: plain, **half_and_int8(plain, name in BERTS), PACKED: packed(plain, inputs, args, attention)}
+    models[FUSED] = fuse_for_inference(copy.deepcopy(models[PACKED]), inputs)
+    if attention:
+        models[REAL] = fuse_for_inference(packed(plain, inputs, args, False), inputs)
     return models, inputs
 
 
 def models_and_blocks(args: BenchmarkArguments) -> Iterator[Case]:
     """Whole models, and one block of each."""
     for name in args.models:
-        models, inputs = contestants(name, args)
+        with torch.inference_mode(False), torch.no_grad():  # as models are loaded: their tensors count changes
+            models, inputs = contestants(name, args)
         size = f"{args.seq} tokens" if name in BERTS else f"{args.size}x{args.size}"
         if "models" in args.what:
             calls = {}
@@ -271,6 +285,7 @@ def main() -> None:
     limit = "" if most is None else f", inner loop alone {most:.0f} GMAC/s"
     print(f"{'W1A32' if args.weights_only else 'W1A1'}; {machine()}{limit}\n")
     names = [FLOAT32, BFLOAT16, INT8, *(name for peer in args.peers for name in peers.COLUMNS[peer]), PACKED, FUSED]
+    names += [REAL] * args.attention
     names = [name for name in names if name not in args.leave_out]
     print(
         "| | "

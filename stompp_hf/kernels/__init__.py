@@ -1,6 +1,7 @@
 """1-bit products in compiled C, on a GPU in Triton: what of it is used, and its calls. Plain torch is always there."""
 
-from . import attention as attention, choosing as choosing, gpu as gpu, native as native, training as training
+from . import attending as attending, choosing as choosing, gpu as gpu, native as native, training as training
+from .attending import attention as attention
 from .calls import (
     conv as conv,
     inner_loop as inner_loop,

@@ -49,6 +49,8 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "stompp_tap_words": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "stompp_pack": (None, (c_void_p, c_int64, c_int64, c_int, c_void_p, c_int)),
     "stompp_attention_panels": (c_int64, (c_void_p,)),
+    "stompp_attention_blocks": (c_int64, (c_void_p,)),
+    "stompp_attention_rows": (c_int64, (c_void_p, c_int64)),
     "stompp_attention_pack": (c_int, (c_void_p, c_int)),
     "stompp_attention_scores": (c_int, (c_void_p, c_int64, c_int64, c_void_p, c_int)),
     "stompp_attention_values": (c_int, (c_void_p, c_int64, c_int64, c_void_p, c_int)),

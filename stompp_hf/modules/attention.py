@@ -106,7 +106,8 @@ class BinaryAttention(Member, nn.Module):
 
     Forward, by state: pending: the original implementation (on clipped q, k, v where activation_clip is set);
     in transition, with u' = `mix_activation(u)`: p = softmax(q' k'^T * scaling + mask), y = (factor * p') v';
-    frozen: the same with `binary_matmul`, whose products are exact sums of integers.
+    frozen: the same with `binary_matmul`, whose products are exact sums of integers; without a gradient or dropout by
+    popcounts where there are kernels (`kernels.attention`), with the same bits but for the sign of a zero.
     q, k and v have the levels {-a, a} and p always {0, 2a}, a one scale a head; thresholds are one a feature, for p one
     a head. factor is 0 where the mask excludes an entry or p is 0 (so that no threshold can bring it back), else
     what dropout makes of p'. Dropout acts on p', so that it does not move p across its threshold.
@@ -281,7 +282,7 @@ class BinaryAttention(Member, nn.Module):
         if self.freezing.stage != FROZEN or call.dropout:
             return None
         scales, thresholds = ([getattr(self, f"{site}_{what}") for site in SITES] for what in ("scale", "threshold"))
-        return kernels.attention.attention(
+        return kernels.attention(
             operands, scales, thresholds, scaling, LEAST, added, excluded, whole=call.wants_weights
         )
 

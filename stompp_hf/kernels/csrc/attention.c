@@ -210,6 +210,17 @@ EXPORT int64_t stompp_attention_panels(const Attention *own) {
     return own->samples * own->groups * (key_words(own) + value_words(own)) * 4;
 }
 
+/* How many blocks of rows there are. */
+EXPORT int64_t stompp_attention_blocks(const Attention *own) {
+    return own->samples * own->groups * job(own, 0, 0).blocks;
+}
+
+/* How many rows come before a block. */
+EXPORT int64_t stompp_attention_rows(const Attention *own, int64_t block) {
+    Job self = job(own, 0, 0);
+    return block / self.blocks * self.rows + block % self.blocks * ROW_BLOCK;
+}
+
 /* Makes the panels. */
 EXPORT int stompp_attention_pack(const Attention *own, int threads) {
     Job self = job(own, 0, 0);

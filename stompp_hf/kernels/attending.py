@@ -14,10 +14,8 @@ from torch import Tensor
 from ..errors import KernelError
 from .choosing import DTYPES, EXACT, Route, choice, route
 
-ROWS = 48
-"""ROW_BLOCK of kernels.h: rows of a block."""
 SCORES = 2**17
-"""Scores that a thread makes at a time, at least those of one block: they and their probabilities stay in its cache."""
+"""Scores that a thread makes at a time, but whole blocks of rows: they and their probabilities stay in its cache."""
 
 
 class _Attention(ctypes.Structure):
@@ -98,16 +96,14 @@ def _run(call: _Attention, query: Tensor, whole: bool) -> Tensor | None:
     panels = query.new_empty(native.stompp_attention_panels(address), dtype=torch.uint8)
     call.panels = panels.data_ptr()
     _succeed(native.stompp_attention_pack(address, threads), query)
-    groups, rows = call.samples * call.groups, call.heads * call.queries
-    blocks = -(-rows // ROWS)
-    most = blocks * groups if whole else max(1, threads * SCORES // (ROWS * call.keys))
-
-    def rows_before(block: int) -> int:
-        return block // blocks * rows + block % blocks * ROWS
-
-    for first in range(0, blocks * groups, most):
-        count = min(most, blocks * groups - first)
-        scores = query.new_empty((rows_before(first + count) - rows_before(first), call.keys))
+    blocks = native.stompp_attention_blocks(address)
+    rows = native.stompp_attention_rows(address, blocks)
+    most = blocks if whole else max(1, threads * SCORES * blocks // (rows * call.keys))
+    end = 0
+    for first in range(0, blocks, most):
+        count, begin = min(most, blocks - first), end
+        end = native.stompp_attention_rows(address, first + count)
+        scores = query.new_empty((end - begin, call.keys))
         _succeed(native.stompp_attention_scores(address, first, count, scores.data_ptr(), threads), query)
         p = scores.softmax(-1)
         _succeed(native.stompp_attention_values(address, first, count, p.data_ptr(), threads), query)
