@@ -63,14 +63,14 @@ def attention(
         KernelError: there is no memory.
     """
     query, key, value = operands
+    others = (*scales, *thresholds, *added)
+    if route(query, key, value, *others, excluded) is not Route.NATIVE:
+        return None
     (samples, heads, queries, size), (_, groups, keys, value_size) = query.shape, value.shape
     shape = (samples, groups, heads // groups, queries, keys)
-    others = (*scales, *thresholds, *added)
     if not _fits(operands, scales, thresholds, added, excluded, shape) or max(size, keys) >= EXACT or len(added) > 2:
         return None
     if any(t is not None and t.dtype not in DTYPES for t in (key, value, *others)):
-        return None
-    if route(query, key, value, *others, excluded) is not Route.NATIVE:
         return None
     query, key, value = (_in_rows(x) for x in operands)
     limits = [None if t is None else t.to(torch.float32).contiguous() for t in thresholds]
