@@ -371,6 +371,8 @@ def folded(lanes: np.ndarray) -> np.float32:
 COMPILER = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
 C11 = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread", f"-I{SOURCES}"]
 FUZZERS = ("kernels_fuzz.c", "training_fuzz.c")
+FUZZED = [*C11, "-DPRODUCTS_A_THREAD=256"]
+"""Small products are shared among threads as well."""
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 
 
@@ -388,7 +390,7 @@ def test_sanitizers_find_nothing(tmp_path: Path, fuzz: str) -> None:
     program = tmp_path / "fuzz"
     sources = [ROOT / "tests" / fuzz, *sorted(SOURCES.glob("*.c"))]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [str(COMPILER), "-O1", "-g", *C11, *sanitizers, *map(str, sources), "-o", str(program), "-lm"]
+    command = [str(COMPILER), "-O1", "-g", *FUZZED, *sanitizers, *map(str, sources), "-o", str(program), "-lm"]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find" in built.stderr:
         pytest.skip("this compiler comes without sanitizers")
@@ -418,7 +420,7 @@ def test_neon_computes_the_same_in_an_emulator(tmp_path: Path, fuzz: str) -> Non
         pytest.skip("needs qemu-aarch64 (Debian: qemu-user-static) and aarch64-linux-gnu-gcc or zig")
     program = tmp_path / "fuzz"
     sources = [ROOT / "tests" / fuzz, *sorted(SOURCES.glob("*.c"))]
-    options = [*C11, "-O2", "-static"]
+    options = [*FUZZED, "-O2", "-static"]
     subprocess.run([*compiler, *options, *map(str, sources), "-o", program, "-lm"], check=True)
     for seed in range(3):
         result = subprocess.run([emulator, program, str(seed), "30"], capture_output=True, text=True, check=False)

@@ -201,7 +201,7 @@ def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def option(value: float, like: Tensor) -> Any:
+def graph_number(value: float, like: Tensor) -> Any:
     """A number for an autograd function; in a compiled graph a tensor (): there a number may be symbolic
     (`torch.compile(dynamic=True)`, or one that changed), and torch takes no such into an autograd function.
     """

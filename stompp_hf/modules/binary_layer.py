@@ -17,7 +17,7 @@ from torch.nn.functional import hardtanh
 from ..config import StoMPPConfig
 from ..errors import NotCalibratedError, ShapeError
 from ..integrations.accelerate import rebind_forward
-from ..integrations.torch import option
+from ..integrations.torch import graph_number
 from ..method.frozen_product import frozen_product
 from ..method.grouped_product import grouped_product
 from ..method.layer_product import Product
@@ -230,7 +230,7 @@ class BinaryLayer(KeptWeight, LayerState):
         return (*self.input_edges, self.weight_edge)
 
     def _window(self) -> Any:
-        return option(self.stompp_config.surrogate_width, self.weight_scale)
+        return graph_number(self.stompp_config.surrogate_width, self.weight_scale)
 
     def _placed_mask(self, x: Tensor) -> Tensor:
         mask = _mask(self.activation_mask)
