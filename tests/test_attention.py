@@ -1,5 +1,6 @@
 """BinaryAttention by itself: products and gradients against the slow reference, exactness, masks, starting values."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -302,3 +303,18 @@ def test_it_moves_with_its_masks():
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = module(*(u.bfloat16() for u in operands(SHAPES[0])), Call(plain))
     assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()
+
+
+def test_scores_bend_below_a_cap():
+    module = build(SHAPES[1])
+    freeze(module, FROZEN)
+    tensors = operands(SHAPES[1])
+    call = Call(plain, scaling=5.0, softcap=0.5, wants_weights=True)
+    q, k, _ = (operand.binary() for operand in module._operands(*tensors))
+    p = (0.5 * torch.tanh(5.0 * q.matmul(k.transpose(-1, -2)) / 0.5)).softmax(-1).flatten(1, 2)
+    a, b = (getattr(module, f"probability_{what}").detach()[:, None, None] for what in ("scale", "threshold"))
+    with torch.no_grad():
+        weights = module(*tensors, call)[1]
+        uncapped = module(*tensors, dataclasses.replace(call, softcap=None))[1]
+    torch.testing.assert_close(weights, torch.where(p >= b, 2 * a, 0.0))
+    assert not torch.equal(weights, uncapped)

@@ -14,7 +14,7 @@ from torch import Tensor
 from stompp_hf import BinaryAttention, StoMPPConfig, binarize_model, kernels, pack_model
 from stompp_hf.kernels import native
 from stompp_hf.modules import FROZEN
-from stompp_hf.modules.attention import PROJECTED, SITES, Call, beside, probabilities
+from stompp_hf.modules.attention import PROJECTED, SITES, Call, beside, probabilities, scores_of
 
 pytestmark = pytest.mark.skipif(native.library_path() is None, reason="the compiled part was not built")
 manual = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -121,15 +121,13 @@ def test_probabilities_are_those_of_torch(instructions: str, case: Any, threshol
     """Outputs have few levels, and would hide a last bit."""
     shape, operands, options, seed = case
     module, call = frozen(shape, operands[1].shape[2], seed, **thresholds), Call(never, **options)
-    scaling = 0.37 if call.scaling is None else call.scaling
     with torch.inference_mode():
         query, key, _ = module._operands(*operands)
-        scores = module._product(query, key.transposed()) * scaling
+        scores = scores_of(module._product(query, key.transposed()), operands[0], call)
         expected, _ = probabilities(scores, call)
         found = module._by_kernel(
             (operands[0], operands[1], operands[2]),
-            Call(never, wants_weights=True),
-            scaling,
+            Call(never, scaling=call.scaling, wants_weights=True),
             *beside(scores.shape, call, scores.device),
         )
     assert found is not None and found[1] is not None and torch.equal(found[1], expected)

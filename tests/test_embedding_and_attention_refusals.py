@@ -5,14 +5,15 @@ from typing import Any
 import models
 import pytest
 import torch
+import transformers as hf
 import vision
 from beyond import BERT, BOTH, SELF, STEPS, attentions, build
 from models import logits, quick, train
 from torch import Tensor, nn
 
-from stompp_hf import BinaryAttention, binarize_model, get_plan
+from stompp_hf import BinaryAttention, StoMPPConfig, binarize_model, get_plan
 from stompp_hf.errors import ConfigError, PatternError
-from stompp_hf.surgery.attention_interface import _still_asked
+from stompp_hf.surgery.attention_interface import _still_asked, watched
 from stompp_hf.surgery.members import members
 
 # ---- what cannot be ----
@@ -100,6 +101,32 @@ def test_a_name_that_the_model_itself_looks_at_is_noticed() -> None:
     with pytest.raises(ConfigError, match=r"depends on the name of its attention implementation"):
         binarize_model(model, quick(**BOTH))
     assert model.config._attn_implementation == "sdpa" and not attentions(model)
+
+
+def test_what_bends_large_scores_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.models.bert.modeling_bert as file
+
+    def bent(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        scores = 20.0 * torch.tanh(query.matmul(key.transpose(-1, -2)) * options["scaling"] / 20.0)
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        return weights.matmul(value).transpose(1, 2), weights
+
+    monkeypatch.setattr(file, "eager_attention_forward", bent)
+    with pytest.raises(ConfigError, match=r"it is not softmax\(q k\^T \+ mask\) v"):
+        binarize_model(build("bert", "eager"), StoMPPConfig(attention="binarize"))
+
+
+def test_a_cap_that_the_model_asks_for_is_known() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = hf.Gemma2Config(**sizes, **heads, attn_logit_softcapping=0.1)
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    binarize_model(model, StoMPPConfig(attention="binarize"))
+    caps: list[float | None] = []
+    with watched(model, lambda module, query, key, value, call: caps.append(call.softcap)):
+        model(torch.arange(6)[None])
+    assert caps == [0.1]
 
 
 def test_attention_that_is_more_than_a_softmax_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

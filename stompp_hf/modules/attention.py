@@ -44,14 +44,16 @@ class Call:
     """What an attention module passes beside queries, keys and values.
 
     plain: the original implementation, of (query, key, value); mask: boolean (True: attend) or to be added, or None;
-    bias: to be added; causal: whether later keys are excluded where there is no mask; wants_weights: whether the
-    original returns the probabilities.
+    bias: to be added; softcap: c, for scores that are bent to c * tanh(score / c) before anything is added, as Gemma 2
+    has them; causal: whether later keys are excluded where there is no mask; wants_weights: whether the original
+    returns the probabilities.
     """
 
     plain: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
     mask: Tensor | None = None
     bias: Tensor | None = None
     scaling: float | None = None
+    softcap: float | None = None
     dropout: float = 0.0
     causal: bool = False
     wants_weights: bool = False
@@ -97,8 +99,15 @@ def probabilities(scores: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     return masked(scores, added, excluded).softmax(-1), excluded
 
 
-def _scaling(query: Tensor, call: Call) -> float:
+def scaling_of(query: Tensor, call: Call) -> float:
+    """What products of queries and keys are multiplied by."""
     return float(query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
+
+
+def scores_of(products: Tensor, query: Tensor, call: Call) -> Tensor:
+    """Scores before anything is added, from the products of queries and keys."""
+    scores = products * scaling_of(query, call)
+    return scores if call.softcap is None else (scores / call.softcap).tanh() * call.softcap
 
 
 class BinaryAttention(Member, nn.Module):
@@ -257,13 +266,13 @@ class BinaryAttention(Member, nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         size = torch.Size((query.shape[0], self.key_heads, self.heads // self.key_heads, query.shape[2], key.shape[2]))
-        scaling, (added, excluded) = _scaling(query, call), beside(size, call, query.device)
-        y, p = self._by_kernel((query, key, value), call, scaling, added, excluded) or (None, None)
+        added, excluded = beside(size, call, query.device)
+        y, p = self._by_kernel((query, key, value), call, added, excluded) or (None, None)
         if y is not None and not call.wants_weights:
             return y.to(query.dtype), None
         q, k, v = self._operands(query, key, value)
         if p is None:
-            p = masked(self._product(q, k.transposed()) * scaling, added, excluded).softmax(-1)
+            p = masked(scores_of(self._product(q, k.transposed()), query, call), added, excluded).softmax(-1)
         factor = (p.detach() > NOTHING).to(p.dtype)
         factor = factor if excluded is None else factor.masked_fill_(excluded, 0.0)
         factor = F.dropout(factor, call.dropout)
@@ -275,13 +284,13 @@ class BinaryAttention(Member, nn.Module):
         return y.to(query.dtype), (self._levels(weights) * factor).flatten(1, 2).to(query.dtype)
 
     def _by_kernel(
-        self, operands: tuple[Tensor, Tensor, Tensor], call: Call, scaling: float, added: list[Tensor],
-        excluded: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
+        self, operands: tuple[Tensor, Tensor, Tensor], call: Call, added: list[Tensor], excluded: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
         """y and, for its weights, p, from bits; None where plain torch is to compute them."""
-        if self.freezing.stage != FROZEN or call.dropout:
+        if self.freezing.stage != FROZEN or call.dropout or call.softcap is not None:
             return None
         scales, thresholds = ([getattr(self, f"{site}_{what}") for site in SITES] for what in ("scale", "threshold"))
+        scaling = scaling_of(operands[0], call)
         return kernels.attention(
             operands, scales, thresholds, scaling, LEAST, added, excluded, whole=call.wants_weights
         )
@@ -330,8 +339,8 @@ class BinaryAttention(Member, nn.Module):
                 self._start(site, observer.at(site).rows[0])
         q, k, _ = self._operands(query, key, value)
         committed = self.has_frozen  # what follows binary queries and keys sees their scores
-        scores = (q.binary() if committed else q.u).matmul((k.binary() if committed else k.u).transpose(-1, -2))
-        p, excluded = probabilities(scores * _scaling(query, call), call)
+        products = (q.binary() if committed else q.u).matmul((k.binary() if committed else k.u).transpose(-1, -2))
+        p, excluded = probabilities(scores_of(products, query, call), call)
         rows = p.flatten(1, 2).permute(0, 2, 3, 1)  # one a query and key
         seen = torch.ones_like(rows[..., 0], dtype=torch.bool)
         if excluded is not None:

@@ -56,6 +56,7 @@ def _answer(
         mask=attention_mask,
         bias=options.get("position_bias"),
         scaling=options.get("scaling"),
+        softcap=options.get("softcap") if name == "eager" else None,  # sdpa knows no such thing
         dropout=options.get("dropout", 0.0) if module.training else 0.0,
         # Where sdpa gets no mask, the module itself says whether it is causal; eager always gets a causal mask.
         causal=name == "sdpa" and bool(getattr(module, "is_causal", True) if causal is None else causal),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import StoMPPConfig
 from ..errors import ConfigError
 from ..integrations.torch import parameters_of
-from ..modules.attention import Call, grouped, probabilities
+from ..modules.attention import Call, grouped, probabilities, scaling_of, scores_of
 from ..modules.embedding import BinaryEmbedding
 from .attention_interface import CHILD, NAMES, configs_of, implementations, watched
 from .recorder import Recorder, same, tensors_of
@@ -182,14 +182,26 @@ def _otherwise(ran: list[str], dispatched: list[str]) -> list[str]:
     return [name for name in own if not any(other.startswith(f"{name}.") for other in own)]
 
 
+LARGE = 100.0
+"""Of scores at which an attention is looked at as well: whatever bends them is seen there."""
+
+
 def _is_softmax_attention(query: Tensor, key: Tensor, value: Tensor, call: Call) -> bool:
     """Whether the original implementation computes what `BinaryAttention` is a binary form of."""
     heads = key.shape[1]
     if query.shape[1] % heads or value.shape[1] != heads:
         return False
-    q, k, v = (grouped(u, heads).double() for u in (query, key, value))
-    scaling = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    p, excluded = probabilities(q.matmul(k.transpose(-1, -2)) * scaling, call)
+    if not _agrees(query, key, value, call):
+        return False
+    if torch.finfo(query.dtype).bits < 32:
+        return True  # its rounding alone would show at large scores
+    largest = scaling_of(query, call) * query.detach().norm(dim=-1).max() * key.detach().norm(dim=-1).max()
+    return not largest > 0 or _agrees(query * (LARGE / largest), key, value, call)
+
+
+def _agrees(query: Tensor, key: Tensor, value: Tensor, call: Call) -> bool:
+    q, k, v = (grouped(u, key.shape[1]).double() for u in (query, key, value))
+    p, excluded = probabilities(scores_of(q.matmul(k.transpose(-1, -2)), query, call), call)
     own, (theirs, _) = p.matmul(v).flatten(1, 2).transpose(1, 2), call.plain(query, key, value)
     if own.shape != theirs.shape:
         return False

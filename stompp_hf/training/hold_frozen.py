@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.sharding import local, part_for
+from ..method.mask_bits import unpack_mask
 from ..modules import FROZEN, PENDING, BinaryLayer
 
 
@@ -62,22 +63,27 @@ def hold_frozen(optimizer: Any, layers: list[BinaryLayer], step: Callable[[], in
     """
 
     def keep(own: set[int]) -> list[Any]:
-        kept: list[tuple[BinaryLayer, Tensor]] = []
+        kept: list[tuple[BinaryLayer, Tensor, Tensor | None]] = []
         for layer in layers:
             if id(layer.weight) not in own or (state := layer.stage_state) == PENDING:
                 continue
+            bits = None
             if state == FROZEN:
                 layer.weight.grad = None
             elif layer.weight_mask_bits is None:
                 continue
-            kept.append((layer, local(layer.weight).clone()))
+            else:
+                bits = layer.weight_mask_bits.clone()  # a hook behind the step may go on to the next
+            kept.append((layer, local(layer.weight).clone(), bits))
         return kept
 
     def put_back(kept: list[Any]) -> None:
-        for layer, value in kept:
+        for layer, value, bits in kept:
             now = local(layer.weight.data)  # data: the same values are no new version, by which signs are packed anew
-            mask = layer.weight_mask
-            now.copy_(value if mask is None else torch.where(part_for(mask, layer.weight), value, now))
+            if bits is not None:
+                mask = part_for(unpack_mask(bits, layer.weight.shape), layer.weight)
+                value = torch.where(mask, value, now)
+            now.copy_(value)
 
     return around_steps(optimizer, step, keep, put_back)
 
