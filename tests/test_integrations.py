@@ -26,6 +26,7 @@ NAMES = {
         *(
             "torch._C:_len_torch_function_stack",
             "torch._C:_current_graph_task_id",
+            "torch._C:DisableTorchFunction",
             "torch._C:DispatchKey.PythonDispatcher",
         ),
         *("torch._C._functorch:is_functorch_wrapped_tensor", "torch._C._functorch:maybe_current_level"),

@@ -215,11 +215,7 @@ class Member(TransitionMasks, Converted):
         self._seen = [(name, buffer, version_of(buffer)) for name, buffer in buffers if buffer is not None]
 
     def _take(self) -> None:
-        """Take state, edges and masks from the buffers.
-
-        Raises:
-            CheckpointError: they hold what no run could have written.
-        """
+        """`taken`, and CheckpointError where no run could have written what the buffers hold."""
         if _is_readable(self.stompp_state) and (reason := self.taken()) is not None:
             raise CheckpointError(
                 f"{self.place.label or type(self).__name__}: {reason}. No training run wrote these tensors: they are "
