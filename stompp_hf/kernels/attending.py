@@ -137,9 +137,8 @@ def _fits(
 
 def _broadcasts(x: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether x has this shape when it is used with tensors that have it."""
-    return x.dim() <= len(shape) and all(
-        own in (1, wanted) for own, wanted in zip(reversed(x.shape), reversed(shape), strict=False)
-    )
+    before = len(shape) - x.dim()
+    return before >= 0 and all(own in (1, wanted) for own, wanted in zip(x.shape, shape[before:], strict=True))
 
 
 def _in_rows(x: Tensor) -> Tensor:
