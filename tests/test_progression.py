@@ -1,5 +1,6 @@
 """Progression: windows, states and masks as pure functions of the step (invariants 5 to 7), the total, the metrics."""
 
+import io
 import logging
 import math
 from fractions import Fraction
@@ -232,6 +233,27 @@ def test_a_stretched_run_redraws_at_its_own_rate():
     fresh = stack(1, end=1.0, refresh_rate=None)
     Progression(fresh, 40).step(5)
     assert torch.equal(model.layers[0].weight_mask, fresh.layers[0].weight_mask)
+
+
+@pytest.mark.parametrize("frozen_gradient", ["ste", "zero"])
+def test_a_model_in_training_can_be_saved_whole(frozen_gradient):
+    model = stack(3, frozen_gradient=frozen_gradient, check_every=1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    progression = Progression(model, 6)
+    progression.attach(optimizer)
+    for step in range(6):
+        progression.step(step)  # with its hooks on model and layers
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+        assert torch.equal(twin.eval()(batch(step)), model.eval()(batch(step)))
+        twin.train()(math.nan * batch(step))  # is no business of the one that trains
+        model.train()(batch(step)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    progression.step(6)
+    assert progression.is_complete()
 
 
 # ---- what sign() hides ----

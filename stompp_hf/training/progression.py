@@ -10,17 +10,20 @@ from torch import nn
 
 from ..config import StoMPPConfig
 from ..console import warn_once
-from ..errors import CheckpointError, ConfigError, NonFiniteError, NotCalibratedError
-from ..integrations.sharding import everywhere, local, refuse_unsupported, reshard, write_after_forward
+from ..errors import CheckpointError, ConfigError
+from ..integrations.sharding import local, refuse_unsupported, reshard, write_after_forward
 from ..integrations.torch import BatchNorm, clamp_min_all, is_compiled, remove_all
+from ..method.windows import Window
 from ..modules import FROZEN, PENDING, Member
-from ..modules.calibration import Observer, Watch, padding_masks, reduced
+from ..modules.calibration import Observer, Watch, padding_masks
 from ..modules.stage_member import write_states
 from ..surgery.members import driven_model, get_plan, members, planned_models, weighted
 from ..surgery.ownership import stop_at
 from ..surgery.running import run, undisturbed
 from ..surgery.unattended import attended
 from . import compiling
+from .finite_checks import InputChecks, check_latents
+from .observation import Observation
 from .optimizers import Optimizers
 
 logger = logging.getLogger(__name__)
@@ -72,11 +75,11 @@ class Progression:
         if self.config.is_ste_free and any(map(is_compiled, model.modules())):
             compiling.refuse_untraceable(self.model)
         self.total_steps = self._settle_total(total_steps, rescale)
+        self.windows: dict[str, Window] = {}
         self._find_windows()
         self.current_step = next(iter(self.layers.values())).step
-        self._handles: list[Any] = []
-        self._checks: list[tuple[str, torch.Tensor]] = []
-        self._check_handles: list[Any] = []
+        self._observation = Observation(self.model, self.layers, self.windows, self.total_steps)
+        self._checks = InputChecks()
         self._compiled = compiling.Held(model, len(self.layers))
         self._warn_of_short_windows()
 
@@ -86,7 +89,7 @@ class Progression:
         return self.plan.config
 
     def _find_windows(self) -> None:
-        self.windows = {name: layer.place.window(self.total_steps) for name, layer in self.layers.items()}
+        self.windows.update({name: layer.place.window(self.total_steps) for name, layer in self.layers.items()})
         first = min((self.windows[n].begin for n, layer in self.layers.items() if not layer.always_real), default=0)
         begins = {n: first if layer.always_real else self.windows[n].begin for n, layer in self.layers.items()}
         shares = self.config.pending_lr, self.config.binary_lr, self.config.scale_lr
@@ -198,88 +201,23 @@ class Progression:
             attended(root)
         reshard(self.model)
         self._optimizers.before(step)
-        self._read_checks()
-        self._take_observed(step)
+        self._checks.read(self.current_step)
+        if step != self.current_step:
+            self._observation.take(step)
         for layer in self.layers.values():
             layer.advance(step, self.total_steps)
         write_states(list(self.layers.values()))
         self._keep_scales_positive()
         self.current_step = step
         self._optimizers.after(step)
-        self._observe(step)
+        self._observation.begin(step)
         self._arm_checks(step)
-        self._compiled.renew(looks=bool(self._handles or self._check_handles))
+        self._compiled.renew(looks=self._observation.is_on or self._checks.are_on)
 
     def _keep_scales_positive(self) -> None:
         scales = [local(scale.detach()) for layer in self.layers.values() for scale in layer.scales()]
         if scales:
             clamp_min_all(scales, SCALE_FLOOR)
-
-    def _observe(self, step: int) -> None:
-        due = [
-            layer
-            for name, layer in self.layers.items()
-            if self.windows[name].observed_at <= step and not layer.always_real
-            and layer.stompp_config.binary_activations and layer.needs_activation_values and not layer.activation_ready
-        ]  # fmt: skip
-        if not due:
-            return
-        watch = Watch()  # one for all, which the model's hooks keep current
-        for layer in due:
-            layer.observer = layer.observer or Observer()
-            layer.observer.watch = watch
-
-        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            watch.masks[:] = padding_masks(kwargs)
-            watch.trains = module.training and torch.is_grad_enabled()
-            watch.ran |= watch.trains
-
-        def leave(*_: Any) -> None:
-            watch.trains = False
-
-        remove_all(self._handles)
-        self._handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
-        self._handles.append(self.model.register_forward_hook(leave, always_call=True))
-        self._handles += write_after_forward(self.model, [layer for layer in due if layer.frozen_share > 0.0])
-
-    def _take_observed(self, step: int) -> None:
-        looking = {
-            n: layer for n, layer in self.layers.items() if layer.observer is not None and step != self.current_step
-        }
-        if looking:
-            # A layer that ran on any process takes its values on all of them: they are summed over processes.
-            seen = [_seen_by(layer.observer) for layer in looking.values() if layer.observer is not None]
-            device = next(iter(looking.values())).stompp_state.device
-            seen = reduced(torch.tensor(seen, device=device), "max").tolist()
-            for (name, layer), what in zip(looking.items(), seen, strict=True):
-                if what == SAW_ROWS:
-                    if not layer.activation_ready:  # else its first call decided, and the optimizer went on from there
-                        layer.calibrate_observed(layer.observer)  # type: ignore[arg-type]
-                    layer.observer = None
-                elif what != SAW_NO_RUN and step >= self._closes(name):
-                    self._close_unseen(name, layer, what)
-        if all(layer.observer is None for layer in self.layers.values()):
-            remove_all(self._handles)
-
-    def _closes(self, name: str) -> int:
-        """The step before which a layer must have seen something; one that is committed at once has the whole run."""
-        window = self.windows[name]
-        return window.end if window.end > window.begin else self.total_steps
-
-    def _close_unseen(self, name: str, layer: Member, what: int) -> None:
-        """A window is over, the model was trained meanwhile, and nothing that counts reached the layer."""
-        if what == SAW_PADDING:
-            raise NotCalibratedError(
-                f"{name}: its stage froze before step {self._closes(name)}, and until then it saw nothing but padding: "
-                "its activation values have nothing to start from. Look at the attention_mask of the data, or give the "
-                "stage more steps (fewer stages, a longer run)."
-            )
-        logger.warning(
-            "%s: no input reached it while its stage froze (an expert that got no token?). It starts from values that "
-            "follow from its weights.", name,
-        )  # fmt: skip
-        layer.calibrate_unseen()
-        layer.observer = None
 
     def attach(self, optimizer: Any) -> None:
         """Hold frozen entries against the optimizer's inertia and decay (STE-free); apply the rates.
@@ -306,10 +244,8 @@ class Progression:
     def detach(self) -> None:
         """Let go of the optimizers, remove what this object put on the model, and put torch.compile's settings back."""
         self._compiled.release()
-        for layer in self.layers.values():
-            layer.observer = None
-        remove_all(self._handles)
-        remove_all(self._check_handles)
+        self._observation.end()
+        self._checks.disarm()
         self._optimizers.release()
 
     def stop_after(self, stage: int) -> None:
@@ -331,39 +267,14 @@ class Progression:
             self.attach(optimizer)
         self.step(self.current_step)
 
-    # ---- looking for what sign() hides ----
-
     def check_latents(self) -> None:
         """Raise NonFiniteError if a latent weight is NaN or infinite."""
-        for name, layer in weighted(self.layers).items():
-            if not everywhere(torch.isfinite(local(layer.weight)).all(), layer.weight):
-                raise NonFiniteError(
-                    f"the latent weight of {name} is not finite (step {self.current_step}). Lower the learning rate, "
-                    "or clip gradients (max_grad_norm); then resume from the last checkpoint."
-                )
+        check_latents(self.layers, self.current_step)
 
     def _arm_checks(self, step: int) -> None:
-        remove_all(self._check_handles)
-        if not self.config.check_every or step % self.config.check_every or step == self.total_steps:
-            return
-        for name, layer in self.layers.items():
-            if layer.stage_state == PENDING:
-                continue
-
-            def note(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                self._checks.append((name, torch.isfinite(x.detach()).all()))  # read one step later: no wait
-
-            self._check_handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
-
-    def _read_checks(self) -> None:
-        checks, self._checks = self._checks, []
-        for name, finite in checks:
-            if not bool(finite):
-                raise NonFiniteError(
-                    f"the input of {name} was not finite near step {self.current_step}; sign() would hide it. Lower "
-                    "the learning rate, or check the data; then resume from the last checkpoint."
-                )
+        self._checks.disarm()
+        if self.config.check_every and step % self.config.check_every == 0 and step < self.total_steps:
+            self._checks.arm({name: layer for name, layer in self.layers.items() if layer.stage_state != PENDING})
 
     # ---- the model as if it were fully binary now ----
 
@@ -390,16 +301,6 @@ class Progression:
                 with torch.no_grad():
                     for buffer, before in saved:
                         buffer.copy_(before)
-
-
-SAW_NO_RUN, SAW_NOTHING, SAW_PADDING, SAW_ROWS = range(4)
-
-
-def _seen_by(observer: Observer) -> int:
-    """What an observer saw, in the order of what counts most over processes."""
-    if observer.rows:
-        return SAW_ROWS
-    return SAW_PADDING if observer.hidden else SAW_NOTHING if observer.watch.ran else SAW_NO_RUN
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, batch_norm: bool = False) -> nn.Module:
