@@ -7,14 +7,13 @@ from typing import Any
 import torch
 import yaml
 from image_data import DataArguments, Pixels
-from options import HubArguments, MethodArguments, RecordArguments, TeacherArguments
+from options import HubArguments, MethodArguments, RecordArguments, TeacherArguments, is_binarized, plain_again
 from small_images import small_image_config
 from stage_edges import StopArguments
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
-from stompp_hf import StoMPPConfig, binarize_model, get_plan
-from stompp_hf.errors import NotBinarizedError
+from stompp_hf import StoMPPConfig, binarize_model
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +123,9 @@ def load_model(
     for module in model.modules():
         if args.batch_norm_momentum is not None and "BatchNorm" in type(module).__name__:
             module.momentum = args.batch_norm_momentum
-    try:
-        get_plan(model)
-    except NotBinarizedError:
+    if resume_from is None:
+        model = plain_again(model)
+    if not is_binarized(model):
         channels = getattr(config, "num_channels", 3)
         model = binarize_model(model, stompp, example_inputs={"pixel_values": torch.randn(1, channels, size, size)})
     return model

@@ -336,9 +336,21 @@ def test_training_a_finished_model_again_keeps_it_frozen(tmp_path, caplog):
     caplog.clear()
     trainer.train()
     handle.remove()
-    assert seen == {"frozen"} and len(warnings(caplog, "fully binary already")) == 1
+    assert seen == {"frozen"} and len(warnings(caplog, "over (fully binary)")) == 1
     assert all(map(torch.equal, binary, [layer.binary_weight() for layer in binary_layers(model).values()]))
     assert not torch.equal(head, model.classifier.weight)
+
+
+def test_a_full_precision_run_is_called_one(tmp_path, caplog):
+    model, shown = bert(binarize="nothing"), []
+    for _ in range(2):
+        bar: Any = TrainerCallback()
+        bar.training_bar = SimpleNamespace(set_postfix_str=lambda text, refresh: shown.append(text))
+        trainer = trainer_of(tmp_path, model, bar)
+        StoMPPTrainerCallback().attach(trainer)
+        trainer.train()
+    assert set(shown) == {"full precision"}
+    assert len(warnings(caplog, "over (full precision)")) == 1
 
 
 def test_a_model_loaded_in_mid_progression_does_not_start_over(tmp_path):

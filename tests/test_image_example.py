@@ -266,6 +266,15 @@ def test_fine_tuning_a_checkpoint_and_resuming(tmp_path: Path, monkeypatch: pyte
     assert resumed.config.id2label[3] == "class 3" and resumed.config.image_size == 16
 
 
+def test_a_run_in_full_precision_is_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = str(tmp_path / "real"), str(tmp_path / "binary")
+    words = ("--max_steps", "6", "--do_train", *QUICK)
+    here(monkeypatch, *RESNET, "--method", "full_precision", "--output_dir", first, *words)
+    here(monkeypatch, "--model_name_or_path", first, "--output_dir", second, *words)
+    for folder, kind in ((first, "nothing"), (second, "weights_and_activations")):
+        assert get_plan(AutoModelForImageClassification.from_pretrained(folder)).config.binarize == kind
+
+
 def test_accumulated_batches_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal batches give the gradient of one of them: Trainer must not think that the model divides the loss."""
     rows = {"image": [odd_images()["rgb"]] * 64, "label": [0] * 64}

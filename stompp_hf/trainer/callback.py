@@ -167,11 +167,12 @@ class StoMPPTrainerCallback(TrainerCallback):
         if self._holds_complete and not adapted:
             warn_once(
                 logger, root,
-                "this model is fully binary already, and stays so: training goes on with every stage frozen. To "
-                "freeze it anew: restore_model(model), then binarize_model(model, config).",
+                "this model's progression is over (%s), and it stays as it is: training goes on, and nothing freezes. "
+                "To freeze it anew: restore_model(model), then binarize_model(model, config).",
+                self.progression.outcome,
             )  # fmt: skip
         elif self._holds_complete:
-            logger.info("the base is fully binary and stays as it is; the adapter trains beside it.")
+            logger.info("the base stays as it is (%s); the adapter trains beside it.", self.progression.outcome)
         elif ahead and restarted:  # auto_find_batch_size, for one
             logger.warning("training begins anew at step %d: stages that were frozen thaw.", state.global_step)
         elif ahead:

@@ -10,7 +10,7 @@ def show_stage(trainer: Any, progression: Progression) -> None:
     """Write which stage freezes, and how far it is, behind the bar of every callback that has one."""
     number, name, share = progression.stage_in_transition()
     text = f"stage {number}/{progression.plan.stage_count} {name} {share:.0%}"
-    if progression.frozen_layers() and progression.is_complete():
+    if all(layer.is_settled for layer in progression.layers.values()):
         text = progression.outcome
     for callback in trainer.callback_handler.callbacks:
         bar, notebook = getattr(callback, "training_bar", None), getattr(callback, "training_tracker", None)

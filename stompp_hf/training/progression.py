@@ -171,6 +171,8 @@ class Progression:
     @property
     def outcome(self) -> str:
         """What a model is once its progression is complete, in words."""
+        if self.plan.freezing == 0:
+            return "full precision"
         real = [name for name, layer in self.layers.items() if layer.always_real]
         stages = {entry.stage for entry in self.plan.entries if entry.name not in real}
         return f"{len(stages)} of {self.plan.stage_count} stages binary" if real else "fully binary"
