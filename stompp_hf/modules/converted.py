@@ -51,13 +51,13 @@ class Converted(Module):
         """Whether it computes in full precision for good: a baseline."""
         return False
 
-    def damage(self) -> str | None:
-        """What is wrong with tensors that have the right shapes, or None."""
+    def damage(self, has_nan: bool = True) -> str | None:
+        """What is wrong with tensors that have the right shapes, or None; has_nan: False, where no own one holds NaN."""
         return None
 
-    def taken(self) -> str | None:
-        """Go by tensors that were put in from outside, as they are now; returns what `damage` does."""
-        return self.damage()
+    def taken(self, has_nan: bool = True) -> str | None:
+        """Go by tensors that were put in from outside, as they are now; takes and returns what `damage` does."""
+        return self.damage(has_nan)
 
     def expected_sizes(self) -> dict[str, tuple[Tensor, int]]:
         """Tensors whose size follows from the weight's, with that size, by what they are called."""
