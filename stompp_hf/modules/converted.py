@@ -52,7 +52,7 @@ class Converted(Module):
         return False
 
     def damage(self, has_nan: bool = True) -> str | None:
-        """What is wrong with tensors that have the right shapes, or None; has_nan: False, where no own one holds NaN."""
+        """What is wrong with tensors that have the right shapes, or None; has_nan=False: none of its own holds NaN."""
         return None
 
     def taken(self, has_nan: bool = True) -> str | None:
