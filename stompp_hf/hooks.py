@@ -20,7 +20,7 @@ def install() -> None:
 
 
 def _ask_first(modeling: Any) -> None:
-    """What saves a PreTrainedModel, loads it, and converts names, leads through this library: see checkpoints.saving."""
+    """What saves and loads a PreTrainedModel, and converts its tensors, leads through here: see checkpoints.saving."""
     model = modeling.PreTrainedModel
     model.save_pretrained = _through("save_pretrained", model.save_pretrained)
     model.from_pretrained = classmethod(_through("from_pretrained", model.from_pretrained.__func__))

@@ -38,9 +38,9 @@ def name_in(modules: Mapping[str, Any], name: str, prefix: str) -> str | None:
     return next((name for name in names if name in modules), None)
 
 
-def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of the modules to which binarization added some, by name, on the meta device."""
-    return _expected(_converted(model, plans_of(model)))
+def expected_tensors(model: PreTrainedModel, plans: Mapping[str, Plan]) -> dict[str, Tensor]:
+    """The tensors of the modules to which binarization by these plans added some, by name, on the meta device."""
+    return _expected(_converted(model, plans))
 
 
 def _expected(converted: Mapping[str, Converted]) -> dict[str, Tensor]:

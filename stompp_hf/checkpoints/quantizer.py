@@ -72,14 +72,13 @@ class StoMPPQuantizer(HfQuantizer):
         files = [Path(file) for file in kwargs["checkpoint_files"] or [] if str(file).endswith(".safetensors")]
         read = {file: read_header(file) for file in files}
         with unlistened():  # the default device is the meta one here, and each look at a tensor asks for it
-            self._prepare_parts(model, self.quantization_config)
-            self.expected = expected_tensors(model)
+            self.expected = expected_tensors(model, self._prepare_parts(model, self.quantization_config))
             self.names = check_names(model, (tensor for header, _ in read.values() for tensor in tensors_in(header)))
         check_files(read, self.quantization_config.get("save"))
         self.files = read if is_straight(kwargs["device_map"]) else {}
 
-    def _prepare_parts(self, model: PreTrainedModel, config: StoMPPQuantizationConfig) -> None:
-        modules = dict(model.named_modules())
+    def _prepare_parts(self, model: PreTrainedModel, config: StoMPPQuantizationConfig) -> dict[str, Plan]:
+        modules, prepared = dict(model.named_modules()), {}
         for name, plan in config.plans().items():
             place = name_in(modules, name, model.base_model_prefix) if name else ""
             if place is None or not isinstance(modules[place], PreTrainedModel):
@@ -90,6 +89,8 @@ class StoMPPQuantizer(HfQuantizer):
             if place:
                 own_configs(modules[place])  # its config is a part of the whole model's
             _prepare(modules[place], plan)
+            prepared[place] = plan
+        return prepared
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Read what can be: this is asked once the model is prepared, right before transformers looks what to load."""

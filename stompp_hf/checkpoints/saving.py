@@ -76,7 +76,7 @@ def save_pretrained(
                 f"this {type(self).__name__} is not saved, since it would not load: {error}"
             ) from error
     if is_main_process:
-        note = note_of(written, expected_tensors(self))
+        note = note_of(written, expected_tensors(self, plans))
     options["save_original_format"] = False  # whoever loads it has this library, and reads the names of the modules
     with (
         _config_says(self.config, StoMPPQuantizationConfig.of(plans, note.get("save"))),

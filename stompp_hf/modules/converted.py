@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..integrations.torch import buffers_of, parameters_of
+
 if TYPE_CHECKING:
     Module = nn.Module
 else:
@@ -20,8 +22,8 @@ class Converted(Module):
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The parameters and buffers that binarization added, by name."""
-        found = {name: getattr(self, name, None) for name in self.own_names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        held = {**parameters_of(self), **buffers_of(self)}
+        return {name: held[name] for name in self.own_names if held.get(name) is not None}
 
     def is_without_own(self, state_dict: Any, prefix: str, missing_keys: list[str]) -> bool:
         """Whether a state dict is of the plain model: own tensors keep their values, and to miss them is no error."""
