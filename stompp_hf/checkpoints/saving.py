@@ -113,7 +113,7 @@ def conversions(
 ) -> Any:
     """transformers' get_model_conversion_mapping; what is stored under a model's own names, only the caller renames.
 
-    To look for more, it would first make the tables of all its classes: that is as much work as the rest of a load.
+    To look for more, it would first make the tables of all its classes, with all their patterns to compile.
     """
     if not (isinstance(hf_quantizer, quantizer.StoMPPQuantizer) and hf_quantizer.has_own_names):
         return find(model, key_mapping, hf_quantizer, **options)
