@@ -20,10 +20,11 @@ def install() -> None:
 
 
 def _ask_first(modeling: Any) -> None:
-    """PreTrainedModel.save_pretrained and from_pretrained lead through this library: see checkpoints.saving."""
+    """What saves and loads a PreTrainedModel, and converts its tensors, leads through here: see checkpoints.saving."""
     model = modeling.PreTrainedModel
     model.save_pretrained = _through("save_pretrained", model.save_pretrained)
     model.from_pretrained = classmethod(_through("from_pretrained", model.from_pretrained.__func__))
+    modeling.get_model_conversion_mapping = _through("conversions", modeling.get_model_conversion_mapping)
 
 
 def _through(name: str, theirs: Callable[..., Any]) -> Callable[..., Any]:

@@ -53,6 +53,7 @@ NAMES = {
         *("transformers.modeling_utils:PreTrainedModel._keys_to_ignore_on_save",),
         *("transformers.modeling_utils:PreTrainedModel._keys_to_ignore_on_load_missing",),
         *("transformers.modeling_utils:PreTrainedModel._adjust_missing_and_unexpected_keys",),
+        *("transformers.modeling_utils:get_model_conversion_mapping", "transformers.modeling_utils '.named_buffers('"),
         *("transformers:PreTrainedConfig()._attn_implementation",),
         *("transformers:PreTrainedConfig '_attn_implementation_internal'",),
         *("transformers.modeling_utils '_is_hf_initialized'", "transformers.modeling_utils '_hf_peft_config_loaded'"),

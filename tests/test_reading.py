@@ -8,7 +8,13 @@ import pytest
 import torch
 from models import logits, quick, train
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification as Auto, core_model_loading
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification as Auto,
+    conversion_mapping,
+    core_model_loading,
+)
 
 from stompp_hf import binarize_model, pack_model
 
@@ -55,6 +61,25 @@ def test_the_loader_gets_nothing_that_lies_in_the_files_as_it_is_held(saved: Any
     found = model.state_dict()
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_conversions_are_looked_up_for_plain_checkpoints_alone(
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    theirs = conversion_mapping.get_checkpoint_conversion_mapping
+
+    def noted(kind: str) -> Any:
+        asked.append(kind)
+        return theirs(kind)
+
+    monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", noted)
+    Auto.from_pretrained(saved[0])
+    assert asked == []
+    BERT.build().save_pretrained(tmp_path)
+    asked.clear()
+    Auto.from_pretrained(tmp_path)
+    assert "bert" in asked
 
 
 WAYS: dict[str, dict[str, Any]] = {

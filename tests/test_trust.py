@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from stompp_hf import binarize_model, pack_model
+from stompp_hf.checkpoints import checks
 from stompp_hf.checkpoints.files import read_header
 from stompp_hf.errors import CheckpointError, NonFiniteError
 
@@ -175,7 +176,11 @@ def nth(tensor: torch.Tensor, value: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("own", ["weight", "weight_scale", "activation_threshold", "activation_scale"])
-def test_what_is_not_finite_is_named(own: str, value: float, saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("small", [checks.SMALL, 0], ids=["together", "one by one"])
+def test_what_is_not_finite_is_named(
+    small: int, own: str, value: float, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "SMALL", small)
     for kind in ("training", "packed"):
         if kind == "packed" and own == "weight":
             continue

@@ -6,7 +6,7 @@ saved, so that what is saved loads.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ OWNERS = ("weight_bits", "stompp_state", "weight_int8")
 """Tensors that no other class has."""
 OPEN_ENDED = ("_clip", "_low", "_high")
 """Endings of tensors that are infinite where nothing is clipped."""
+SMALL = 1 << 16
+"""Entries of a tensor at which a call of torch begins to take less time than what it does."""
 BELONGS = "one of the two is not the file that belongs here."
 
 
@@ -36,9 +38,9 @@ def name_in(modules: Mapping[str, Any], name: str, prefix: str) -> str | None:
     return next((name for name in names if name in modules), None)
 
 
-def expected_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of the modules to which binarization added some, by name, on the meta device."""
-    return _expected(_converted(model, plans_of(model)))
+def expected_tensors(model: PreTrainedModel, plans: Mapping[str, Plan]) -> dict[str, Tensor]:
+    """The tensors of the modules to which binarization by these plans added some, by name, on the meta device."""
+    return _expected(_converted(model, plans))
 
 
 def _expected(converted: Mapping[str, Converted]) -> dict[str, Tensor]:
@@ -101,8 +103,9 @@ def check_loaded(
     saved, converted = _saved(model), _converted(model, plans)
     loaded = {name: tensor for name, tensor in saved.items() if tensor.is_meta or is_initialized(tensor)}
     _check_covered(expected, loaded)
+    has_nan = _holds(torch.isnan, (t for module in converted.values() for t in module.own_tensors().values()))
     for name, module in converted.items():
-        reason = module.taken()
+        reason = module.taken(has_nan)
         if reason is not None:
             raise CheckpointError(f"{name}: {reason}: the file is damaged, or was not written by stompp_hf.")
     try:
@@ -163,14 +166,17 @@ def _check_values(
     converted: Mapping[str, Converted],
     held: Mapping[str, Tensor],
 ) -> None:
-    for name, module in converted.items():
-        for own in () if module.always_real else saved_tensors(module):
-            tensor = held[f"{name}.{own}"]
-            if tensor.is_floating_point() and not own.endswith(OPEN_ENDED) and not _is_finite(tensor):
-                raise NonFiniteError(
-                    f"{name}.{own} holds NaN or an infinite value, which a sign would hide. Go back to the last "
-                    "checkpoint from before it became so."
-                )
+    binary = [(name, saved_tensors(module)) for name, module in converted.items() if not module.always_real]
+    names = [f"{name}.{own}" for name, tensors in binary for own in tensors if not own.endswith(OPEN_ENDED)]
+    finite = {name for name in names if held[name].numel() <= SMALL and not is_sharded(held[name])}
+    if _holds(lambda tensor: ~tensor.isfinite(), (held[name] for name in finite)):
+        finite.clear()  # one after the other, to find which
+    for name in names:
+        if name not in finite and held[name].is_floating_point() and not _is_finite(held[name]):
+            raise NonFiniteError(
+                f"{name} holds NaN or an infinite value, which a sign would hide. Go back to the last checkpoint from "
+                "before it became so."
+            )
     for start, plan in plans.items():
         root, at = model.get_submodule(start), f"{start}." if start else ""
         places: dict[tuple[int, ...], str] = {}
@@ -184,6 +190,17 @@ def _check_values(
                 f"{name} stands at step {place[1]} of {place[0]} of its progression, and {other} at step "
                 f"{other_place[1]} of {other_place[0]}, or was trained by another plan: they are not of one save."
             )
+
+
+@torch.no_grad()
+def _holds(test: Callable[[Tensor], Tensor], tensors: Iterable[Tensor]) -> bool:
+    """Whether a test, isnan say, finds anything in tensors, whole ones; small ones are looked at together."""
+    alike: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point() and not tensor.is_meta:
+            alone = id(tensor) if tensor.numel() > SMALL else None
+            alike.setdefault((tensor.dtype, tensor.device, alone), []).append(tensor.flatten())
+    return any(bool(test(torch.cat(ts) if len(ts) > 1 else ts[0]).any()) for ts in alike.values())
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -57,6 +56,11 @@ class StoMPPQuantizer(HfQuantizer):
                 "without, and call model = stompp_hf.binarize_model(model, StoMPPConfig())."
             )
 
+    @property
+    def has_own_names(self) -> bool:
+        """Whether a checkpoint's names are those of the model's modules, so that nothing is to be converted."""
+        return not isinstance(self.quantization_config, StoMPPConfig) and self.quantization_config.has_own_names
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if isinstance(self.quantization_config, StoMPPConfig):
             return  # the probe needs weights: binarize_model runs once they are there
@@ -68,14 +72,13 @@ class StoMPPQuantizer(HfQuantizer):
         files = [Path(file) for file in kwargs["checkpoint_files"] or [] if str(file).endswith(".safetensors")]
         read = {file: read_header(file) for file in files}
         with unlistened():  # the default device is the meta one here, and each look at a tensor asks for it
-            self._prepare_parts(model, self.quantization_config)
-            self.expected = expected_tensors(model)
+            self.expected = expected_tensors(model, self._prepare_parts(model, self.quantization_config))
             self.names = check_names(model, (tensor for header, _ in read.values() for tensor in tensors_in(header)))
         check_files(read, self.quantization_config.get("save"))
         self.files = read if is_straight(kwargs["device_map"]) else {}
 
-    def _prepare_parts(self, model: PreTrainedModel, config: StoMPPQuantizationConfig) -> None:
-        modules = dict(model.named_modules())
+    def _prepare_parts(self, model: PreTrainedModel, config: StoMPPQuantizationConfig) -> dict[str, Plan]:
+        modules, prepared = dict(model.named_modules()), {}
         for name, plan in config.plans().items():
             place = name_in(modules, name, model.base_model_prefix) if name else ""
             if place is None or not isinstance(modules[place], PreTrainedModel):
@@ -86,17 +89,15 @@ class StoMPPQuantizer(HfQuantizer):
             if place:
                 own_configs(modules[place])  # its config is a part of the whole model's
             _prepare(modules[place], plan)
+            prepared[place] = plan
+        return prepared
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """Leave out conversions of tensors, where a checkpoint's names are those of the model's modules.
-
-        It is asked once the model is prepared, right before transformers looks for what it has to load.
-        """
-        if isinstance(self.quantization_config, StoMPPConfig) or not self.quantization_config.has_own_names:
+        """Read what can be: this is asked once the model is prepared, right before transformers looks what to load."""
+        if not self.has_own_names:
             return super().update_weight_conversions(weight_conversions, model)
-        renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
-        read_straight(model, self.files, renamings)
-        return renamings
+        read_straight(model, self.files, weight_conversions)
+        return weight_conversions
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Nothing: it goes over all names, to add those that other methods give to the parts of a weight."""

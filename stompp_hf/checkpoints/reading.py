@@ -64,7 +64,7 @@ def read_straight(
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     left = model.state_dict()
     places: dict[str, str | None] = {}
-    read: set[str] = set()
+    read: dict[str, str] = {}
     for path, (header, begin) in files.items():
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -78,7 +78,7 @@ def read_straight(
             if place is None or held_as in tied or not _is_held_as(like, stored) or _is_renamed(name, renamings):
                 continue
             _put(modules[place], own, left.pop(held_as), data, begin + stored["data_offsets"][0])
-            read.add(name)
+            read[name] = held_as
     show_only(model, left, read)
 
 

@@ -3,7 +3,7 @@
 Every way to a checkpoint with a config.json leads through save_pretrained: Trainer's, accelerate's examples',
 sentence-transformers', a larger model's, a part's. There a model with a plan is held to what loading will demand, its
 plan is written as it stands, and checksums go with it. from_pretrained leaves out what a config does not know of, and
-only says so: the bits of a binary model must not be left out.
+only says so: the bits of a binary model must not be left out. What it converts on the way is none of ours.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
 
 from ..config import METHOD
@@ -20,7 +21,7 @@ from ..integrations.sharding import is_sharded
 from ..integrations.transformers import saves_adapter_alone
 from ..surgery.ownership import plans_of
 from ..surgery.quantization_config import StoMPPQuantizationConfig
-from . import quantizer  # noqa: F401  # it registers the format
+from . import quantizer  # it registers the format, too
 from .checks import OWNERS, check_written, expected_tensors, name_in
 from .checksums import KEY, note_of
 from .reading import loading_by
@@ -75,7 +76,7 @@ def save_pretrained(
                 f"this {type(self).__name__} is not saved, since it would not load: {error}"
             ) from error
     if is_main_process:
-        note = note_of(written, expected_tensors(self))
+        note = note_of(written, expected_tensors(self, plans))
     options["save_original_format"] = False  # whoever loads it has this library, and reads the names of the modules
     with (
         _config_says(self.config, StoMPPQuantizationConfig.of(plans, note.get("save"))),
@@ -105,6 +106,19 @@ def from_pretrained(
             "AutoConfig.from_pretrained(folder)."
         )
     return (model, info) if output_loading_info else model
+
+
+def conversions(
+    find: Callable[..., Any], model: Any, key_mapping: Any = None, hf_quantizer: Any = None, **options: Any
+) -> Any:
+    """transformers' get_model_conversion_mapping; what is stored under a model's own names, only the caller renames.
+
+    To look for more, it would first make the tables of all its classes, with all their patterns to compile.
+    """
+    if not (isinstance(hf_quantizer, quantizer.StoMPPQuantizer) and hf_quantizer.has_own_names):
+        return find(model, key_mapping, hf_quantizer, **options)
+    renamings = [WeightRenaming(source, target) for source, target in (key_mapping or {}).items()]
+    return hf_quantizer.update_weight_conversions(renamings, model)
 
 
 @contextlib.contextmanager

@@ -36,29 +36,31 @@ def may_be_missing(model: Any) -> list[str]:
     return list(model._keys_to_ignore_on_load_missing or ())
 
 
-def show_only(model: Any, left: dict[str, Any], read: set[str]) -> None:
+def show_only(model: Any, left: dict[str, Any], read: dict[str, str]) -> None:
     """While a model is loaded, the loader sees these of its tensors alone, and expects the others in files as well.
 
-    It stands on `state_dict` as what the loader asks, and `_adjust_missing_and_unexpected_keys` as what it tells.
+    It stands on `state_dict` and `named_buffers` as what the loader asks, and `_adjust_missing_and_unexpected_keys` as
+    what it tells.
 
     Args:
         model: the model.
         left: of its state dict, what is to be loaded.
-        read: the names in the files of what is there already.
+        read: what is there already: its name in the model, by that in the files.
     """
-    adjust = model._adjust_missing_and_unexpected_keys
+    adjust, buffers, there = model._adjust_missing_and_unexpected_keys, model.named_buffers, set(read.values())
 
     def adjusted(found: Any) -> None:
-        found.unexpected_keys -= read
+        found.unexpected_keys -= read.keys()
         adjust(found)
 
     model.state_dict = lambda *_, **__: dict(left)
+    model.named_buffers = lambda *args, **options: (pair for pair in buffers(*args, **options) if pair[0] not in there)
     model._adjust_missing_and_unexpected_keys = adjusted
 
 
 def show_all(model: Any) -> None:
     """Undo `show_only`, where that was done."""
-    for name in ("state_dict", "_adjust_missing_and_unexpected_keys"):
+    for name in ("state_dict", "named_buffers", "_adjust_missing_and_unexpected_keys"):
         vars(model).pop(name, None)
 
 

@@ -21,7 +21,7 @@ from ..integrations.transformers import mark_initialized
 from ..method.attention_product import Edges, Operand, binary_matmul
 from .calibration import MAX_ROWS, NO_EDGE, Observer, activation_values
 from .layer_state import finite_edge
-from .stage_member import FROZEN, PENDING, Member
+from .stage_member import FROZEN, PENDING, Member, filled
 
 PROJECTED = ("query", "key", "value")
 SITES = (*PROJECTED, "probability")
@@ -154,18 +154,17 @@ class BinaryAttention(Member, nn.Module):
         self.heads, self.key_heads, head_size, value_size = shape
         self.sizes = {"query": head_size, "key": head_size, "value": value_size}
         mark_initialized(self)
-        value: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         clip = config.activation_clip or NO_EDGE
         learns, fixed = config.learn_activation_threshold, config.activation_threshold == "none"
         for site in PROJECTED:
             features = self._features(site)
-            self._own(f"{site}_scale", torch.ones(features[0], **value), config.learn_activation_scale)
-            self._own(f"{site}_threshold", None if fixed else torch.zeros(features, **value), learns)
-            self._own(f"{site}_low", torch.full((1,), -clip, **value))
-            self._own(f"{site}_high", torch.full((1,), clip, **value))
-        self._own("probability_scale", torch.full((self.heads,), 0.5, **value), config.learn_activation_scale)
-        self._own("probability_threshold", torch.full((self.heads,), 0.5, **value), learns)
-        self._begin(config, like.device)
+            self._own(f"{site}_scale", filled(features[:1], 1.0, like), config.learn_activation_scale)
+            self._own(f"{site}_threshold", None if fixed else filled(features, 0.0, like), learns)
+            self._own(f"{site}_low", filled((1,), -clip, like))
+            self._own(f"{site}_high", filled((1,), clip, like))
+        self._own("probability_scale", filled((self.heads,), 0.5, like), config.learn_activation_scale)
+        self._own("probability_threshold", filled((self.heads,), 0.5, like), learns)
+        self._begin(config, like)
         own = (None, None) if config.activation_clip is None else (-config.activation_clip, config.activation_clip)
         self.edges: dict[str, Edges] = {**dict.fromkeys(PROJECTED, own), "probability": (None, None)}
         self._looked()

@@ -28,7 +28,7 @@ from ..method.weight_scales import is_grouped, scale_shape
 from .activations import ABSORBABLE, gate
 from .calibration import NO_EDGE
 from .layer_state import OWN_TENSORS, LayerState
-from .stage_member import FROZEN, PENDING
+from .stage_member import FROZEN, PENDING, filled
 from .weight_guard import KeptWeight
 
 _OWN_ATTRIBUTES = (
@@ -83,28 +83,29 @@ class BinaryLayer(KeptWeight, LayerState):
         layer: Any = module
         layer.__class__ = cls
         weight = layer.weight
-        features = layer.product.features(weight)
-        value = {"dtype": weight.dtype, "device": weight.device}
-
         scales = scale_shape(config.weight_scale, config.group_size, weight.shape, layer.product.channel_dim)
-        layer._own("weight_scale", torch.ones(scales, **value), config.learn_weight_scale)
-        layer._own("weight_clip", torch.full((1,), config.weight_clip or NO_EDGE, **value))
+        layer._own("weight_scale", filled(scales, 1.0, weight), config.learn_weight_scale)
+        layer._own("weight_clip", filled((1,), config.weight_clip or NO_EDGE, weight))
         if config.binary_activations:
-            clip = config.activation_clip or NO_EDGE
-            layer._own("activation_scale", torch.ones(1, **value), config.learn_activation_scale)
-            threshold = None if config.activation_threshold == "none" else torch.zeros(features, **value)
+            edge = config.activation_clip or NO_EDGE
+            layer._own("activation_scale", filled((1,), 1.0, weight), config.learn_activation_scale)
+            features = None if config.activation_threshold == "none" else layer.product.features(weight)
+            threshold = None if features is None else filled((features,), 0.0, weight)
             layer._own("activation_threshold", threshold, config.learn_activation_threshold)
-            layer._own("activation_low", torch.full((1,), -clip, **value))
-            layer._own("activation_high", torch.full((1,), clip, **value))
+            layer._own("activation_low", filled((1,), -edge, weight))
+            layer._own("activation_high", filled((1,), edge, weight))
         else:
             for name in ("activation_scale", "activation_threshold", "activation_low", "activation_high"):
                 layer._own(name, None)
-        layer._begin(config, weight.device)
-        layer.input_producer = producer
-        layer.absorbed, layer.sample_shape = absorbed, None if sample_shape is None else tuple(sample_shape)
-        layer.weight_edge, layer.input_edges = config.weight_clip, (None, None)
-        if config.binary_activations and config.activation_clip is not None:
-            layer.input_edges = (-config.activation_clip, config.activation_clip)
+        layer._begin(config, weight)
+        clip = config.activation_clip if config.binary_activations else None
+        vars(layer).update(
+            input_producer=producer,
+            absorbed=absorbed,
+            sample_shape=None if sample_shape is None else tuple(sample_shape),
+            weight_edge=config.weight_clip,
+            input_edges=(None, None) if clip is None else (-clip, clip),
+        )
         layer._looked()
         rebind_forward(layer)
         return layer

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..integrations.torch import buffers_of, parameters_of
+
 if TYPE_CHECKING:
     Module = nn.Module
 else:
@@ -20,8 +22,8 @@ class Converted(Module):
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The parameters and buffers that binarization added, by name."""
-        found = {name: getattr(self, name, None) for name in self.own_names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        held = {**parameters_of(self), **buffers_of(self)}
+        return {name: held[name] for name in self.own_names if held.get(name) is not None}
 
     def is_without_own(self, state_dict: Any, prefix: str, missing_keys: list[str]) -> bool:
         """Whether a state dict is of the plain model: own tensors keep their values, and to miss them is no error."""
@@ -51,13 +53,13 @@ class Converted(Module):
         """Whether it computes in full precision for good: a baseline."""
         return False
 
-    def damage(self) -> str | None:
-        """What is wrong with tensors that have the right shapes, or None."""
+    def damage(self, has_nan: bool = True) -> str | None:
+        """What is wrong with tensors that have the right shapes, or None; has_nan=False: none of its own holds NaN."""
         return None
 
-    def taken(self) -> str | None:
-        """Go by tensors that were put in from outside, as they are now; returns what `damage` does."""
-        return self.damage()
+    def taken(self, has_nan: bool = True) -> str | None:
+        """Go by tensors that were put in from outside, as they are now; takes and returns what `damage` does."""
+        return self.damage(has_nan)
 
     def expected_sizes(self) -> dict[str, tuple[Tensor, int]]:
         """Tensors whose size follows from the weight's, with that size, by what they are called."""

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 from ..method.windows import PENDING
@@ -63,8 +62,3 @@ class FreezeState:
 
 
 SAVED = tuple(field.name for field in fields(FreezeState))[:6]
-
-
-def empty_buffer(device: torch.device) -> Tensor:
-    """The saved form of a state in which nothing has begun."""
-    return torch.zeros(len(SAVED), dtype=torch.int64, device=device)

@@ -118,7 +118,7 @@ class PackedLayer(PackedMember, BinaryLayer):
         latents = member.weight
         del member.weight
         super().pack(member, buffers)
-        member.weight_shape, member.output_dtype = latents.shape, latents.dtype
+        vars(member).update(weight_shape=latents.shape, output_dtype=latents.dtype)
         rebind_forward(member)
 
     def unfuse(self) -> None:
@@ -144,10 +144,10 @@ class PackedLayer(PackedMember, BinaryLayer):
         layer: Any = self.unpack()
         return layer.restore()  # type: ignore[no-any-return]
 
-    def damage(self) -> str | None:
+    def damage(self, has_nan: bool = True) -> str | None:
         if not self.weight_bits.is_meta and self._bits().has_stray_bits():
             return "weight_bits holds bits behind the end of its rows"
-        return super().damage()
+        return super().damage(has_nan)
 
     # ---- forward ----
 

@@ -22,10 +22,16 @@ from ..method.surrogates import SURROGATES, Surrogate
 from ..method.windows import FROZEN, PENDING, TRANSITION, Place
 from .calibration import ActivationValues, Observer, in_processes
 from .converted import Converted
-from .freeze_state import STAYS_REAL, FreezeState, empty_buffer
+from .freeze_state import SAVED, STAYS_REAL, FreezeState
 from .transition_masks import TransitionMasks
 
-__all__ = ["FROZEN", "PENDING", "TRANSITION", "Member"]
+__all__ = ["FROZEN", "PENDING", "TRANSITION", "Member", "filled"]
+
+
+def filled(shape: Iterable[int], value: float, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor of one value beside another one; on the meta device without the Python that torch fills by."""
+    empty = torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
+    return empty if empty.is_meta else empty.fill_(value)
 
 
 class _Keep(torch.autograd.Function):
@@ -84,10 +90,10 @@ class Member(TransitionMasks, Converted):
     step: int = _saved_number("step", int)
     fingerprint: int = _saved_number("fingerprint", int)
 
-    def _begin(self, config: StoMPPConfig, device: torch.device) -> None:
-        self._own("stompp_state", empty_buffer(device))
-        self.stompp_config, self.place, self.observer = config, Place(), None
-        self.freezing, self._seen = FreezeState(), []
+    def _begin(self, config: StoMPPConfig, like: Tensor) -> None:
+        self._own("stompp_state", filled((len(SAVED),), 0, like, torch.int64))
+        # Not one by one: a module looks twice at what is given to it, and a model has many members.
+        vars(self).update(stompp_config=config, place=Place(), observer=None, freezing=FreezeState(), _seen=[])
         self.drop_masks()
 
     def _own(self, name: str, value: Tensor | None, learnable: bool = False) -> None:
@@ -223,8 +229,8 @@ class Member(TransitionMasks, Converted):
                 "ModelEmaV2). Average parameters, and copy buffers, as timm's ModelEmaV3 does."
             )
 
-    def taken(self) -> str | None:
-        reason = self.damage()
+    def taken(self, has_nan: bool = True) -> str | None:
+        reason = self.damage(has_nan)
         if not _is_readable(self.stompp_state):
             return reason  # offloaded, or a tracer's: the values are what they were
         self.freezing.load(self.stompp_state)
@@ -296,10 +302,9 @@ class Member(TransitionMasks, Converted):
                 "stay so for good. Look at the data, or lower the learning rate; then resume from the last checkpoint."
             )
 
-    def damage(self) -> str | None:
-        """What is wrong with tensors that have the right shapes, or None."""
+    def damage(self, has_nan: bool = True) -> str | None:
         own = {name: tensor for name, tensor in self.own_tensors().items() if not tensor.is_meta}
-        for name, tensor in own.items():
+        for name, tensor in own.items() if has_nan else ():
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
                 return f"{name} holds NaN"
         if "stompp_state" not in own:

@@ -72,11 +72,12 @@ def _is_plain(layer: BinaryLayer) -> bool:
 
 def unfuse_encoders(model: nn.Module) -> None:
     """Let torch's encoders with binary layers compute by their modules, in place; `restore` undoes it."""
+    modules = list(model.modules())
     for kind, inner in (
         (UnfusedTransformerEncoderLayer, BinaryLayer),
         (UnfusedTransformerEncoder, UnfusedTransformerEncoderLayer),
     ):
-        for module in model.modules():
+        for module in modules:
             fits = isinstance(module, kind.plain_class) and not isinstance(module, kind)
             if fits and any(isinstance(part, inner) for part in module.modules()):
                 module.__class__ = _class_for(kind, type(module))

@@ -45,9 +45,7 @@ class TransitionMasks:
 
     def drop_masks(self) -> None:
         """Hold no masks and no draws."""
-        self._draws = {}
-        for name in self.mask_names:
-            setattr(self, self._home(name), None)
+        vars(self).update(dict.fromkeys(map(self._home, self.mask_names)), _draws={})
 
     def held_masks(self) -> dict[str, Tensor | None]:
         """What the attributes hold that masks are in."""

@@ -105,7 +105,7 @@ def members(model: nn.Module) -> dict[str, Member]:
     """Everything that freezes, by name, in the order in which it does: layers, embeddings, attention products."""
     roots, found = planned_models(model), {}
     for prefix, root in roots.items():
-        for name, member in members_of(root, get_plan(root)).items():
+        for name, member in members_of(root, getattr(root, PLAN)).items():
             found[f"{prefix}.{name}" if len(roots) > 1 else name] = member
     return found
 

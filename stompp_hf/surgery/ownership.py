@@ -145,7 +145,7 @@ def record(model: nn.Module, plan: Plan) -> None:
 
 def _plans(model: nn.Module) -> dict[str, Plan]:
     try:
-        return {name: get_plan(module) for name, module in planned_models(model).items()}
+        return {name: getattr(module, PLAN) for name, module in planned_models(model).items()}
     except NotBinarizedError:
         return {}
 

@@ -204,8 +204,8 @@ class Plan:
         """The window of every member in a run of `total` steps, by name."""
         return {name: place.window(total) for name, place in self.places().items()}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON values, with a digest of them."""
+    def to_dict(self, **more: Any) -> dict[str, Any]:
+        """The plan as plain JSON values, with `more` of them, and with a digest of all."""
         values = {
             "format": PACKED_FORMAT if self.packed else TRAINING_FORMAT,
             "format_version": FORMAT_VERSION,
@@ -213,6 +213,7 @@ class Plan:
             "config": self.config.to_dict(),
             "modules": [copy.copy(vars(entry)) for entry in self.entries],
             **{name: copy.copy(getattr(self, name)) for name in (*_DICTIONARIES, "attention", "real", "int8")},
+            **more,
         }
         return {**values, "digest": digest(values)}
 
@@ -245,7 +246,7 @@ class Plan:
             raise CheckpointError(f"quantization_config is damaged ({error!r}); save the model again.") from error
         if not entries or gaps:
             raise CheckpointError("quantization_config is damaged: its stages are not numbered from 0 without a gap.")
-        if values.get("digest", digest(values)) != digest(values):
+        if "digest" in values and values["digest"] != digest(values):
             raise CheckpointError(
                 "quantization_config was changed after it was saved, by hand or by damage, and the model may compute "
                 "something else than it did. Take config.json from where the checkpoint came from; to load this one as "

@@ -7,7 +7,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import METHOD
 from ..errors import CheckpointError
-from .plan import OWN_NAMES, PACKED_FORMAT, TRAINING_FORMAT, Plan, digest
+from .plan import OWN_NAMES, PACKED_FORMAT, TRAINING_FORMAT, Plan
 
 PARTS_FORMAT = "parts"
 
@@ -43,8 +43,7 @@ class StoMPPQuantizationConfig(QuantizationConfigMixin):
         marked = {} if mark is None else {"save": mark}
         if list(plans) != [""]:
             return cls(PARTS_FORMAT, parts={name: plan.to_dict() for name, plan in plans.items()}, **marked)
-        values = {**plans[""].to_dict(), **marked}
-        return cls(**{**values, "digest": digest(values)})
+        return cls(**plans[""].to_dict(**marked))
 
     def get(self, name: str, default: Any = None) -> Any:
         """A value by its key: transformers takes what a live model's config holds for a dictionary."""
