@@ -24,7 +24,8 @@ def _ask_first(modeling: Any) -> None:
     model = modeling.PreTrainedModel
     model.save_pretrained = _through("save_pretrained", model.save_pretrained)
     model.from_pretrained = classmethod(_through("from_pretrained", model.from_pretrained.__func__))
-    modeling.get_model_conversion_mapping = _through("conversions", modeling.get_model_conversion_mapping)
+    if (find := getattr(modeling, "get_model_conversion_mapping", None)) is not None:  # else a load takes longer
+        modeling.get_model_conversion_mapping = _through("conversions", find)
 
 
 def _through(name: str, theirs: Callable[..., Any]) -> Callable[..., Any]:

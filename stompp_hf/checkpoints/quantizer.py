@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -93,11 +94,15 @@ class StoMPPQuantizer(HfQuantizer):
         return prepared
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """Read what can be: this is asked once the model is prepared, right before transformers looks what to load."""
+        """Read what can be, and leave out conversions of tensors, where a checkpoint's names are those of the modules.
+
+        It is asked once the model is prepared, right before transformers looks for what it has to load.
+        """
         if not self.has_own_names:
             return super().update_weight_conversions(weight_conversions, model)
-        read_straight(model, self.files, weight_conversions)
-        return weight_conversions
+        renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
+        read_straight(model, self.files, renamings)
+        return renamings
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Nothing: it goes over all names, to add those that other methods give to the parts of a weight."""
