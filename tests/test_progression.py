@@ -284,6 +284,30 @@ def test_non_finite_activations_are_found_within_check_every_steps(every):
     assert 9 < step <= 9 + every
 
 
+def test_a_step_that_was_refused_is_refused_again():
+    model = stack(3, check_every=1)
+    progression = Progression(model, 6)
+    progression.step(0)
+    model(batch(0))
+    progression.step(1)
+    for _ in range(3):
+        model(math.nan * batch(1))
+        with pytest.raises(NonFiniteError, match="input of"):
+            progression.step(2)
+    model(batch(1))
+    progression.step(2)
+
+
+def test_nothing_looks_behind_the_last_stage():
+    model = stack(3)
+    progression = Progression(model, 6)
+    progression.step(0)
+    assert model._forward_hooks
+    progression.stop_after(0)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert progression.outcome == "0 of 3 stages binary"
+
+
 # ---- metrics ----
 
 

@@ -7,6 +7,7 @@ import models
 import pytest
 import torch
 from models import logits, quick, train
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -80,6 +81,19 @@ def test_conversions_are_looked_up_for_plain_checkpoints_alone(
     asked.clear()
     Auto.from_pretrained(tmp_path)
     assert "bert" in asked
+
+
+def test_names_that_transformers_renames_are_found(tmp_path: Path) -> None:
+    model = binarize_model(BERT.build(), quick())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in load_file(file).items()}
+    assert old.keys() != model.state_dict().keys()
+    save_file(old, file, metadata)
+    found = Auto.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -51,22 +51,25 @@ def _expected(converted: Mapping[str, Converted]) -> dict[str, Tensor]:
     }
 
 
-def check_names(model: PreTrainedModel, found: Iterable[Header]) -> set[str]:
-    """Refuse tensors that hold more of a binary model than the plan knows of; returns the names of all.
+def check_names(model: PreTrainedModel, found: Iterable[Header]) -> dict[str, bool]:
+    """Refuse tensors that hold more of a binary model than the plan knows of.
+
+    Returns the names of all, and whether the model has a tensor of that name, be it in front of a head or behind it.
 
     Raises:
         CheckpointError: they do; without it those tensors would be left out, and others filled at random.
     """
     prefix, modules = model.base_model_prefix, dict(model.named_modules())
-    names: set[str] = set()
-    lacking: dict[str, set[str] | None] = {}
+    names: dict[str, bool] = {}
+    of_owner: dict[str, tuple[set[str], set[str]] | None] = {}
     for header in found:
-        names.add(header.name)
         owner, _, own = header.name.rpartition(".")
-        if owner not in lacking:
+        if owner not in of_owner:
             place = name_in(modules, owner, prefix)
-            lacking[owner] = None if place is None else _lacking(modules[place])
-        if (absent := lacking[owner]) is None:
+            of_owner[owner] = None if place is None else _held_and_lacking(modules[place])
+        held, absent = of_owner[owner] or (set(), set())
+        names[header.name] = own in held
+        if of_owner[owner] is None:
             continue
         if own in OWNERS and "F" in header.dtype:  # transformers would cast it
             raise CheckpointError(f"{header.name} is {header.dtype} in the checkpoint, and must be of whole numbers.")
@@ -77,10 +80,11 @@ def check_names(model: PreTrainedModel, found: Iterable[Header]) -> set[str]:
     return names
 
 
-def _lacking(module: nn.Module) -> set[str]:
-    """The names of tensors that only binary modules of other options have, and this module has not."""
+def _held_and_lacking(module: nn.Module) -> tuple[set[str], set[str]]:
+    """The names of a module's tensors, and of those that only binary modules of other options have."""
     owned = (*module.own_names, *OWNERS) if isinstance(module, Converted) else OWNERS
-    return set(owned) - saved_tensors(module).keys()
+    held = set(saved_tensors(module))
+    return held, set(owned) - held
 
 
 def check_loaded(
@@ -103,7 +107,8 @@ def check_loaded(
     saved, converted = _saved(model), _converted(model, plans)
     loaded = {name: tensor for name, tensor in saved.items() if tensor.is_meta or is_initialized(tensor)}
     _check_covered(expected, loaded)
-    has_nan = _holds(torch.isnan, (t for module in converted.values() for t in module.own_tensors().values()))
+    own = [tensor for module in converted.values() for tensor in module.own_tensors().values()]
+    has_nan = any(map(is_sharded, own)) or _holds(torch.isnan, own)  # True: each is looked at, on all processes alike
     for name, module in converted.items():
         reason = module.taken(has_nan)
         if reason is not None:
@@ -194,7 +199,7 @@ def _check_values(
 
 @torch.no_grad()
 def _holds(test: Callable[[Tensor], Tensor], tensors: Iterable[Tensor]) -> bool:
-    """Whether a test, isnan say, finds anything in tensors, whole ones; small ones are looked at together."""
+    """Whether a test, isnan say, finds anything in tensors, none of them sharded; small ones are tested together."""
     alike: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.is_floating_point() and not tensor.is_meta:

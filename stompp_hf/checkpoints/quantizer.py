@@ -48,7 +48,7 @@ class StoMPPQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.expected: dict[str, torch.Tensor] = {}
-        self.names: set[str] = set()
+        self.names: dict[str, bool] = {}
         self.files: dict[Path, Any] = {}
         if not self.pre_quantized and not isinstance(quantization_config, StoMPPConfig):
             raise CheckpointError(
@@ -59,8 +59,13 @@ class StoMPPQuantizer(HfQuantizer):
 
     @property
     def has_own_names(self) -> bool:
-        """Whether a checkpoint's names are those of the model's modules, so that nothing is to be converted."""
+        """Whether a checkpoint was saved under the names of the model's modules: no tensor is to be converted."""
         return not isinstance(self.quantization_config, StoMPPConfig) and self.quantization_config.has_own_names
+
+    @property
+    def finds_all(self) -> bool:
+        """Whether the model has a tensor for each name in the files, too: none is to be renamed."""
+        return self.has_own_names and all(self.names.values())
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if isinstance(self.quantization_config, StoMPPConfig):
@@ -121,7 +126,7 @@ class StoMPPQuantizer(HfQuantizer):
             return binarize_model(model, self.quantization_config)
         show_all(model)
         plans = plans_of(model)
-        check_loaded(model, plans, self.expected, self.names)
+        check_loaded(model, plans, self.expected, set(self.names))
         _align(model)
         _unmark(model)
         model.config.quantization_config = StoMPPQuantizationConfig.of(plans)

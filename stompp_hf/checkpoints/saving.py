@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
-from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
 
 from ..config import METHOD
@@ -111,14 +110,13 @@ def from_pretrained(
 def conversions(
     find: Callable[..., Any], model: Any, key_mapping: Any = None, hf_quantizer: Any = None, **options: Any
 ) -> Any:
-    """transformers' get_model_conversion_mapping; what is stored under a model's own names, only the caller renames.
+    """transformers' get_model_conversion_mapping; it looks for nothing where a model finds all of its own names.
 
-    To look for more, it would first make the tables of all its classes, with all their patterns to compile.
+    To look, it would first make the tables of all its classes, with all their patterns to compile.
     """
-    if not (isinstance(hf_quantizer, quantizer.StoMPPQuantizer) and hf_quantizer.has_own_names):
-        return find(model, key_mapping, hf_quantizer, **options)
-    renamings = [WeightRenaming(source, target) for source, target in (key_mapping or {}).items()]
-    return hf_quantizer.update_weight_conversions(renamings, model)
+    if key_mapping is None and isinstance(hf_quantizer, quantizer.StoMPPQuantizer) and hf_quantizer.finds_all:
+        return hf_quantizer.update_weight_conversions([], model)
+    return find(model, key_mapping, hf_quantizer, **options)
 
 
 @contextlib.contextmanager

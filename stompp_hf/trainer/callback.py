@@ -167,8 +167,8 @@ class StoMPPTrainerCallback(TrainerCallback):
         if self._holds_complete and not adapted:
             warn_once(
                 logger, root,
-                "this model's progression is over (%s), and it stays as it is: training goes on, and nothing freezes. "
-                "To freeze it anew: restore_model(model), then binarize_model(model, config).",
+                "this model's progression is over (%s): training goes on, and no more of it freezes. To begin anew: "
+                "restore_model(model), then binarize_model(model, config).",
                 self.progression.outcome,
             )  # fmt: skip
         elif self._holds_complete:

@@ -24,14 +24,20 @@ def check_latents(layers: Mapping[str, Member], step: int) -> None:
 
 
 class _Look:
-    """A layer's hook. It keeps its answers where a copy of the layer keeps its own."""
+    """A layer's hook. It keeps its answer, one for all calls, where a copy of the layer keeps its own."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.answers = name, list[Tensor]()
+        self.name = name
+        self.finite: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        self.answers.append(torch.isfinite(x.detach()).all())  # read one step later: no wait
+        now = torch.isfinite(x.detach()).all()  # read one step later: no wait
+        self.finite = now if self.finite is None else self.finite & now
+
+    def taken(self) -> Tensor | None:
+        finite, self.finite = self.finite, None
+        return finite
 
 
 class InputChecks:
@@ -58,10 +64,9 @@ class InputChecks:
 
     def read(self, step: int) -> None:
         """Raise NonFiniteError if an input that was looked at was not finite."""
-        looks, self._looks = self._looks, []
-        for look in looks:
-            if not all(map(bool, look.answers)):
+        for name, finite in [(look.name, look.taken()) for look in self._looks]:
+            if finite is not None and not bool(finite):
                 raise NonFiniteError(
-                    f"the input of {look.name} was not finite near step {step}; sign() would hide it. Lower "
+                    f"the input of {name} was not finite near step {step}; sign() would hide it. Lower "
                     "the learning rate, or check the data; then resume from the last checkpoint."
                 )

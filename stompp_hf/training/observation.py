@@ -63,6 +63,8 @@ class Observation:
             if self.windows[name].observed_at <= step and not layer.always_real
             and layer.stompp_config.binary_activations and layer.needs_activation_values and not layer.activation_ready
         ]  # fmt: skip
+        if all(layer.observer is None for layer in self.layers.values()):
+            remove_all(self._handles)
         if not due:
             return
         watch = Watch()  # one for all, which the model's hooks keep current
@@ -94,8 +96,6 @@ class Observation:
                     layer.observer = None
                 elif what != SAW_NO_RUN and step >= self._closes(name):
                     self._close_unseen(name, layer, what)
-        if all(layer.observer is None for layer in self.layers.values()):
-            remove_all(self._handles)
 
     def end(self) -> None:
         """Let nothing look any more."""

@@ -171,7 +171,7 @@ class Progression:
     @property
     def outcome(self) -> str:
         """What a model is once its progression is complete, in words."""
-        if self.plan.freezing == 0:
+        if self.config.binarize == "nothing":
             return "full precision"
         real = [name for name, layer in self.layers.items() if layer.always_real]
         stages = {entry.stage for entry in self.plan.entries if entry.name not in real}
