@@ -67,13 +67,13 @@ def check_names(model: PreTrainedModel, found: Iterable[Header]) -> dict[str, bo
         if owner not in of_owner:
             place = name_in(modules, owner, prefix)
             of_owner[owner] = None if place is None else _held_and_lacking(modules[place])
-        held, absent = of_owner[owner] or (set(), set())
-        names[header.name] = own in held
-        if of_owner[owner] is None:
+        known = of_owner[owner]
+        names[header.name] = known is not None and own in known[0]
+        if known is None:
             continue
         if own in OWNERS and "F" in header.dtype:  # transformers would cast it
             raise CheckpointError(f"{header.name} is {header.dtype} in the checkpoint, and must be of whole numbers.")
-        if own in absent:
+        if own in known[1]:
             raise CheckpointError(
                 f"the checkpoint holds {header.name}, which by its config.json should not be there: {BELONGS}"
             )
